@@ -1,0 +1,166 @@
+"""The frozen plan of a run: every setting, resolved to plain values, before an array exists.
+
+``resolve_plan`` (in :mod:`hf_mlx.settings.resolve`) reads the HF objects once; everything
+below it reads only these dataclasses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .clipping import GradClip
+
+Sampling = Literal["random", "sequential", "group_by_length"]
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """How rows become token ids and labels. Fields mean what ``trl.SFTConfig`` says they mean."""
+
+    dataset_text_field: str = "text"
+    max_length: int | None = 1024
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    packing: bool = False
+    packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = "bfd"
+    eval_packing: bool | None = None
+    padding_free: bool = False
+    pad_to_multiple_of: int | None = None
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template_path: str | None = None
+    shuffle_dataset: bool = False
+    dataset_num_proc: int | None = None
+    skip_prepare_dataset: bool = False
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How rows are ordered, batched and accumulated; all counts are in rows, micro-batches or steps."""
+
+    train_batch_size: int = 8
+    eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    drop_last: bool = False
+    seed: int = 42
+    data_seed: int | None = None
+    sampling: Sampling = "random"
+    seedable_sampler: bool = True
+    length_column_name: str = "length"
+
+
+@dataclass(frozen=True)
+class OptimPlan:
+    """The optimizer under its HF name, and the numbers it needs.
+
+    ``name`` is the resolved algorithm (``adamw``, ``sgd``, ``adagrad``, ``rmsprop``, ``adafactor``, ``lion``);
+    ``options`` holds what ``optim_args`` set, parsed.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """The learning-rate schedule. ``warmup_steps`` is as the user wrote it: >=1 steps, <1 a ratio of the total."""
+
+    name: str = "linear"
+    warmup_steps: float = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LossPlan:
+    """What is minimised. ``router_aux_loss_coef`` None means the model config's own value."""
+
+    kind: Literal["nll", "dft"] = "nll"
+    label_smoothing_factor: float = 0.0
+    neftune_noise_alpha: float | None = None
+    router_aux_loss_coef: float | None = None
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """Dtypes by their MLX names. ``autocast`` is torch's: Linear layers compute in it, the residual does not.
+
+    ``dtype`` ``"auto"`` is the checkpoint's own, as ``from_pretrained(dtype="auto")`` has it.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    autocast: Literal["bfloat16"] | None = None
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Which weights to load and how."""
+
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+    quantization_bits: int | None = None
+    quantization_group_size: int = 64
+    precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """A LoraConfig as plain values. Names and meanings are ``peft.LoraConfig``'s."""
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    target_parameters: tuple[str, ...] | None = None
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+
+
+@dataclass(frozen=True)
+class CheckpointingPlan:
+    """Gradient (activation) checkpointing: recompute each block in the backward pass."""
+
+    enabled: bool = False
+    every_n_layers: int = 1
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything a run needs, resolved. Printed by ``repr`` and shown as ``trainer.plan``."""
+
+    batch: BatchPlan
+    data: DataPlan
+    model: ModelPlan
+    optim: OptimPlan
+    schedule: SchedulePlan
+    loss: LossPlan
+    clip: GradClip
+    lora: LoraPlan | None
+    checkpointing: CheckpointingPlan
+    finetune_last_n_layers: int | None = None
+    clear_cache_steps: int | None = None
+    use_cpu: bool = False
+    full_eval_dtype: Literal["bfloat16"] | None = None
+    nan_inf_filter: bool = True
