@@ -1,0 +1,229 @@
+"""Names that transformers and TRL once had, and what to write for them today."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import SettingError
+
+# Same meaning under another name.
+RENAMED: Mapping[str, str] = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "max_seq_length": "max_length",
+    "use_liger": "use_liger_kernel",
+}
+
+# Gone, with the value that asked for nothing (or for what always happens now), and what to do otherwise.
+_GONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "overwrite_output_dir": ((True, False), "remove it: transformers 5 never empties the folder"),
+    "save_safetensors": ((True,), "remove it: safetensors is the one format that is written"),
+    "fp16_opt_level": (("O1",), "bf16=True"),
+    "fp16_backend": (("auto",), "bf16=True"),
+    "half_precision_backend": (("auto",), "bf16=True"),
+    "use_mps_device": ((True, False), "remove it: MLX uses the Mac's GPU by itself"),
+    "use_ipex": ((False,), "remove it"),
+    "past_index": ((-1,), "remove it: transformers 5 has no such feature"),
+    "jit_mode_eval": ((False,), "remove it"),
+    "torchdynamo": ((None,), "remove it: the step is compiled by MLX"),
+    "sharded_ddp": (("", None, False, []), "remove it: memory is unified here"),
+    "fsdp_min_num_params": ((0,), "remove it: memory is unified here"),
+    "fsdp_transformer_layer_cls_to_wrap": ((None,), "remove it: memory is unified here"),
+    "xpu_backend": ((None,), "remove it"),
+    "tpu_num_cores": ((None,), "remove it"),
+    "tpu_metrics_debug": ((False,), "remove it"),
+    "mp_parameters": (("",), "remove it"),
+    "ray_scope": (("last",), "remove it: hyperparameter search is not part of this trainer"),
+    "dataset_batch_size": ((None, 1000), "remove it: it only sized the tokenizer's batches"),
+    "num_of_sequences": ((None, 1024), "packing=True with max_length"),
+    "chars_per_token": ((None, 3.6), "packing=True with max_length"),
+}
+
+
+def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rewrite keyword arguments for an older ``TrainingArguments`` or ``SFTConfig`` into today's.
+
+    Today's constructors raise a ``TypeError`` for these names, so a script that must run unchanged calls this
+    first: ``SFTConfig(**translate_arguments(kwargs)[0])``.
+
+    Args:
+        kwargs: Keyword arguments, old and new ones mixed. Not modified.
+
+    Returns:
+        The keyword arguments of today, and one line for each name that was rewritten.
+
+    Raises:
+        SettingError: A name is gone and its value asked for something, or an old and a new name disagree.
+
+    Example:
+        >>> translate_arguments({"evaluation_strategy": "steps"})
+        ({'eval_strategy': 'steps'}, ['evaluation_strategy is now eval_strategy'])
+    """
+    old = {name: value for name, value in kwargs.items() if name in RENAMED or name in _GONE or name in _REWRITTEN}
+    current = {name: value for name, value in kwargs.items() if name not in old}
+    notes: list[str] = []
+    for name in old.keys() & RENAMED.keys():
+        _set(current, name, RENAMED[name], old[name])
+    # The rewritten ones may build on the renamed ones, which are all in place now.
+    for name, value in old.items():
+        if name in RENAMED:
+            notes.append(f"{name} is now {RENAMED[name]}")
+        elif name in _GONE:
+            notes.append(_drop(name, value))
+        else:
+            notes.append(_REWRITTEN[name](current, name, value))
+    if current.get("optim") == "adamw_hf":
+        current["optim"] = "adamw_torch"
+        notes.append('optim="adamw_hf" is now optim="adamw_torch"')
+    return current, notes
+
+
+def _set(current: dict[str, Any], old: str, new: str, value: Any) -> None:
+    if new in current and current[new] != value:
+        raise SettingError(
+            f"{old}={value!r} and {new}={current[new]!r}",
+            f"{old} is the older name of {new}; one value is given",
+            f"write {new}={current[new]!r}",
+        )
+    current[new] = value
+
+
+def _drop(name: str, value: Any) -> str:
+    harmless, remedy = _GONE[name]
+    if not any(value is option or (type(value) is type(option) and value == option) for option in harmless):
+        raise SettingError(f"{name}={value!r}", f"{name} is gone from transformers 5 and TRL 1", f"write {remedy}")
+    return f"{name}={value!r} is gone, and asked for nothing"
+
+
+def _warmup_ratio(current: dict[str, Any], name: str, ratio: Any) -> str:
+    # The older Trainer let warmup_steps win when it was positive.
+    if not current.get("warmup_steps"):
+        # warmup_steps=1.0 would be one step, so a full warmup is the largest share below 1.
+        current["warmup_steps"] = math.nextafter(1.0, 0.0) if ratio == 1 else ratio
+    return f"warmup_ratio={ratio!r} is now warmup_steps={current['warmup_steps']!r}: below 1 it is a share of the run"
+
+
+def _group_by_length(current: dict[str, Any], name: str, value: Any) -> str:
+    if value:
+        _set(current, name, "train_sampling_strategy", "group_by_length")
+    return 'group_by_length=True is now train_sampling_strategy="group_by_length"'
+
+
+def _tokens_per_second(current: dict[str, Any], name: str, value: Any) -> str:
+    if value:
+        current.setdefault("include_num_input_tokens_seen", "all")
+    return 'include_tokens_per_second=True is now include_num_input_tokens_seen="all"'
+
+
+def _inputs_for_metrics(current: dict[str, Any], name: str, value: Any) -> str:
+    if value:
+        current["include_for_metrics"] = sorted({*current.get("include_for_metrics", []), "inputs"})
+    return 'include_inputs_for_metrics=True is now include_for_metrics=["inputs"]'
+
+
+def _organization(current: dict[str, Any], name: str, value: Any) -> str:
+    if value:
+        model_id = str(current.get("hub_model_id") or current.get("output_dir") or "").rstrip("/").rpartition("/")[2]
+        if not model_id:
+            raise SettingError(
+                f"{name}={value!r}", "the repository has a name", f'write hub_model_id="{value}/my-model"'
+            )
+        current["hub_model_id"] = f"{value}/{model_id}"
+    return "push_to_hub_organization is now the first half of hub_model_id"
+
+
+def _logging_dir(current: dict[str, Any], name: str, value: Any) -> str:
+    return f"logging_dir is gone: set the environment variable TENSORBOARD_LOGGING_DIR={value}"
+
+
+def _adafactor(current: dict[str, Any], name: str, value: Any) -> str:
+    if value:
+        current["optim"] = "adafactor"
+    return 'adafactor=True is now optim="adafactor"'
+
+
+def _accelerator(current: dict[str, Any], name: str, value: Any) -> str:
+    if value is not None:
+        current["accelerator_config"] = dict(current.get("accelerator_config") or {}) | {name: value}
+    return f'{name} is now accelerator_config={{"{name}": {value!r}}}'
+
+
+_REWRITTEN: Mapping[str, Callable[[dict[str, Any], str, Any], str]] = {
+    "warmup_ratio": _warmup_ratio,
+    "group_by_length": _group_by_length,
+    "include_tokens_per_second": _tokens_per_second,
+    "include_inputs_for_metrics": _inputs_for_metrics,
+    "push_to_hub_organization": _organization,
+    "logging_dir": _logging_dir,
+    "adafactor": _adafactor,
+    "dispatch_batches": _accelerator,
+    "split_batches": _accelerator,
+}
+
+# Keywords that SFTTrainer's constructor took before they moved to SFTConfig -> the field that has their meaning.
+TRAINER_KEYWORDS: Mapping[str, str] = {
+    "tokenizer": "processing_class",
+    "max_seq_length": "max_length",
+    "dataset_text_field": "dataset_text_field",
+    "packing": "packing",
+    "eval_packing": "eval_packing",
+    "dataset_kwargs": "dataset_kwargs",
+    "dataset_num_proc": "dataset_num_proc",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "model_init_kwargs": "model_init_kwargs",
+}
+_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token")
+
+
+def merge_trainer_keywords(
+    values: Mapping[str, Any], keywords: Mapping[str, Any], *, stacklevel: int = 3
+) -> tuple[dict[str, Any], Any]:
+    """Lay SFTTrainer's older constructor keywords over the configuration, with a DeprecationWarning each.
+
+    A keyword that is None was not given. One that is given wins over the configuration, as it did in TRL.
+
+    Args:
+        values: Fields that are set already; ``{}`` to get the fields of the keywords alone, which is what
+            :func:`~hf_mlx.settings.resolve.resolve_plan` takes as ``overrides``.
+        keywords: What the constructor received beyond its own parameters.
+        stacklevel: Of the warnings; 3 blames the caller of the function that calls this one.
+
+    Returns:
+        The merged fields, and the tokenizer, or None.
+
+    Raises:
+        SettingError: A keyword that SFTTrainer never had, or one that is gone and asked for something.
+    """
+    merged, tokenizer = dict(values), None
+    for name, value in keywords.items():
+        if name in _DROPPED_KEYWORDS:
+            _drop(name, value)
+        elif name not in TRAINER_KEYWORDS:
+            raise _unknown_keyword(name, value)
+        if value is None or name in _DROPPED_KEYWORDS:
+            continue
+        field = TRAINER_KEYWORDS[name]
+        place = "processing_class=" if name == "tokenizer" else f"SFTConfig({field}=...)"
+        warnings.warn(f"{name}= of SFTTrainer is deprecated; write {place}", DeprecationWarning, stacklevel=stacklevel)
+        if name == "tokenizer":
+            tokenizer = value
+        else:
+            merged[field] = value
+    return merged, tokenizer
+
+
+def _unknown_keyword(name: str, value: Any) -> SettingError:
+    close = difflib.get_close_matches(name, TRAINER_KEYWORDS, n=1)
+    return SettingError(
+        f"{name}={value!r}",
+        f"{name} is a parameter of SFTTrainer, of this release or an older one ({', '.join(TRAINER_KEYWORDS)})",
+        f"write {close[0]}=..." if close else f"remove {name}=, or set it on SFTConfig",
+    )

@@ -1,0 +1,92 @@
+"""What each field of ``peft.LoraConfig`` (0.21.2) does on MLX, with its upstream default."""
+
+from __future__ import annotations
+
+from .verdicts import Rule, cases, honour, honoured, ignore, one_of, otherwise, refuse, refused
+
+_NOT_LORA = 'peft_config=LoraConfig(r=8, target_modules="all-linear")'
+
+
+def _variant(field: str, default: object, what: str) -> Rule:
+    return refuse(field, default, f"turns on {what}, which is not implemented", write=f"{field}={default!r}")
+
+
+IDENTITY = (
+    cases(
+        "peft_type",
+        None,
+        one_of("LORA", ruling=honoured("LoRA")),
+        otherwise(refused("is not LoRA, the one adapter that is implemented", write=_NOT_LORA)),
+    ),
+    cases(
+        "task_type",
+        None,
+        one_of("CAUSAL_LM", ruling=honoured("written to the adapter's config")),
+        otherwise(refused("is not language modelling", write='task_type="CAUSAL_LM"')),
+    ),
+    honour("auto_mapping", None, "written to the adapter's config"),
+    ignore("peft_version", None, "is a record of what wrote the config"),
+    honour("base_model_name_or_path", None, "written to the adapter's config"),
+    honour("revision", None, "written to the adapter's config"),
+    refuse("inference_mode", False, "freezes the adapter, so nothing would train", write="inference_mode=False"),
+)
+
+TARGETS = (
+    honour("r", 8, "rank"),
+    honour("lora_alpha", 8, "the update is scaled by lora_alpha / r"),
+    honour("lora_dropout", 0.0, "on the adapter's input; masks differ from torch's, their distribution does not"),
+    honour("target_modules", None, 'None: the architecture\'s own; "all-linear", names, suffixes or a regex'),
+    honour("exclude_modules", None, "names, suffixes or a regex"),
+    honour("rank_pattern", {}, "the first pattern that matches"),
+    honour("alpha_pattern", {}, "the first pattern that matches"),
+    honour("use_rslora", False, "scales by lora_alpha / sqrt(r)"),
+    honour("layers_to_transform", None, "indexes of the layers"),
+    honour("layers_pattern", None, "the name of the layer list"),
+    cases(
+        "init_lora_weights",
+        True,
+        one_of(True, False, "gaussian", ruling=honoured("the numbers of PEFT where torch is installed")),
+        otherwise(
+            refused(
+                "derives the start from the base weights or from data, not implemented", write="init_lora_weights=True"
+            )
+        ),
+    ),
+)
+
+BEYOND_LINEAR = (
+    honour("modules_to_save", None, "trained in full and written beside the adapter"),
+    honour("use_dora", False, "magnitudes are trained too"),
+    honour("lora_bias", False, "a bias on B"),
+    cases(
+        "bias",
+        "none",
+        one_of("none", "all", "lora_only", ruling=honoured("which biases of the base are trained")),
+        otherwise(refused("is none of none, all, lora_only", write='bias="none"')),
+    ),
+    honour("fan_in_fan_out", False, "of Conv1D weights, as GPT-2 has"),
+    _variant("target_parameters", None, "LoRA on bare parameters"),
+    _variant("trainable_token_indices", None, "training of single embedding rows"),
+    _variant("ensure_weight_tying", False, "adapters shared by tied layers"),
+)
+
+VARIANTS = (
+    ignore("runtime_config", {}, "concerns GPU offloading; memory is unified here"),
+    ignore("megatron_core", "megatron.core", "names a module that megatron_config would use"),
+    ignore("qalora_group_size", 16, "is read with use_qalora only"),
+    _variant("megatron_config", None, "Megatron's parallel layers"),
+    _variant("loftq_config", {}, "LoftQ"),
+    _variant("eva_config", None, "EVA"),
+    _variant("corda_config", None, "CorDA"),
+    _variant("lora_ga_config", None, "LoRA-GA"),
+    _variant("velora_config", None, "VeLoRA"),
+    _variant("alora_invocation_tokens", None, "activated LoRA"),
+    _variant("use_qalora", False, "QALoRA"),
+    _variant("monteclora_config", None, "MonteCLoRA"),
+    _variant("layer_replication", None, "layers that share weights"),
+    _variant("use_bdlora", None, "block-diagonal LoRA"),
+    _variant("arrow_config", None, "Arrow routing"),
+    _variant("kasa_config", None, "KaSA"),
+)
+
+LORA_CONFIG: tuple[Rule, ...] = (*IDENTITY, *TARGETS, *BEYOND_LINEAR, *VARIANTS)

@@ -1,0 +1,187 @@
+"""``TrainingArguments`` (transformers 5.23), second half: when to log, evaluate and save, and on how many processes."""
+
+from __future__ import annotations
+
+from .verdicts import (
+    DictRule,
+    Rule,
+    adapt,
+    cases,
+    given,
+    honour,
+    honoured,
+    ignore,
+    no_op,
+    one_of,
+    otherwise,
+    refuse,
+    refused,
+)
+
+_INTERVALS = ("no", "steps", "epoch")
+_ONE_PROCESS = "concerns several processes; this is one"
+_LOADER = "is a speed knob of torch's DataLoader; batches are the same"
+
+
+def _strategy(field: str, default: str, *names: str) -> Rule:
+    known = one_of(*names, ruling=honoured("when to act"))
+    unknown = refused(f"is none of {', '.join(names)}", write=f'{field}="{names[1]}"')
+    return cases(field, default, known, otherwise(unknown))
+
+
+def _asks_nothing(value: object) -> bool:
+    return not any(value.values()) if isinstance(value, dict) else not value
+
+
+LOGGING = (
+    _strategy("logging_strategy", "steps", *_INTERVALS),
+    honour("logging_steps", 500, "below 1: a share of the run"),
+    honour("logging_first_step", False, "logs step 1"),
+    honour("logging_nan_inf_filter", True, "what is logged for a NaN loss; the NaN itself is always reported"),
+    cases(
+        "include_num_input_tokens_seen",
+        "no",
+        one_of("no", "all", "non_padding", True, False, ruling=honoured("counts tokens and tokens per second")),
+        otherwise(refused("is none of no, all, non_padding", write='include_num_input_tokens_seen="all"')),
+    ),
+    honour("log_level", "passive", "of transformers' loggers"),
+    ignore("log_level_replica", "warning", _ONE_PROCESS),
+    ignore("log_on_each_node", True, _ONE_PROCESS),
+    honour("disable_tqdm", None, "transformers' own progress bar"),
+    honour("report_to", "none", "transformers' own integrations"),
+    honour("run_name", None, "read by the integrations"),
+    honour("project", "huggingface", "read by the integrations"),
+    honour("trackio_space_id", None, "read by the integrations"),
+    honour("trackio_bucket_id", None, "read by the integrations"),
+    honour("trackio_static_space_id", None, "read by the integrations"),
+    adapt("skip_memory_metrics", True, "reports MLX's peak memory"),
+)
+
+EVALUATION = (
+    _strategy("eval_strategy", "no", *_INTERVALS),
+    honour("eval_steps", None, "below 1: a share of the run"),
+    honour("eval_delay", 0, "steps or epochs before the first evaluation"),
+    honour("per_device_eval_batch_size", 8, "rows in an evaluation batch"),
+    honour("eval_on_start", False, "evaluates before step 1"),
+    adapt("prediction_loss_only", False, "keeps no logits, so compute_metrics is not called"),
+    refuse(
+        "eval_do_concat_batches",
+        True,
+        "False hands compute_metrics a list per batch, which is not implemented",
+        write="eval_do_concat_batches=True",
+    ),
+    ignore("eval_use_gather_object", False, _ONE_PROCESS),
+    ignore("eval_accumulation_steps", None, "moves predictions off the GPU; memory is unified here"),
+    refuse(
+        "include_for_metrics",
+        [],
+        "hands compute_metrics inputs or losses, which is not implemented",
+        write="include_for_metrics=[]",
+    ),
+    refuse(
+        "batch_eval_metrics",
+        False,
+        "calls compute_metrics once a batch, which is not implemented",
+        write="batch_eval_metrics=False",
+    ),
+    cases(
+        "label_names",
+        None,
+        given("['labels']", lambda value, values: value in (None, [], ["labels"]), honoured("the SFT column")),
+        otherwise(refused("SFT has one label column", write='label_names=["labels"]')),
+    ),
+    adapt("remove_unused_columns", True, "the collator takes the columns it needs and leaves the others"),
+)
+
+SAVING = (
+    _strategy("save_strategy", "steps", *_INTERVALS, "best"),
+    honour("save_steps", 500, "below 1: a share of the run"),
+    honour("save_total_limit", None, "oldest checkpoints are deleted, the best one is kept"),
+    honour("save_only_model", False, "leaves out the optimizer, scheduler and random state"),
+    ignore("save_on_each_node", False, _ONE_PROCESS),
+    refuse("enable_jit_checkpoint", False, "waits for a cluster's signal", write="enable_jit_checkpoint=False"),
+    honour("load_best_model_at_end", False, "by metric_for_best_model"),
+    honour("metric_for_best_model", None, 'None is "loss" when a best model is asked for'),
+    honour("greater_is_better", None, "derived from the metric's name when None"),
+    honour("ignore_data_skip", False, "on resuming, starts the epoch's data again"),
+    honour("restore_callback_states_from_checkpoint", False, "on resuming"),
+    honour("push_to_hub", False, "uploads through huggingface_hub"),
+    honour("hub_token", None, "never printed"),
+    honour("hub_private_repo", None, "of the repository that is created"),
+    honour("hub_model_id", None, "the repository"),
+    _strategy("hub_strategy", "every_save", "every_save", "end", "checkpoint", "all_checkpoints"),
+    honour("hub_always_push", False, "does not wait for a push that is under way"),
+    honour("hub_revision", None, "the branch"),
+)
+
+PROCESSES = (
+    DictRule(
+        "accelerator_config",
+        None,
+        (otherwise(refused("is not a key of AcceleratorConfig", write="accelerator_config=None")),),
+        (
+            honour("use_seedable_sampler", True, "which generator orders the rows"),
+            DictRule(
+                "gradient_accumulation_kwargs",
+                None,
+                (otherwise(refused("has no effect in the Trainer", write="accelerator_config=None")),),
+                (
+                    honour("num_steps", 1, "sets gradient_accumulation_steps when that is 1"),
+                    ignore("sync_each_batch", False, _ONE_PROCESS),
+                    ignore("adjust_scheduler", True, "is not read by the Trainer's own loop"),
+                    ignore("sync_with_dataloader", True, "is not read by the Trainer's own loop"),
+                ),
+            ),
+            ignore("split_batches", False, _ONE_PROCESS),
+            ignore("dispatch_batches", None, _ONE_PROCESS),
+            ignore("even_batches", True, _ONE_PROCESS),
+            ignore("non_blocking", False, _LOADER),
+            refuse(
+                "use_configured_state",
+                False,
+                "takes over an Accelerator of torch that was made before",
+                write='accelerator_config={"use_configured_state": False}',
+            ),
+        ),
+    ),
+    refuse(
+        "parallelism_config", None, "splits the model over processes; there is one", write="parallelism_config=None"
+    ),
+    refuse("fsdp", None, "shards a torch model; memory is unified here", write="fsdp=None"),
+    cases(
+        "fsdp_config",
+        None,
+        given("only empty values, as older releases fill in", lambda value, values: _asks_nothing(value), no_op("off")),
+        otherwise(refused("shards a torch model; memory is unified here", write="fsdp_config=None")),
+    ),
+    refuse("deepspeed", None, "is a torch engine", write="deepspeed=None, and gradient_checkpointing=True for memory"),
+    refuse("debug", "", "turns on torch's overflow or TPU debugging", write='debug=""'),
+    ignore("average_tokens_across_devices", True, _ONE_PROCESS),
+    *(
+        ignore(field, default, _ONE_PROCESS)
+        for field, default in {
+            "ddp_find_unused_parameters": None,
+            "ddp_bucket_cap_mb": None,
+            "ddp_broadcast_buffers": None,
+            "ddp_static_graph": None,
+            "ddp_backend": None,
+            "ddp_timeout": 1800,
+            "local_rank": -1,
+        }.items()
+    ),
+    ignore("dataloader_num_workers", 0, _LOADER),
+    ignore("dataloader_pin_memory", True, _LOADER),
+    ignore("dataloader_persistent_workers", False, _LOADER),
+    ignore("dataloader_prefetch_factor", None, _LOADER),
+    ignore("dataloader_multiprocessing_context", None, _LOADER),
+    cases(
+        "dataloader_in_order",
+        True,
+        given(
+            "False with dataloader_num_workers > 0",
+            lambda value, values: not value and (values.get("dataloader_num_workers") or 0) > 0,
+            refused("lets the order of batches depend on timing", write="dataloader_in_order=True"),
+        ),
+        otherwise(no_op(_LOADER)),
+    ),
+)
