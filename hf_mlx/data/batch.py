@@ -1,0 +1,39 @@
+"""The batch every layer above works on: plain numpy, right-padded, labels already masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows of token ids, ready for a step.
+
+    Attributes:
+        input_ids: (B, T) int32.
+        labels: (B, T) int32, -100 where the loss does not count. Not shifted: ``labels[:, 1:]`` are the targets.
+        lengths: (B,) int32, tokens of each row before padding.
+        num_tokens: What TRL logs as ``num_tokens``: the sum of the attention mask, or T for a padding-free row.
+        segments: (B, T) int32 document number of each token, where documents must not see each other; else None.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    num_tokens: int
+    segments: np.ndarray | None = None
+
+    @property
+    def num_items(self) -> int:
+        """Targets that count, which is what HF divides the summed loss by."""
+        return int((self.labels[:, 1:] != IGNORE).sum())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        rows, columns = self.input_ids.shape
+        return rows, columns

@@ -1,0 +1,84 @@
+"""Micro-batches in HF's order, from an in-memory dataset or a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from .collate import Batch
+
+Rows = list[dict[str, Any]]
+Collate = Callable[[Rows], Batch]
+# Row indices of an epoch, counted from 0.
+Order = Callable[[int], np.ndarray]
+
+
+class RowLoader:
+    """Micro-batches of a ``datasets.Dataset``.
+
+    Args:
+        dataset: A prepared dataset.
+        batch_size: Rows in a micro-batch.
+        collate: Rows to a :class:`~hf_mlx.data.collate.Batch`.
+        order: Row indices of an epoch; None reads from first to last.
+        drop_last: Leave out a last micro-batch that is not full.
+    """
+
+    def __init__(
+        self, dataset: Any, batch_size: int, collate: Collate, *, order: Order | None = None, drop_last: bool = False
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.collate = collate
+        self.order = order
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        rows = len(self.dataset)
+        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Micro-batches of ``epoch``, without the first ``skip``."""
+        order = np.arange(len(self.dataset)) if self.order is None else self.order(epoch)
+        for batch in range(skip, len(self)):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            columns = self.dataset[chosen.tolist()]
+            rows = zip(*columns.values(), strict=True)
+            yield self.collate([dict(zip(columns, row, strict=True)) for row in rows])
+
+
+class StreamLoader:
+    """Micro-batches of an ``IterableDataset``, in the stream's own order; it has no length."""
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Collate, *, drop_last: bool = False) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.collate = collate
+        self.drop_last = drop_last
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(0)
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """Micro-batches of ``epoch``, without the first ``skip``."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        rows = islice(iter(self.dataset), skip * self.batch_size, None)
+        while chosen := list(islice(rows, self.batch_size)):
+            if len(chosen) == self.batch_size or not self.drop_last:
+                yield self.collate(chosen)
+
+
+def make_loader(
+    dataset: Any, batch_size: int, collate: Collate, *, order: Order | None = None, drop_last: bool = False
+) -> RowLoader | StreamLoader:
+    """The loader that fits ``dataset``; arguments as for :class:`RowLoader`."""
+    if hasattr(dataset, "__len__"):
+        return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last)
+    return StreamLoader(dataset, batch_size, collate, drop_last=drop_last)

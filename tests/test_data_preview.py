@@ -1,0 +1,82 @@
+"""The preview shows each row's text once, with what trains told apart."""
+
+import io
+import json
+import re
+from html import unescape
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+
+from hf_mlx.cli.main import main
+from hf_mlx.data.preview import preview
+from hf_mlx.settings.plan import DataPlan
+
+ROWS = [{"prompt": "1 < 2 é ", "completion": "yes 🤗\x1b[2J"}, {"prompt": "b ", "completion": "no"}]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def show(rows, file, **settings):
+    html = settings.pop("html", None)
+    return preview(rows, byte_tokenizer(), DataPlan(**settings), rows=1, html=html, file=file)
+
+
+def test_plain_output_brackets_what_trains():
+    out = io.StringIO()
+    prepared = show(ROWS, out)
+    assert prepared.report.describe() in out.getvalue()
+    assert "1 < 2 é [[yes 🤗␛[2J</s>]]" in out.getvalue()
+    assert "row 0: 22 tokens, 13 trained" in out.getvalue()
+    assert "row 1" not in out.getvalue()
+
+
+def test_a_terminal_gets_colours_and_no_escapes_of_the_rows(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = Terminal()
+    show(ROWS, out)
+    assert "\x1b[2m1 < 2 é \x1b[0m\x1b[1;32myes 🤗" in out.getvalue()
+    assert "\x1b[2J" not in out.getvalue()
+
+
+def test_the_page_needs_nothing_else_and_holds_the_text(tmp_path):
+    page = tmp_path / "rows.html"
+    show(ROWS, io.StringIO(), html=page)
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"https?://|<script|<link|src=", text)
+    spans = re.findall(r'<span class="([tm])" title="id \d+ at \d+">(.*?)</span>', text)
+    assert len(spans) == 22
+    assert unescape("".join(words for kind, words in spans if kind == "m")) == "1 < 2 é "
+
+
+def test_packed_documents_are_set_apart():
+    out = io.StringIO()
+    show([{"text": "one"}, {"text": "two"}], out, packing=True, max_length=16)
+    assert "next document" in out.getvalue()
+
+
+def test_the_command_shows_a_file(tmp_path, capsys):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps(row) for row in ROWS))
+    settings = tmp_path / "sft.json"
+    settings.write_text(json.dumps({"completion_only_loss": False}))
+    page = tmp_path / "rows.html"
+    words = ["preview", str(rows), "--model", str(tmp_path / "model"), "--config", str(settings), "--html", str(page)]
+    assert main([*words, "--rows", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "[[b no</s>]]" in out
+    assert page.exists()
+
+
+@pytest.mark.parametrize("missing", ["rows", "model"])
+def test_the_command_names_what_cannot_be_read(missing, tmp_path, capsys):
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"text": "x"}')
+    names = {"rows": str(tmp_path / "rows.jsonl"), "model": str(tmp_path / "model")}
+    names[missing] = str(tmp_path / "gone")
+    assert main(["preview", names["rows"], "--model", names["model"]]) == 2
+    assert "gone" in capsys.readouterr().err
