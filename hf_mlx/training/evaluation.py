@@ -1,0 +1,111 @@
+"""Loss and metrics of an evaluation set, compiled, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from ..data.collate import Batch
+from .inputs import Inputs
+from .objective import Objective
+
+# Receives the logits (B, T, V) and the labels (B, T) of one batch, as numpy arrays.
+LogitsSink = Callable[[np.ndarray, np.ndarray], None]
+
+
+@dataclass
+class EvalSums:
+    """What an evaluation measured, batch by batch.
+
+    Attributes:
+        losses: Token-mean loss of each batch.
+        tokens: Scored tokens of each batch.
+        entropies, accuracies: Token means of each batch.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    entropies: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+    def loss(self, *, finite_only: bool, batch_size: int, rows: int | None) -> float:
+        """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.
+
+        Upstream repeats each loss ``batch_size`` times and cuts the list at the number of rows.
+
+        Args:
+            finite_only: Leave NaN and infinite batches out, unless all are.
+            batch_size: ``per_device_eval_batch_size``.
+            rows: Rows of the dataset; None for a stream.
+        """
+        repeated = np.repeat(np.asarray(self.losses, np.float64), batch_size)[:rows]
+        return _mean(repeated, np.ones_like(repeated), finite_only)
+
+    def token_loss(self, *, finite_only: bool) -> float:
+        """Mean over all scored tokens."""
+        return _mean(np.asarray(self.losses, np.float64), np.asarray(self.tokens, np.float64), finite_only)
+
+
+def _mean(values: np.ndarray, weights: np.ndarray, finite_only: bool) -> float:
+    finite = np.isfinite(values)
+    if finite_only and finite.any():
+        values, weights = values[finite], weights[finite]
+    return float((values * weights).sum() / max(weights.sum(), 1))
+
+
+class Evaluator:
+    """Evaluates batches with given parameters.
+
+    Args:
+        objective: The training objective; dropout and NEFTune are off while the model is in ``eval()``.
+        compiled: False runs eagerly.
+    """
+
+    def __init__(self, objective: Objective, *, compiled: bool = True) -> None:
+        self.objective = objective
+        self._measure = mx.compile(self._sums) if compiled else self._sums
+
+    def run(
+        self,
+        params: dict[str, mx.array],
+        batches: Iterable[Batch],
+        make_inputs: Callable[[Batch], Inputs],
+        *,
+        on_batch: Callable[[], None],
+        logits_to: LogitsSink | None = None,
+    ) -> EvalSums:
+        """Evaluate all ``batches``; ``on_batch`` is called after each."""
+        model = self.objective.model
+        training = model.training
+        model.eval()
+        sums = EvalSums()
+        try:
+            for batch in batches:
+                inputs = make_inputs(batch)
+                self._add(params, inputs, sums)
+                if logits_to is not None:
+                    logits = self.objective.logits(inputs.arrays)[:, : batch.input_ids.shape[1]]
+                    logits_to(np.array(logits.astype(mx.float32)), batch.labels)
+                on_batch()
+        finally:
+            model.train(training)
+        return sums
+
+    def _add(self, params: dict[str, mx.array], inputs: Inputs, sums: EvalSums) -> None:
+        try:
+            loss, entropy, correct = self._measure(params, inputs.arrays)
+        finally:
+            self.objective.slots.bind(params)
+        mx.eval(loss, entropy, correct)
+        valid = max(inputs.valid, 1)
+        sums.losses.append(loss.item() / valid)
+        sums.tokens.append(inputs.valid)
+        sums.entropies.append(entropy.item() / valid)
+        sums.accuracies.append(correct.item() / valid)
+
+    def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+        _, sums = self.objective(params, arrays)
+        return sums.loss, sums.entropy, sums.correct

@@ -1,0 +1,54 @@
+"""The loss of a micro-batch and the metrics TRL logs beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..settings.plan import LossPlan
+
+IGNORED = -100
+
+
+class TokenSums(NamedTuple):
+    """Sums over the trained tokens of a micro-batch; each a float32 scalar."""
+
+    loss: mx.array
+    entropy: mx.array
+    correct: mx.array
+
+
+def token_sums(logits: mx.array, targets: mx.array, plan: LossPlan, *, metrics: bool = True) -> TokenSums:
+    """Cross-entropy, entropy and top-1 hits, summed over the tokens whose target is not ``-100``.
+
+    The loss is trl 1.16 ``SFTTrainer.compute_loss``: ``-log p`` for nll; ``-p.detach() * log p`` for dft
+    (DFT, https://huggingface.co/papers/2508.05629); with label smoothing, transformers 5.23
+    ``trainer_pt_utils.LabelSmoother``: ``(1-eps) * nll + eps * mean over the vocabulary of -log p``.
+
+    Args:
+        logits: (N, V), any float dtype; reduced in float32.
+        targets: (N,) int32, ``-100`` where a token does not count.
+        plan: Which loss.
+        metrics: False leaves entropy and correct at zero (they cost one more pass over the logits).
+    """
+    logits = logits.astype(mx.float32)
+    counted = targets != IGNORED
+    safe = mx.where(counted, targets, 0)
+    normaliser = mx.logsumexp(logits, axis=-1)
+    log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1) - normaliser
+    loss = -log_p
+    if plan.kind == "dft":
+        loss = loss * mx.stop_gradient(mx.exp(log_p))
+    elif plan.label_smoothing_factor:
+        eps = plan.label_smoothing_factor
+        loss = (1 - eps) * loss + eps * (normaliser - logits.mean(axis=-1))
+    zero = mx.array(0.0)
+    entropy, correct = zero, zero
+    if metrics:
+        fixed = mx.stop_gradient(logits)
+        fixed_normaliser = mx.stop_gradient(normaliser)
+        p = mx.exp(fixed - fixed_normaliser[:, None])
+        entropy = mx.where(counted, fixed_normaliser - (p * fixed).sum(axis=-1), 0.0).sum()
+        correct = mx.where(counted, mx.argmax(fixed, axis=-1) == safe, False).sum().astype(mx.float32)
+    return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct)

@@ -1,0 +1,36 @@
+"""What every schedule offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+# The Trainer always makes two parameter groups, with and without weight decay; scheduler states list both.
+GROUPS = 2
+
+
+class Schedule(ABC):
+    """The learning rate as a function of the steps done, and its state as torch keeps it.
+
+    Attributes:
+        by_metric: True if :meth:`step_metric` has to be called after each evaluation.
+    """
+
+    by_metric = False
+
+    @abstractmethod
+    def lr(self, step: int) -> float:
+        """Learning rate of the optimizer step that follows ``step`` finished ones: a double; ``lr(0)`` is the first."""
+
+    @abstractmethod
+    def step_metric(self, value: float) -> None:
+        """Take in the metric of an evaluation; a curve does not look at it."""
+
+    @abstractmethod
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The content of ``scheduler.pt`` after ``step`` optimizer steps, as torch's scheduler writes it."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict`, or torch's scheduler of the same name, returned."""

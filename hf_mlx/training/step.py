@@ -1,0 +1,190 @@
+"""One optimizer step as pure, compiled functions.
+
+A window of micro-batches accumulates token-weighted gradients; the last one also clips and updates. Nothing
+in a window waits for the device: every value that a log needs comes back as a lazy scalar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..settings.clipping import GradClip
+from .inputs import Inputs
+from .objective import Objective
+from .optim import Optimizer
+
+Arrays = dict[str, mx.array]
+
+# torch 2.13, torch.nn.utils.clip_grads_with_norm_
+CLIP_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimizer step measured. Lazy float32 scalars until read.
+
+    Attributes:
+        loss: Sum of the window's micro-losses, each already divided by its denominator.
+        grad_norm: Global L2 norm before clipping.
+        entropy, accuracy: Sums over the window of each micro-batch's token mean.
+        micro_batches: How many micro-batches the sums run over.
+    """
+
+    loss: mx.array
+    grad_norm: mx.array
+    entropy: mx.array
+    accuracy: mx.array
+    micro_batches: int
+
+
+class Step:
+    """The training step of one run; owns the trainable arrays and the optimizer's state.
+
+    Args:
+        objective: Loss of a micro-batch as a function of the parameters.
+        optimizer: The update rule.
+        clip: The clip in force.
+        seed: Root of the keys that dropout and NEFTune draw from.
+        accepts_loss_kwargs: True normalises by the tokens of the whole window; False (some HF classes) takes
+            each micro-batch's own mean, divided by the number of micro-batches.
+        compiled: False runs the same functions eagerly, for debugging.
+
+    Attributes:
+        params: Flat {MLX name: array}; replaced by each update.
+        state: The optimizer's state; replaced by each update.
+        draws: Micro-batches trained so far; with ``seed`` it is the whole random state of training.
+        traces: How many distinct shapes were traced so far.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        clip: GradClip,
+        *,
+        seed: int = 42,
+        accepts_loss_kwargs: bool = True,
+        compiled: bool = True,
+    ) -> None:
+        self.objective = objective
+        self.optimizer = optimizer
+        self.clip = clip
+        self.accepts_loss_kwargs = accepts_loss_kwargs
+        self.seed = seed % 2**32
+        self.draws = 0
+        self.traces = 0
+        self.params = objective.slots.read()
+        self.state = optimizer.init(self.params)
+        self._carry: Any = None
+        # Weights are constants of the trace, so they must be data by then, not a pending read from disk.
+        mx.eval(objective.model.parameters(), self.params, self.state)
+        wrap: Callable = mx.compile if compiled else (lambda function: function)
+        self._accumulate = wrap(self._accumulate_micro)
+        self._update = wrap(self._update_micro)
+
+    def __call__(self, window: Sequence[Inputs], step: int, lr: float) -> StepMetrics:
+        """Run one window and update the parameters.
+
+        Args:
+            window: The micro-batches of this optimizer step, at least one.
+            step: Counts from 1; enters the bias corrections.
+            lr: Learning rate of this step.
+        """
+        weights = self._weights(window)
+        hyper = {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
+        self._accumulate_all(window[:-1], weights)
+        try:
+            self.params, self.state, sums = self._update(
+                self.params, self.state, self._carry, self._keyed(window[-1]), weights[-1], hyper
+            )
+        finally:
+            # Tracing leaves placeholders in the model; put arrays back whatever happened.
+            self.objective.slots.bind(self.params)
+        self._carry = None
+        mx.async_eval(self.params, self.state, sums)
+        return StepMetrics(**sums, micro_batches=len(window))
+
+    def accumulate(self, window: Sequence[Inputs]) -> None:
+        """Add gradients without updating: what is left when a stream ends inside a window."""
+        self._accumulate_all(window, self._weights(window))
+
+    def _accumulate_all(self, window: Sequence[Inputs], weights: Sequence[Arrays]) -> None:
+        try:
+            for micro, weight in zip(window, weights, strict=False):
+                self._carry = self._accumulate(self.params, self._carry, self._keyed(micro), weight)
+                # Starts the device on this micro-batch without waiting for it.
+                mx.async_eval(self._carry)
+        finally:
+            self.objective.slots.bind(self.params)
+
+    def load(self, params: Arrays, state: Any) -> None:
+        """Replace parameters and optimizer state, e.g. by those of a checkpoint."""
+        self.params, self.state = params, state
+        self.objective.slots.bind(params)
+
+    def _weights(self, window: Sequence[Inputs]) -> list[Arrays]:
+        items = max(sum(micro.valid for micro in window), 1)
+
+        def loss_weight(micro: Inputs) -> float:
+            return 1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * len(window))
+
+        return [{"loss": mx.array(loss_weight(micro)), "metric": mx.array(1 / max(micro.valid, 1))} for micro in window]
+
+    def _keyed(self, micro: Inputs) -> Arrays:
+        key = mx.array([self.seed, self.draws], mx.uint32)
+        self.draws += 1
+        return {**micro.arrays, "key": key}
+
+    def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+        self.traces += 1  # runs only while tracing
+
+        def weighted(params: Arrays) -> tuple[mx.array, Any]:
+            loss, sums = self.objective(params, arrays)
+            return loss * weights["loss"], sums
+
+        (loss, sums), grads = mx.value_and_grad(weighted)(params)
+        metrics = {
+            "loss": loss,
+            "entropy": sums.entropy * weights["metric"],
+            "accuracy": sums.correct * weights["metric"],
+        }
+        if carry is None:
+            return grads, metrics
+        return _add(carry[0], grads), _add(carry[1], metrics)
+
+    def _update_micro(
+        self, params: Arrays, state: Any, carry: Any, arrays: Arrays, weights: Arrays, hyper: Arrays
+    ) -> tuple[Arrays, Any, Arrays]:
+        grads, metrics = self._accumulate_micro(params, carry, arrays, weights)
+        grads, scale, norm = clip_gradients(grads, self.clip)
+        params, state = self.optimizer.update(params, grads, state, hyper, scale)
+        return params, state, {**metrics, "grad_norm": norm}
+
+
+def clip_gradients(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array | None, mx.array]:
+    """Apply ``clip``.
+
+    Returns:
+        The gradients, a float32 factor still to be multiplied in (None for none; the optimizer folds it into its
+        update, so no clipped copy of the tree exists), and the global L2 norm before clipping, in float32.
+    """
+    norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in grads.values()), start=mx.array(0.0)))
+    if clip.mode == "norm":
+        return grads, mx.minimum(clip.threshold / (norm + CLIP_EPS), 1.0), norm
+    if clip.mode == "value":
+        return {k: mx.clip(g, -clip.threshold, clip.threshold) for k, g in grads.items()}, None, norm
+    return grads, None, norm
+
+
+def trainable_arrays(model: Any) -> Arrays:
+    """Flat {MLX name: array} of everything in ``model`` that is not frozen."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def _add(a: Arrays, b: Arrays) -> Arrays:
+    return {key: a[key] + b[key] for key in a}
