@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..settings.plan import LossPlan
+from .sums import blocked_sum
 
 IGNORED = -100
 
@@ -35,20 +36,21 @@ def token_sums(logits: mx.array, targets: mx.array, plan: LossPlan, *, metrics: 
     logits = logits.astype(mx.float32)
     counted = targets != IGNORED
     safe = mx.where(counted, targets, 0)
-    normaliser = mx.logsumexp(logits, axis=-1)
+    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    exponentials = mx.exp(logits - top)
+    total = blocked_sum(exponentials)
+    normaliser = mx.log(total) + top.squeeze(-1)
     log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1) - normaliser
     loss = -log_p
     if plan.kind == "dft":
         loss = loss * mx.stop_gradient(mx.exp(log_p))
     elif plan.label_smoothing_factor:
         eps = plan.label_smoothing_factor
-        loss = (1 - eps) * loss + eps * (normaliser - logits.mean(axis=-1))
-    zero = mx.array(0.0)
-    entropy, correct = zero, zero
+        loss = (1 - eps) * loss + eps * (normaliser - blocked_sum(logits) / logits.shape[-1])
+    entropy = correct = mx.array(0.0)
     if metrics:
         fixed = mx.stop_gradient(logits)
-        fixed_normaliser = mx.stop_gradient(normaliser)
-        p = mx.exp(fixed - fixed_normaliser[:, None])
-        entropy = mx.where(counted, fixed_normaliser - (p * fixed).sum(axis=-1), 0.0).sum()
+        mean_logit = blocked_sum(mx.stop_gradient(exponentials) * fixed) / mx.stop_gradient(total)
+        entropy = mx.where(counted, mx.stop_gradient(normaliser) - mean_logit, 0.0).sum()
         correct = mx.where(counted, mx.argmax(fixed, axis=-1) == safe, False).sum().astype(mx.float32)
     return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct)
