@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsFloat
 
 from ..errors import SettingError
 
@@ -77,11 +77,15 @@ def resolve_grad_clip(max_grad_norm: float | None, max_grad_value: float | None)
 
 def _checked(name: str, value: object) -> float:
     # bool is an int in Python; True as a threshold is always a mistake.
-    number = not isinstance(value, bool) and hasattr(value, "__float__") and not isinstance(value, (str, bytes))
-    if number and math.isfinite(float(value)) and float(value) >= 0:  # type: ignore[arg-type]
-        return float(value)  # type: ignore[arg-type]
+    if not isinstance(value, (bool, str, bytes)) and isinstance(value, SupportsFloat):
+        try:
+            number = float(value)
+        except (OverflowError, ValueError, TypeError):
+            number = math.nan
+        if math.isfinite(number) and number >= 0:
+            return number
     raise SettingError(
-        f"{name}={value!r}",
+        f"{name}={value!r}"[:200],
         f"{name} is a finite number >= 0, or None",
         f"write {name}=1.0 to clip, or {name}=0 to leave gradients alone",
     )
