@@ -1,0 +1,224 @@
+"""Options that mlx-lm ignores or crashes on: honoured as transformers does, or refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from architecture_checks import load_quietly, relative
+from architecture_zoo import make_ids, make_model
+from mlx.utils import tree_flatten
+
+from hf_mlx.errors import ModelError
+from hf_mlx.models.doctor import diagnose
+from hf_mlx.models.load import load_model
+from hf_mlx.settings.plan import ModelPlan, PrecisionPlan
+
+# fp32 on both sides; see test_architectures_matrix.
+TOLERANCE = 1e-4
+
+_SHORT, _LONG = [1.0 + 0.1 * i for i in range(8)], [2.0 + 0.3 * i for i in range(8)]
+_LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 5000.0, "short_factor": _SHORT, "long_factor": _LONG,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+_SLIDING = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_SHARED = ["sliding_attention", "full_attention"] * 2
+
+CHANGES = {
+    "qwen2 with windows in some layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+        24,
+    ),
+    "qwen3 with windows by layer type": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 6, "layer_types": _SLIDING},
+        24,
+    ),
+    "qwen2 whose window is off": ("qwen2", {"use_sliding_window": False, "sliding_window": 6}, 24),
+    "mistral without a window": ("mistral", {"sliding_window": None}, 24),
+    "llama with tied embeddings": ("llama", {"tie_word_embeddings": True}, 24),
+    "llama with gelu": ("llama", {"hidden_act": "gelu"}, 24),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, 24),
+    "llama with its own head width": ("llama", {"head_dim": 24}, 24),
+    "gemma2 without softcaps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, 24),
+    "gemma2 with one key-value head for each": ("gemma2", {"num_key_value_heads": 4}, 24),
+    "gemma3_text shorter than its period": ("gemma3_text", {"num_hidden_layers": 3}, 24),
+    "gemma4_text with shared keys": (
+        "gemma4_text",
+        {"num_kv_shared_layers": 2, "num_hidden_layers": 4, "layer_types": _SHARED},
+        24,
+    ),
+    "smollm3 with rope everywhere": ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, 24),
+    "granitemoehybrid, dense": ("granitemoehybrid", {"num_local_experts": 0}, 24),
+    "granitemoehybrid with rope": ("granitemoehybrid", {"position_embedding_type": "rope"}, 24),
+    "qwen3_moe with dense layers": ("qwen3_moe", {"mlp_only_layers": [1]}, 24),
+    "starcoder2 with exact gelu": ("starcoder2", {"hidden_act": "gelu"}, 24),
+    "phi3 longrope within the original context": ("phi3", {"rope_parameters": _LONGROPE}, 24),
+    "phi3 longrope beyond the original context": ("phi3", {"rope_parameters": _LONGROPE}, 40),
+    "llama3 rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            }
+        },
+        24,
+    ),
+    "linear rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}, 24),
+    "yarn": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+            },
+        },
+        24,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_option_is_honoured(name, tmp_path):
+    model_type, changes, length = CHANGES[name]
+    model, ids = make_model(model_type, **changes), make_ids(length=length)
+    model.save_pretrained(tmp_path)
+
+    loaded = load_quietly(tmp_path)
+
+    assert _difference(loaded, model, ids) < TOLERANCE
+    exported = loaded.names.export_weights(dict(tree_flatten(loaded.model.parameters())))
+    assert len(exported) + len(loaded.names.untouched) == len(loaded.names.stored)
+
+
+REFUSED = {
+    "dropout in the base": ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    "gpt2 at its defaults": ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1}, "attn_pdrop=0.1"),
+    "router noise": ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),
+    "another activation": ("qwen2", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "renormalised routing": ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+    "a rope mlx-lm leaves out": (
+        "mixtral",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
+        "rope_type='linear'",
+    ),
+    "yarn with its own attention factor": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32,
+                "attention_factor": 1.3,
+            }
+        },
+        "rope_type='yarn'",
+    ),
+    "softcap in gemma3": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+    "bias mlx-lm has no place for": ("qwen3", {"attention_bias": True}, "do not fit"),
+    "full attention out of step": (
+        "gemma3_text",
+        {"num_hidden_layers": 4, "layer_types": [*_SHARED[:2], *_SHARED[:1], "full_attention"][::-1]},
+        "layer_types=",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_option_that_cannot_be_honoured_is_refused(name, tmp_path):
+    model_type, changes, words = REFUSED[name]
+    make_model(model_type, **changes).save_pretrained(tmp_path)
+
+    with pytest.raises(ModelError) as refused:
+        load_model(tmp_path, ModelPlan())
+
+    assert words in refused.value.received
+
+
+def test_a_config_of_transformers_4_loads_the_same(tmp_path):
+    model, ids = make_model("llama"), make_ids()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "transformers_version": "4.44.0"}
+    config["torch_dtype"] = config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    assert _difference(load_quietly(tmp_path), model, ids) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_as_far_from_fp32_as_torch_is(dtype, tmp_path):
+    model, ids = make_model("gemma3_text"), make_ids()
+    model.save_pretrained(tmp_path)
+    exact = model(ids).logits.detach().numpy()
+    low = model.to(getattr(torch, dtype))(ids).logits.detach().float().numpy()
+
+    loaded = load_quietly(tmp_path, ModelPlan(precision=PrecisionPlan(dtype=dtype)))
+    ours = np.array(loaded.model(mx.array(ids.numpy())).astype(mx.float32))
+
+    assert {str(v.dtype) for _, v in tree_flatten(loaded.model.parameters())} == {f"mlx.core.{dtype}"}
+    # Rounding of a handful of layers, in another order: not more than twice torch's own.
+    assert relative(ours, exact) < 2 * relative(low, exact)
+
+
+def test_a_folder_that_mlx_lm_converted_keeps_its_names(tmp_path):
+    from mlx_lm.utils import save
+
+    model, ids = make_model("qwen3_moe"), make_ids()
+    model.save_pretrained(tmp_path / "hf")
+    loaded = load_quietly(tmp_path / "hf")
+    save(tmp_path / "mlx", tmp_path / "hf", loaded.model, _Tokenizer(), loaded.config)
+
+    converted = load_quietly(tmp_path / "mlx")
+
+    assert _difference(converted, model, ids) < TOLERANCE
+    assert converted.names.to_hf_modules("model.layers.0.mlp.switch_mlp.up_proj") == [
+        f"model.layers.0.mlp.experts.{e}.up_proj" for e in range(4)
+    ]
+
+
+def test_doctor_finds_a_right_model_right(tmp_path):
+    make_model("qwen3").save_pretrained(tmp_path)
+
+    found = diagnose(tmp_path)
+
+    assert found.ok
+    assert found.gradient_of == "model.layers.3.mlp.down_proj.weight"
+    assert "computes what transformers computes" in str(found)
+
+
+def test_doctor_finds_a_wrong_model_wrong(tmp_path, monkeypatch):
+    make_model("qwen3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    read = load_model
+
+    def misread(folder, plan):
+        loaded = read(folder, plan)
+        for block in loaded.model.layers:
+            block.input_layernorm.eps = 0.5
+        return loaded
+
+    monkeypatch.setattr("hf_mlx.models.doctor.load_model", misread)
+    found = diagnose(tmp_path)
+
+    assert config["model_type"] == found.model_type
+    assert not found.ok
+    assert "WRONG" in str(found)
+
+
+def _difference(loaded, model, ids) -> float:
+    with torch.no_grad():
+        theirs = model(ids, use_cache=False).logits.numpy()
+    return relative(np.array(loaded.model(mx.array(ids.numpy()))), theirs)
+
+
+class _Tokenizer:
+    """mlx_lm.utils.save wants something that saves itself."""
+
+    def save_pretrained(self, folder) -> None:
+        """Nothing to save."""

@@ -1,0 +1,148 @@
+"""The three states of a model type: verified, known wrong (refused), and everything else (warned about once)."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ModelError
+from .layouts import Rename, Step
+from .weights import Checkpoint
+
+State = Literal["verified", "unknown"]
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known about one model type.
+
+    Attributes:
+        state: ``"verified"`` when compat_tests compare its logits and gradients with torch.
+        packs: Whether rows may be packed: attention takes its mask from the cache, and only relative
+            positions count.
+    """
+
+    state: State
+    packs: bool = False
+
+
+_PACKS = """
+    afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 exaone_moe gemma gemma2 gemma3
+    gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gptj granite granitemoe helium
+    internlm3 iquestcoder laguna llama mellum mimo_v2_flash minimax_m2 ministral3 mistral mixtral nemotron olmo2
+    olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+"""
+# Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
+_ALONE = """
+    deepseek_v32 falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba kimi_linear
+    lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_next
+"""
+VERIFIED: dict[str, Architecture] = {
+    **{name: Architecture("verified", packs=True) for name in _PACKS.split()},
+    **{name: Architecture("verified") for name in _ALONE.split()},
+}
+
+# Endings of parameter paths that transformers holds as buffers: router corrections, xIELU's constants, Gemma 4's scale.
+BUFFERS = (".e_score_correction_bias", ".expert_bias", ".layer_scalar", ".act_fn.beta", ".act_fn.eps")
+
+# model type → why it is refused.
+KNOWN_WRONG: dict[str, str] = {
+    "bitnet": "mlx-lm's ternary layers are for inference; training them has not been compared with transformers",
+    "dbrx": "mlx-lm reads the routing back on the host, which a compiled training step cannot do",
+    "ernie4_5_moe": "its logits differ from transformers' by a tenth of the largest; the cause has not been found",
+    "falcon_h1": "mlx-lm folds the muP multipliers into the weights, so an adapter would mean something else in PEFT",
+    "gpt_oss": "mlx-lm computes another yarn rotary embedding than transformers (truncate=False)",
+    "minicpm3": "its logits differ from transformers' by as much as the logits themselves",
+    "minimax": "mlx-lm's module of this name is MiniMax-M2 and cannot be built from a MiniMax config",
+    "phimoe": "transformers samples the experts in training mode (SparseMixer), mlx-lm takes the best ones",
+    "recurrent_gemma": "its logits differ from transformers' by a hundredth of the largest",
+    "olmo": "mlx-lm's module ends the Python process on import where an optional library is missing",
+}
+
+# Text-only types that mlx-lm builds as part of the multimodal one.
+_TEXT_ONLY = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+
+# accepts_loss_kwargs = False on the class, transformers 5.23.
+_NO_LOSS_KWARGS = """
+    Gemma3nForConditionalGeneration Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration
+    Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration
+    Qwen3VLMoeForConditionalGeneration Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration
+    Ernie4_5_VLMoeForConditionalGeneration Glm46VForConditionalGeneration Glm4vForConditionalGeneration
+    Glm4vMoeForConditionalGeneration GlmOcrForConditionalGeneration Exaone4_5_ForConditionalGeneration
+"""
+
+
+def look_up(config: Config, folder: Path) -> Architecture:
+    """Gives the architecture of a config, or says why it is refused.
+
+    Raises:
+        ModelError: Known to compute something else than transformers, has its own model code, or
+            is not a model type that mlx-lm has.
+    """
+    model_type = config["model_type"]
+    if "auto_map" in config and model_type not in VERIFIED:
+        _refuse_code(config, folder)
+    if model_type in KNOWN_WRONG:
+        raise ModelError(
+            f"{folder}: model type {model_type!r}: {KNOWN_WRONG[model_type]}",
+            "a model type whose MLX code equals transformers'",
+            "train it with trl.SFTTrainer; docs/architectures.md lists the types that train here",
+        )
+    if "model_file" in config:
+        _refuse_code(config, folder)
+    if model_type in VERIFIED:
+        return VERIFIED[model_type]
+    if not _in_mlx_lm(model_type):
+        raise ModelError(
+            f"{folder}: unknown model type {model_type!r}",
+            "a model type that mlx-lm implements",
+            "docs/architectures.md lists the types that train here; for this one use trl.SFTTrainer",
+        )
+    return Architecture("unknown")
+
+
+def can_pack(model_type: str) -> bool:
+    """Whether rows of this model type may be packed into one sequence."""
+    return model_type in VERIFIED and VERIFIED[model_type].packs
+
+
+def accepts_loss_kwargs(config: Config) -> bool:
+    """``Trainer.model_accepts_loss_kwargs`` of the class that trl builds (``config.architectures[0]``)."""
+    architectures = config.get("architectures") or [""]
+    return architectures[0] not in _NO_LOSS_KWARGS.split()
+
+
+def steps_for(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    """The HF → MLX steps of a model type; none where names and layouts are the same."""
+    from .conversions import CONVERSIONS
+
+    build = CONVERSIONS.get(config["model_type"])
+    return build(config, checkpoint) if build else ()
+
+
+def module_renames(model_type: str) -> tuple[Rename, ...]:
+    """Renames from checkpoint names to the module paths of the live HF model."""
+    from .conversions import MODULES
+
+    return MODULES.get(model_type, ())
+
+
+def _in_mlx_lm(model_type: str) -> bool:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    model_type = _TEXT_ONLY.get(model_type, model_type)
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    return name.isidentifier() and importlib.util.find_spec(f"mlx_lm.models.{name}") is not None
+
+
+def _refuse_code(config: Config, folder: Path) -> None:
+    raise ModelError(
+        f"{folder}: model type {config['model_type']!r} comes with its own Python code "
+        f"({config.get('model_file') or 'auto_map'})",
+        "a model type that mlx-lm implements; code from a checkpoint is never run",
+        "train it with trl.SFTTrainer(…, trust_remote_code=True); docs/architectures.md lists what trains here",
+    )

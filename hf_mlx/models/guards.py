@@ -1,0 +1,82 @@
+"""Options that a config switches on and mlx-lm would not compute: refused by name, never dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError
+from .activations import check_activation
+
+Config = dict[str, Any]
+
+# mlx-lm code that builds a plain rotary embedding whatever rope_scaling says.
+_ROPE_PLAIN = """
+    cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
+    phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe
+"""
+# Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
+_ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
+# Base-model dropout, which trl's trainer leaves active in training mode and mlx-lm has no code for.
+_DROPOUTS = (
+    "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
+    "embedding_dropout", "dropout", "attn_dropout", "ffn_dropout_rate", "activation_dropout", "emb_dropout_prob",
+)  # fmt: skip
+_NOISES = ("router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
+# (model type, key) → the values mlx-lm's code computes; another value is refused.
+_FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("gemma3_text", "attn_logit_softcapping"): (None,),
+    ("gemma3_text", "final_logit_softcapping"): (None,),
+    ("gemma3_text", "use_bidirectional_attention"): (None, False),
+    ("qwen2_moe", "norm_topk_prob"): (None, False),
+}
+_HANDLED_QUANTIZERS = ("mxfp4", "mxfp8", "fp8", "compressed-tensors", "modelopt", "awq", "gptq")
+
+
+def check_config(config: Config, folder: Path) -> None:
+    """Raises for every option in ``config`` that training on MLX would not honour.
+
+    Raises:
+        ModelError: Names the key, its value, and what to do.
+    """
+    nested = config.get("text_config")
+    text: Config = nested if isinstance(nested, dict) else config
+    check_activation(config["model_type"], text, folder)
+    _check_rope(config["model_type"], text, folder)
+    _check_quantizer(config, folder)
+    for key in (*_DROPOUTS, *_NOISES):
+        value = text.get(key)
+        if isinstance(value, int | float) and value > 0:
+            raise _option(folder, key, value, f'set "{key}": 0.0 in config.json (dropout: LoraConfig(lora_dropout=…))')
+    for (model_type, key), allowed in _FIXED.items():
+        if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
+            raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
+
+
+def _check_rope(model_type: str, config: Config, folder: Path) -> None:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
+        kind = entry.get("rope_type", entry.get("type", "default"))
+        known = kind in _ROPE_KNOWN and not (kind != "default" and model_type in _ROPE_PLAIN.split())
+        exact = kind != "yarn" or (entry.get("truncate", True) and entry.get("attention_factor") is None)
+        if not known or not exact:
+            raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
+
+
+def _check_quantizer(config: Config, folder: Path) -> None:
+    quantizer = config.get("quantization_config")
+    if not isinstance(quantizer, dict) or config.get("quantization"):
+        return
+    method = quantizer.get("quant_method")
+    if method not in _HANDLED_QUANTIZERS:
+        raise ModelError(
+            f"{folder}: weights quantised by {method!r}",
+            "floating-point weights, or a quantisation MLX reads",
+            "pass the unquantised base and quantization_config=BitsAndBytesConfig(load_in_4bit=True): "
+            "it is quantised here on loading",
+        )
+
+
+def _option(folder: Path, key: str, value: object, remedy: str) -> ModelError:
+    return ModelError(f"{folder}: config.json has {key}={value!r}", "an option that mlx-lm computes", remedy)

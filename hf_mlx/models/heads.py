@@ -1,0 +1,166 @@
+"""A causal LM in two parts, hidden states and vocabulary projection, so that a loss need not hold all logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .load import LoadedModel
+
+Backbone = Callable[..., mx.array]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The vocabulary projection of a model; logits = softcap(scale(hidden @ weight.T + bias)).
+
+    Attributes:
+        path: Module path of the projection: the head, or the input embedding where tied.
+        tied: Whether ``path`` is the input embedding.
+        multiplier: Logits are multiplied by it (Cohere's logit_scale), or None.
+        divisor: Logits are divided by it (Granite's logits_scaling), or None.
+        softcap: Logits become ``tanh(x / softcap) * softcap`` (Gemma 2), or None.
+    """
+
+    path: str
+    tied: bool
+    multiplier: float | None = None
+    divisor: float | None = None
+    softcap: float | None = None
+
+    def module(self, model: nn.Module) -> Any:
+        """The module that projects: Linear or Embedding, possibly quantised or wrapped by an adapter."""
+        return module_at(model, self.path)
+
+    def project(self, model: nn.Module, hidden: mx.array) -> mx.array:
+        """Raw logits (…, V) of hidden states (…, H), before :meth:`finish`."""
+        module = self.module(model)
+        return module.as_linear(hidden) if self.tied else module(hidden)
+
+    def finish(self, logits: mx.array) -> mx.array:
+        """Scale and softcap, in the order of the model's own code."""
+        if self.multiplier is not None:
+            logits = logits * self.multiplier
+        if self.divisor is not None:
+            logits = logits / self.divisor
+        if self.softcap is not None:
+            logits = mx.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def __call__(self, model: nn.Module, hidden: mx.array) -> mx.array:
+        """Logits (…, V), equal bit for bit to the model's own."""
+        return self.finish(self.project(model, hidden))
+
+
+def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
+    """Splits a model, or gives None where its code does not divide there.
+
+    Returns:
+        ``backbone(model, input_ids, cache=None, input_embeddings=None)`` → hidden (B, T, H), and the head.
+        Neither holds the model, so both may be used inside ``mx.compile`` and after adapters were attached.
+    """
+    prefix, inner = _inner(loaded.model)
+    wrapper = module_at(loaded.model, prefix)
+    if inner is None:
+        return None
+    if "lm_head" in wrapper and not _ties(wrapper):
+        head_path, tied = "lm_head", False
+    else:
+        embedding = _embedding(wrapper[inner])
+        if embedding is None:
+            return None
+        head_path, tied = f"{inner}.{embedding}", True
+    extras = _extras(loaded.model_type, wrapper)
+    if extras is None:
+        return None
+    head = Head(_join(prefix, head_path), tied, **extras)
+    path = _join(prefix, inner)
+
+    def backbone(
+        model: nn.Module, input_ids: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        module = module_at(model, path)
+        if input_embeddings is None:
+            return module(input_ids, cache)
+        return module(input_ids, cache, input_embeddings)
+
+    return backbone, head
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The transformer blocks of an mlx-lm model, first to last."""
+    return model.layers
+
+
+def embedding_path(model: nn.Module) -> str:
+    """Module path of the input embedding."""
+    prefix, inner = _inner(model)
+    root = module_at(model, prefix)
+    name = _embedding(root[inner]) if inner else None
+    if inner is None or name is None:
+        raise TypeError(f"{type(model).__name__} has no input embedding where mlx-lm models keep it")
+    return _join(_join(prefix, inner), name)
+
+
+def embed(model: nn.Module, input_ids: mx.array) -> mx.array:
+    """The input embedding (B, T, H) of ids, before any scale the model applies to it."""
+    return module_at(model, embedding_path(model))(input_ids)
+
+
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module at a dotted path; the model itself for an empty one."""
+    node: Any = model
+    for part in path.split(".") if path else ():
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)
+
+
+def _inner(model: nn.Module) -> tuple[str, str | None]:
+    prefix = "language_model" if "language_model" in model else ""
+    root = module_at(model, prefix)
+    return prefix, next((n for n in ("model", "transformer", "backbone") if n in root), None)
+
+
+def _embedding(inner: nn.Module) -> str | None:
+    names = ("embed_tokens", "wte", "embeddings", "tok_embeddings", "word_embeddings", "embed_in")
+    return next((n for n in names if n in inner), None)
+
+
+def _ties(wrapper: nn.Module) -> bool:
+    args = getattr(wrapper, "args", None)
+    # A tied model may still own an unused head (Helium).
+    return bool(getattr(wrapper, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)))
+
+
+def _extras(model_type: str, wrapper: nn.Module) -> dict[str, float] | None:
+    """What the model's own code does to the logits; None where it does something else to hidden states first."""
+    if model_type in _OPAQUE:
+        return None
+    key = _SCALED.get(model_type)
+    if key is None:
+        return {}
+    field, read = key
+    value = read(wrapper)
+    return {} if value is None else {field: value}
+
+
+_SCALED: dict[str, tuple[str, Callable[[Any], float | None]]] = {
+    "cohere": ("multiplier", lambda m: m.args.logit_scale),
+    "cohere2": ("multiplier", lambda m: m.args.logit_scale),
+    "granite": ("divisor", lambda m: m.logits_scaling),
+    "granitemoe": ("divisor", lambda m: m.logits_scaling),
+    "granitemoehybrid": ("divisor", lambda m: m.logits_scaling),
+    "gemma2": ("softcap", lambda m: m.final_logit_softcapping),
+    "gemma4": ("softcap", lambda m: m.final_logit_softcapping),
+    "gemma4_text": ("softcap", lambda m: m.final_logit_softcapping),
+}
+# Heads that do more than project, scale and cap; their logits are computed in full.
+_OPAQUE = frozenset({"gpt_neox", "minicpm3", "falcon_h1", "recurrent_gemma", "laguna"})

@@ -1,0 +1,198 @@
+"""From a folder or hub id to a model that computes what transformers computes, or to a named error."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from ..errors import ModelError
+from ..settings.plan import ModelPlan
+from .architectures import BUFFERS, State, accepts_loss_kwargs, look_up, module_renames, steps_for
+from .config import Config, interpret, normalise, read_config
+from .guards import check_config
+from .names import NameMap
+from .overrides import adapt, model_classes
+from .quantize import quantize_base
+from .source import resolve_folder
+from .weights import Checkpoint, inspect_checkpoint
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to train, and what is known about it.
+
+    Attributes:
+        model: mlx-lm module in eval mode; floating parameters in ``plan.precision.dtype``.
+        config: ``config.json`` as it was written.
+        path: The folder it was read from.
+        model_type: HF model type.
+        names: Names and layouts, MLX ↔ HF.
+        state: ``"verified"`` (compared with torch by the tests) or ``"unknown"``.
+        accepts_loss_kwargs: Whether HF's class divides the loss by the tokens of the whole window.
+        buffers: Parameter paths that transformers holds as buffers: never to be trained.
+        notes: What is done another way than upstream, one line each, to be said once.
+    """
+
+    model: nn.Module
+    config: Config
+    path: Path
+    model_type: str
+    names: NameMap
+    state: State
+    accepts_loss_kwargs: bool
+    buffers: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def freeze_buffers(self) -> None:
+        """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
+        for path in self.buffers:
+            owner, _, key = path.rpartition(".")
+            _module_at(self.model, owner).freeze(recurse=False, keys=key)
+
+
+def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
+    """Loads a model that ``save_pretrained`` wrote, or that mlx-lm converted.
+
+    Args:
+        path_or_id: Local folder, or a hub id.
+        plan: Revision, dtype and quantisation.
+
+    Raises:
+        ModelError: A folder, config, weight file or architecture that would not load right.
+    """
+    folder = resolve_folder(path_or_id, plan)
+    return assemble(folder, read_config(folder), lambda: (inspect_checkpoint(folder), None), plan)
+
+
+def assemble(
+    folder: Path, config: Config, read: Callable[[], tuple[Checkpoint, dict[str, mx.array] | None]], plan: ModelPlan
+) -> LoadedModel:
+    """The stages of loading, wherever the weights come from.
+
+    Args:
+        folder: Where the model came from.
+        config: ``config.json`` as written.
+        read: Called once the config is accepted; gives what is stored, and the weights under their stored names
+            or None to have mlx-lm map the files of ``folder``.
+        plan: dtype (``"auto"`` keeps each tensor's own) and quantisation.
+
+    Raises:
+        ModelError: As for :func:`load_model`.
+    """
+    model_type = config["model_type"]
+    architecture = look_up(config, folder)
+    full = interpret(config)
+    check_config(full, folder)
+    checkpoint, weights = read()
+    steps = steps_for(full, checkpoint)
+    # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
+    converts = checkpoint.layout == "hf" and not config.get("quantization_config")
+    model = _build(folder, full, steps if converts else None, weights)
+    adapt(model, full, converts)
+    _cast(model, plan.precision.dtype)
+    notes = quantize_base(model, plan, config)
+    model.eval()
+    mx.eval(model.parameters())
+    params: Any = tree_flatten(model.parameters())
+    shapes = {k: tuple(v.shape) for k, v in params}
+    names = NameMap(steps, module_renames(model_type), shapes, checkpoint)
+    if architecture.state == "unknown":
+        warnings.warn(
+            f"model type {model_type!r} has not been compared with transformers here. Before training, run: "
+            f"hf-mlx doctor {folder}",
+            stacklevel=2,
+        )
+    buffers = tuple(k for k, _ in params if k.endswith(BUFFERS))
+    loaded = LoadedModel(
+        model, config, folder, model_type, names, architecture.state, accepts_loss_kwargs(config), buffers, notes
+    )
+    loaded.freeze_buffers()
+    return loaded
+
+
+def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str, mx.array] | None = None) -> nn.Module:
+    """Builds through mlx-lm's loader, or from ``weights``; ``steps`` None leaves them to mlx-lm's own ``sanitize``."""
+    from mlx_lm.utils import load_model as load_mlx
+
+    flat = normalise(config)
+
+    def classes(config: Config) -> tuple[Any, Any]:
+        base, args = model_classes(flat["model_type"]) or _mlx_classes(flat["model_type"])
+        return (base if steps is None else _with_layout(base, steps, flat)), args
+
+    try:
+        if weights is None:
+            model, _ = load_mlx(folder, lazy=True, model_config=flat, get_model_classes=classes)
+        else:
+            model_class, args = classes(flat)
+            model = model_class(args.from_dict(flat))
+            model.load_weights(list(model.sanitize(weights).items()))
+    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+        raise ModelError(
+            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({type(error).__name__}: {error})",
+            "a config.json with every key of its model type",
+            "save the model again with transformers 5: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(folder)",
+        ) from error
+    except (ValueError, IndexError) as error:
+        raise _mismatch(folder, config, error) from error
+    return model
+
+
+def _mlx_classes(model_type: str) -> tuple[type[nn.Module], type]:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
+    return module.Model, module.ModelArgs
+
+
+def _with_layout(base: type[Any], steps: tuple, config: Config) -> type[nn.Module]:
+    """A subclass whose ``sanitize`` is our reversible steps, so that what is loaded can be written back."""
+    tied = config.get("tie_word_embeddings", False)
+
+    class Model(base):
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            # Tied checkpoints of older libraries still store the head; precomputed rotary tables are not weights.
+            weights = {
+                k: v
+                for k, v in weights.items()
+                if not k.endswith("rotary_emb.inv_freq") and not (tied and k.endswith("lm_head.weight"))
+            }
+            for step in steps:
+                weights = step.load(weights)
+            return super().sanitize(weights) if hasattr(base, "sanitize") else weights
+
+    Model.__qualname__ = base.__qualname__
+    return Model
+
+
+def _cast(model: nn.Module, dtype: str) -> None:
+    if dtype == "auto":
+        return
+    target = getattr(mx, dtype)
+    model.update(tree_map(lambda x: x.astype(target) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
+
+
+def _module_at(model: nn.Module, path: str) -> Any:
+    node: Any = model
+    for part in path.split(".") if path else ():
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return node
+
+
+def _mismatch(folder: Path, config: Config, error: Exception) -> ModelError:
+    text = " ".join(str(error).split())
+    return ModelError(
+        f"{folder}: the weights do not fit a {config['model_type']!r} of this config: {text[:400]}",
+        "exactly the tensors, with the shapes, that config.json describes",
+        "config.json and the weights come from different models, or use an option mlx-lm lacks: save both together "
+        "with model.save_pretrained(folder)",
+    )

@@ -1,0 +1,61 @@
+"""Packed rows: the mask of separate examples, handed in through mlx-lm's ``cache`` argument.
+
+mlx-lm asks its cache for the mask and for the keys and values. A cache that answers with a
+block-diagonal mask and passes keys and values through is therefore the whole of packing; no
+model code changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+
+class SegmentCache:
+    """A cache that holds nothing: positions start at 0, attention stays within a segment.
+
+    Args:
+        segments: Integer ids, shape (B, T); tokens attend to earlier tokens with the same id in their row.
+    """
+
+    offset = 0
+
+    def __init__(self, segments: mx.array) -> None:
+        self.segments = segments
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """The boolean mask (B, 1, T, T): causal, within a segment, and within ``window_size`` tokens if given."""
+        positions = mx.arange(N)
+        behind = positions[:, None] - positions[None, :]
+        mask = behind >= 0
+        if window_size is not None:
+            mask = mask & (behind < window_size)
+        same = self.segments[:, :, None] == self.segments[:, None, :]
+        return (same & mask)[:, None]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values as they are."""
+        return keys, values
+
+    @property
+    def state(self) -> list:
+        """Nothing to keep."""
+        return []
+
+
+def packed_cache(model: Any, segments: mx.array) -> list[SegmentCache]:
+    """A cache for ``model(input_ids, cache=…)`` that keeps packed examples apart.
+
+    Args:
+        model: A model whose type :func:`hf_mlx.models.architectures.can_pack` accepts.
+        segments: Segment ids (B, T), one for each token; may be traced by ``mx.compile``. Padding gets an
+            id of its own, so that no row of the mask is empty.
+
+    Returns:
+        One entry for each layer, all of them the same object.
+
+    Example:
+        >>> logits = model(input_ids, cache=packed_cache(model, segments))
+    """
+    return [SegmentCache(segments)] * len(model.layers)

@@ -1,0 +1,66 @@
+"""Which override belongs to which model type. Override modules are imported only when their type is loaded."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from . import norms, rope, windows
+
+Config = dict[str, Any]
+
+# model type → "module:function"; called as function(model, config) after loading.
+_INSTANCES = {
+    "gemma": "activations:use_configured",
+    "starcoder2": "activations:use_configured",
+    "gpt_bigcode": "activations:use_configured",
+    "gpt_neox": "activations:use_configured",
+    "llama": "activations:use_configured",
+    "mistral": "activations:use_configured",
+    "glm": "rope:rotate_part",
+    "mamba2": "norms:group_gated_norms",
+    "granitemoehybrid": "norms:group_gated_norms",
+    "glm4_moe_lite": "norms:use_default_latent_epsilon",
+    "longcat_flash": "norms:use_default_latent_epsilon",
+    "llama4": "norms:norm_queries_with_configured_epsilon",
+    "llama4_text": "norms:norm_queries_with_configured_epsilon",
+    "jamba": "experts:keep_router_weights",
+    "gemma2": "gemma:attend_with_softcap",
+    "gemma3_text": "gemma:scale_embeddings_exactly",
+    "gemma3": "gemma:scale_embeddings_exactly",
+}
+
+# Types whose RMSNorm is x·(1 + w) in transformers, while mlx-lm folds the 1 into the weight on loading.
+_ZERO_CENTRED = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
+
+# model type → "module:function"; called as function() and returns (Model, ModelArgs).
+_CLASSES: dict[str, str] = {}
+
+
+def model_classes(model_type: str) -> tuple[type[Any], type] | None:
+    """The (Model, ModelArgs) that replace mlx-lm's for this type, or None."""
+    target = _CLASSES.get(model_type)
+    return _resolve(target)() if target else None
+
+
+def adapt(model: Any, config: Config, converted: bool) -> None:
+    """Changes a loaded model in place so that it computes what transformers computes.
+
+    Args:
+        model: The mlx-lm model.
+        config: The HF config as transformers reads it.
+        converted: Whether the weights lie under our own layout steps (an unquantised HF checkpoint), which
+            keep zero-centred norm weights as they are; mlx-lm's own conversion adds 1.
+    """
+    windows.apply(model, config)
+    rope.apply(model, config)
+    target = _INSTANCES.get(config["model_type"])
+    if target:
+        _resolve(target)(model, config)
+    if converted and config["model_type"] in _ZERO_CENTRED:
+        norms.centre_at_zero(model)
+
+
+def _resolve(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)

@@ -1,0 +1,82 @@
+"""longrope as transformers computes it: short factors up to the original context, long ones beyond."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Config = dict[str, Any]
+
+
+class LongRope(nn.Module):
+    """Rotary embedding with per-frequency factors chosen by the length of the sequence.
+
+    Source: transformers 5.23 ``modeling_rope_utils._compute_longrope_parameters`` and
+    ``longrope_frequency_update``. mlx-lm 0.32 ``SuScaledRoPE`` always takes the long factors.
+
+    Args:
+        dims: Rotated features.
+        base: rope_theta.
+        short, long: One factor for each frequency, ``dims / 2`` of them.
+        original: original_max_position_embeddings, in tokens.
+        scale: Attention factor; multiplies queries and keys.
+    """
+
+    def __init__(self, dims: int, base: float, short: list, long: list, original: int, scale: float) -> None:
+        super().__init__()
+        freqs = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+        # Underscored: mlx keeps such arrays out of parameters().
+        self._short = mx.array(short, dtype=mx.float32) * freqs
+        self._long = mx.array(long, dtype=mx.float32) * freqs
+        self.dims, self.original, self.scale = dims, original, scale
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        freqs = self._long if x.shape[-2] + offset > self.original else self._short
+        if self.scale != 1.0:
+            head = x[..., : self.dims] * self.scale
+            x = mx.concatenate([head, x[..., self.dims :]], axis=-1) if self.dims < x.shape[-1] else head
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
+def apply(model: Any, config: Config) -> None:
+    """Replaces mlx-lm's longrope modules, in every block that has one."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
+        return
+    original = (
+        rope.get("original_max_position_embeddings")
+        or config.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    )
+    for block in model.layers:
+        dims = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        dims = int(dims * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
+        block.self_attn.rope = LongRope(
+            dims,
+            rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
+            rope["short_factor"],
+            rope["long_factor"],
+            original,
+            _attention_factor(rope, config["max_position_embeddings"] / original, original),
+        )
+
+
+def _attention_factor(rope: Config, ratio: float, original: int) -> float:
+    factor = rope.get("factor") or ratio
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+
+
+def rotate_part(model: Any, config: Config) -> None:
+    """GLM: only the first ``head_dim · partial_rotary_factor`` features turn, in pairs.
+
+    Source: transformers 5.23 ``modeling_glm.apply_rotary_pos_emb``; mlx-lm turns all of them.
+    """
+    rope = config.get("rope_parameters") or {}
+    dims = int(config["head_dim"] * rope.get("partial_rotary_factor", 0.5))
+    for block in model.layers:
+        block.self_attn.rope = nn.RoPE(dims, traditional=True, base=rope["rope_theta"])

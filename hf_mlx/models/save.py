@@ -1,0 +1,61 @@
+"""Writing a whole model as a folder that ``AutoModelForCausalLM.from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from .load import LoadedModel
+
+WEIGHTS = "model.safetensors"
+_DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
+
+
+def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx.array] | None = None) -> None:
+    """Write weights under HF names and layouts, config.json and generation_config.json.
+
+    Each file is complete before it takes its name, the weights last, so that a folder with weights is whole.
+
+    Args:
+        loaded: The model.
+        folder: Where to write; created if needed.
+        params: Flat {MLX name: array}; None takes what is in the model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    params = dict(tree_flatten(loaded.model.parameters())) if params is None else params
+    weights = loaded.names.export_weights(params)
+    # A pending read of the very file that is replaced below would read the new bytes.
+    mx.eval(weights)
+    config = _config(loaded, weights)
+    _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+    source = loaded.path / "generation_config.json"
+    if source.exists() and source.resolve() != (folder / source.name).resolve():
+        _replace(folder / source.name, lambda path: shutil.copyfile(source, path))
+    _replace(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}))
+
+
+def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, Any]:
+    config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config", "torch_dtype")}
+    dtypes = {value.dtype for value in weights.values() if mx.issubdtype(value.dtype, mx.floating)}
+    if len(dtypes) == 1:
+        config["dtype"] = _DTYPES[dtypes.pop()]
+    return config
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
