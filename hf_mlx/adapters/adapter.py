@@ -1,0 +1,87 @@
+"""A LoRA adapter on a loaded model: what it trains and what PEFT calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..settings.plan import LoraPlan
+from .blueprint import Blueprint
+from .order import order_key
+from .targets import Target
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
+
+PREFIX = "base_model.model."
+
+# MLX leaf → PEFT leaf, in the order in which PEFT registers them below the adapted module.
+PEFT_LEAVES = {
+    "base_layer.weight": "base_layer.weight",
+    "base_layer.bias": "base_layer.bias",
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "lora_B_bias": "lora_B.bias",
+    "lora_embedding_A": "lora_embedding_A",
+    "lora_embedding_B": "lora_embedding_B",
+    "lora_magnitude_vector": "lora_magnitude_vector",
+}
+_RANKS = {leaf: rank for rank, leaf in enumerate([*PEFT_LEAVES, "weight", "bias"])}
+
+
+def split_parameter(path: str) -> tuple[str, str]:
+    """An MLX parameter path as (module path, leaf); ``base_layer`` belongs to the leaf."""
+    module, _, leaf = path.rpartition(".")
+    if module.endswith(".base_layer"):
+        return module.removesuffix(".base_layer"), f"base_layer.{leaf}"
+    return module, leaf
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA layers attached to a model, which they changed in place.
+
+    Attributes:
+        plan: The LoraConfig as plain values.
+        loaded: The model, its config and its names.
+        blueprint: Which modules are adapted, trained in full or trained in their bias.
+        conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
+    """
+
+    plan: LoraPlan
+    loaded: LoadedModel
+    blueprint: Blueprint
+    conv1d: bool = False
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The adapted modules, in HF order."""
+        return self.blueprint.targets
+
+    def trainable(self) -> dict[str, mx.array]:
+        """Trainable arrays by flat MLX path, in the order of PEFT's ``named_parameters()``."""
+        flat = dict(tree_flatten(self.loaded.model.trainable_parameters()))
+        paths = {name: self._hf_module(split_parameter(name)[0]) for name in flat}
+        key = order_key(self.loaded.model_type, (site.hf_path for site in self.blueprint.sites))
+
+        def position(name: str) -> tuple:
+            return key(paths[name]), _RANKS.get(split_parameter(name)[1], len(_RANKS))
+
+        return {name: flat[name] for name in sorted(flat, key=position)}
+
+    def hf_name(self, mlx_param: str) -> str:
+        """The PEFT key of one trainable parameter.
+
+        Stacked experts are one array here and one tensor an expert in PEFT: ``experts.*.`` stands for all.
+        """
+        module, leaf = split_parameter(mlx_param)
+        path = self._hf_module(module)
+        if any(t.kind == "experts" and t.mlx_path == module for t in self.targets):
+            path = path.replace(".experts.0.", ".experts.*.")
+        return f"{PREFIX}{path}.{PEFT_LEAVES.get(leaf, leaf)}"
+
+    def _hf_module(self, mlx_path: str) -> str:
+        return self.loaded.names.to_hf_modules(mlx_path)[0]

@@ -1,0 +1,98 @@
+"""Put a LoraConfig onto a loaded model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from ..settings.plan import LoraPlan
+from .adapter import Adapter
+from .blueprint import Blueprint, draw_blueprint
+from .defaults import CONV1D_TYPES
+from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .start import LoRALayer, start_as_mlx_lm, start_as_peft
+from .targets import Target
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
+
+
+def attach(
+    loaded: LoadedModel,
+    plan: LoraPlan,
+    *,
+    seed: int,
+    compute_dtype: mx.Dtype = mx.float32,
+    last_n_layers: int | None = None,
+    start: Literal["peft", "mlx_lm"] = "peft",
+) -> Adapter:
+    """Freeze the model and give it trainable LoRA layers, in place.
+
+    Args:
+        loaded: The model to adapt.
+        plan: What to adapt and how.
+        seed: The run's seed; the first values are those of PEFT after ``transformers.set_seed(seed)``.
+        compute_dtype: Dtype of the low-rank products: the autocast dtype, or fp32 without autocast.
+        last_n_layers: Adapt only this many decoder blocks, counted from the end.
+        start: ``"peft"``, or ``"mlx_lm"`` for the values mlx-lm's own tuner starts from.
+
+    Returns:
+        The adapter. The model computes exactly what it did before, until it is trained
+        (unless ``init_lora_weights=False`` asks for random values).
+
+    Raises:
+        AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
+    """
+    blueprint = draw_blueprint(loaded, plan, last_n_layers)
+    layers = install_layers(loaded, plan, blueprint, compute_dtype)
+    if start == "mlx_lm":
+        start_as_mlx_lm(loaded.model, layers, last_n_layers, seed)
+    else:
+        start_as_peft(layers.values(), plan, seed)
+    return make_adapter(loaded, plan, blueprint)
+
+
+def install_layers(
+    loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint, compute_dtype: mx.Dtype
+) -> dict[str, LoRALayer]:
+    """Freeze the model, replace the targets by LoRA layers of zeros and unfreeze what is trained in full.
+
+    Returns:
+        MLX path to new layer, in HF order.
+    """
+    modules = {site.mlx_path: site.module for site in blueprint.sites}
+    layers = {t.mlx_path: _make_layer(modules[t.mlx_path], t, plan, compute_dtype) for t in blueprint.targets}
+    loaded.model.freeze()
+    loaded.model.update_modules(tree_unflatten(list(layers.items())))
+    for site in blueprint.saved:
+        site.module.unfreeze()
+    for site in blueprint.biased:
+        site.module.unfreeze(recurse=False, keys=["bias"])
+    loaded.freeze_buffers()
+    # A new layer is in training mode; the model decides.
+    loaded.model.train(loaded.model.training)
+    return layers
+
+
+def make_adapter(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> Adapter:
+    """The handle to what :func:`install_layers` put into the model."""
+    return Adapter(
+        plan=plan,
+        loaded=loaded,
+        blueprint=blueprint,
+        conv1d=loaded.model_type in CONV1D_TYPES,
+    )
+
+
+def _make_layer(base: nn.Module, target: Target, plan: LoraPlan, compute_dtype: mx.Dtype) -> LoRALayer:
+    if target.kind == "experts":
+        return LoRASwitchLinear(base, target.r, target.scale, compute_dtype)
+    if target.kind == "embedding":
+        return LoRAEmbedding(base, target.r, target.scale, compute_dtype)
+    kind = DoRALinear if plan.use_dora else LoRALinear
+    return kind(
+        base, target.r, target.scale, dropout=plan.lora_dropout, bias=plan.lora_bias, compute_dtype=compute_dtype
+    )

@@ -1,0 +1,202 @@
+"""What a LoraConfig means on a given model, decided before the model is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..errors import AdapterError
+from ..settings.plan import LoraPlan
+from .defaults import RENAMED_MODULES, UNMAPPED_TYPES
+from .layers import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .sites import HEADS, Site, is_tied, layer_count, list_sites
+from .targets import (
+    Selector,
+    Target,
+    is_all_linear,
+    is_excluded,
+    is_matched,
+    minimal_names,
+    resolve_selector,
+    select_targets,
+)
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The modules of one model that one LoraConfig trains.
+
+    Attributes:
+        sites: Every module of the model, in HF order.
+        targets: Those that get LoRA layers, in HF order.
+        saved: Those trained in full.
+        biased: Those whose bias is trained.
+        selector: ``target_modules`` as it is to be written to adapter_config.json.
+    """
+
+    sites: tuple[Site, ...]
+    targets: tuple[Target, ...]
+    saved: tuple[Site, ...]
+    biased: tuple[Site, ...]
+    selector: Selector
+
+
+def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None = None) -> Blueprint:
+    """Decide what ``plan`` trains on ``loaded``; the model stays as it is.
+
+    Raises:
+        AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
+    """
+    if plan.target_parameters:
+        raise AdapterError(
+            f"target_parameters={list(plan.target_parameters)!r}",
+            "modules: PEFT's layout for single parameters is not written here",
+            'experts by name: LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])',
+        )
+    sites = list_sites(loaded)
+    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear)) for site in sites):
+        raise AdapterError(
+            "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
+        )
+    _check_paths(loaded, plan)
+    tied = is_tied(loaded)
+    layers = _last_layers(loaded, last_n_layers)
+    targets = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers)
+    for target in targets:
+        _check_embedding(target, plan)
+    saved = _saved_sites(sites, plan, loaded.model_type, targets, tied=tied)
+    return Blueprint(
+        sites=tuple(sites),
+        targets=tuple(targets),
+        saved=tuple(saved),
+        biased=tuple(_biased_sites(sites, targets, saved, plan)),
+        selector=_written_selector(sites, plan, loaded.model_type, targets, restricted=layers is not None),
+    )
+
+
+def _check_paths(loaded: LoadedModel, plan: LoraPlan) -> None:
+    if loaded.model_type in UNMAPPED_TYPES:
+        raise AdapterError(
+            f"an adapter on a {loaded.model_type} model",
+            "a type whose torch modules are named as in its checkpoint (elsewhere PEFT would not find its keys)",
+            "fine-tune in full (peft_config=None), or use the text-only checkpoint of the model",
+        )
+    selector = resolve_selector(plan, loaded.model_type)
+    absent = (name.removesuffix(".weight") for name in loaded.names.untouched if name.endswith(".weight"))
+    touched = sorted(path for path in absent if _reaches(plan, selector, path))
+    if touched:
+        towers = sorted({next(part for part in path.split(".") if part != "model") for path in touched})
+        raise AdapterError(
+            f"target_modules matches {touched[0]}, which MLX does not load",
+            "modules of the language model (PEFT would adapt the other ones, too)",
+            f'LoraConfig(..., exclude_modules=r".*({"|".join(towers)}).*")',
+        )
+
+
+def _reaches(plan: LoraPlan, selector: Selector, path: str) -> bool:
+    if is_all_linear(selector):
+        return not is_excluded(plan, path)
+    parts = path.split(".")
+    return any(is_matched(plan, selector, ".".join(parts[: end + 1])) for end in range(len(parts)))
+
+
+def _check_embedding(target: Target, plan: LoraPlan) -> None:
+    wrong = "use_dora" if plan.use_dora else "lora_bias" if plan.lora_bias else None
+    if wrong and target.kind == "embedding":
+        raise AdapterError(
+            f"{wrong}=True with the embedding {target.hf_path} among target_modules",
+            f"{wrong} on Linear layers only",
+            f'LoraConfig(..., exclude_modules=["{target.hf_path.rsplit(".", 1)[-1]}"])',
+        )
+
+
+def _last_layers(loaded: LoadedModel, last_n_layers: int | None) -> range | None:
+    if last_n_layers is None:
+        return None
+    count = layer_count(loaded)
+    if not 0 < last_n_layers <= count:
+        raise AdapterError(
+            f"finetune_last_n_layers={last_n_layers}", f"1 to {count}, the model's layers", "finetune_last_n_layers=1"
+        )
+    return range(count - last_n_layers, count)
+
+
+def _saved_sites(
+    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, tied: bool
+) -> list[Site]:
+    saved = []
+    for name in plan.modules_to_save or ():
+        # PEFT compares with str.endswith, dot or no dot (peft.utils.other._set_trainable).
+        matched = [site for site in sites if site.hf_path.endswith(name)]
+        if not matched:
+            leaves = sorted({site.hf_path.rsplit(".", 1)[-1] for site in sites} - {str(i) for i in range(1000)})
+            raise AdapterError(
+                f"modules_to_save names {name!r}, which matches no module"
+                + (" (the head is the embedding)" if tied and name in HEADS else ""),
+                f"names among {', '.join(leaves)}",
+                "LoraConfig(..., modules_to_save=None)",
+            )
+        saved += [site for site in matched if site not in saved]
+    for site in saved:
+        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()))
+    return saved
+
+
+def _check_saved(site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...]) -> None:
+    below = [s for s in sites if s.mlx_path == site.mlx_path or s.mlx_path.startswith(f"{site.mlx_path}.")]
+    paths = {s.mlx_path for s in below}
+    problem = None
+    if tied and site.kind == "embedding":
+        problem = "which this model ties to its head", "an embedding and a head with weights of their own"
+    elif any(s.hf_path.rsplit(".", 1)[-1] in renamed for s in below):
+        problem = "which has another name in the torch model", "modules of one name"
+    elif any("scales" in s.module for s in below):
+        problem = "which is quantised", "modules in floating point, since all their weights are trained"
+    elif any(s.kind == "experts" or s.shared for s in below):
+        problem = "which holds experts or parts of a fused layer", "modules with one tensor on each side"
+    elif any(t.mlx_path in paths for t in targets):
+        problem = "which target_modules adapts too", "each module in one of the two"
+    if problem:
+        leaf = site.hf_path.rsplit(".", 1)[-1]
+        raise AdapterError(
+            f"modules_to_save matches {site.hf_path}, {problem[0]}",
+            problem[1],
+            f"leave {leaf!r} out of modules_to_save",
+        )
+
+
+def _biased_sites(sites: list[Site], targets: list[Target], saved: list[Site], plan: LoraPlan) -> list[Site]:
+    if plan.bias == "none":
+        return []
+    adapted = {target.mlx_path for target in targets}
+    below_saved = tuple(f"{site.mlx_path}." for site in saved)
+    biased = [site for site in sites if isinstance(site.module.get("bias"), mx.array)]
+    if plan.bias == "lora_only":
+        biased = [site for site in biased if site.mlx_path in adapted]
+    for site in biased:
+        in_saved = bool(below_saved) and f"{site.mlx_path}.".startswith(below_saved)
+        if in_saved or "scales" in site.module:
+            raise AdapterError(
+                f'bias="{plan.bias}" with the bias of {site.hf_path}, which is '
+                + ("in modules_to_save" if in_saved else "quantised"),
+                "biases of plain layers outside modules_to_save",
+                'LoraConfig(..., bias="none")',
+            )
+    return biased
+
+
+def _written_selector(
+    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, restricted: bool
+) -> Selector:
+    """``target_modules`` for adapter_config.json: as given where PEFT reads it the same, else written out."""
+    selector = resolve_selector(plan, model_type)
+    if not is_all_linear(selector) and not restricted:
+        return selector
+    if any(target.kind == "experts" for target in targets):
+        return tuple(dict.fromkeys(target.hf_path.rsplit(".", 1)[-1] for target in targets))
+    return tuple(minimal_names([t.hf_path for t in targets], [s.hf_path for s in sites]))

@@ -1,0 +1,51 @@
+"""Tables that PEFT 0.21 carries beside its code, for the architectures mlx-lm knows.
+
+Source: ``peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING`` and
+``peft.utils.transformers_weight_conversion``; a compatibility test compares them with the installed PEFT.
+"""
+
+from __future__ import annotations
+
+_QV = ("q_proj", "v_proj")
+
+# model_type → target_modules that PEFT takes when LoraConfig(target_modules=None).
+_QV_TYPES = "gptj llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3"
+TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
+    **dict.fromkeys(_QV_TYPES.split(), _QV),
+    "gpt2": ("c_attn",),
+    "gpt_bigcode": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
+
+# Mixture-of-experts types whose per-expert keys PEFT fuses again when it loads an adapter.
+_GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+_W123 = ("w1", "w3", "w2")
+_GATE_UP_DOWN_TYPES = """
+    afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe
+    glm4_moe_lite glm_moe_dsa hunyuan_v1_moe mellum olmoe qwen3_moe qwen3_next solar_open
+"""
+EXPERT_NAMES: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(("mixtral", "minimax", "minimax_m2"), _W123),
+    **dict.fromkeys(_GATE_UP_DOWN_TYPES.split(), _GATE_UP_DOWN),
+}
+
+# Modules of state-space layers whose weight torch reads directly, past any adapter around it. PEFT refuses the
+# first two itself (``_check_lora_target_modules_mamba``); dt_proj it wraps to no effect.
+_STATE_SPACE = ("out_proj", "conv1d", "dt_proj")
+BYPASSED_MODULES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _STATE_SPACE),
+    "jamba": ("dt_proj",),
+}
+
+# Model types whose linear layers are transformers' Conv1D, stored (in, out).
+CONV1D_TYPES = ("gpt2",)
+
+# Modules that the torch model names differently from its checkpoint: a PEFT key would miss them.
+RENAMED_MODULES: dict[str, tuple[str, ...]] = {"gpt_neox": ("embed_out",)}
+
+# Types in which all modules are named differently.
+UNMAPPED_TYPES = ("laguna", "llama4", "qwen3_5", "qwen3_5_moe")

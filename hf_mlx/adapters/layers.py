@@ -1,0 +1,223 @@
+"""LoRA and DoRA around a frozen base layer, with PEFT's orientation and dtype rules.
+
+Every layer keeps its base under ``base_layer`` and fp32 masters in PEFT's shapes, so exporting is renaming.
+The low-rank path computes in ``compute_dtype`` (the autocast dtype, or fp32 without autocast) and the sum
+returns in the dtype of the base's output, as ``peft.tuners.lora.layer.Linear.forward`` (peft 0.21) does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+from .dropout import KeyedDropout
+
+
+def dense_weight(layer: Any) -> mx.array:
+    """The layer's weight as floating-point numbers, dequantised where the layer is quantised."""
+    if "scales" not in layer:
+        return layer.weight
+    return mx.dequantize(
+        layer.weight,
+        layer.scales,
+        layer.get("biases"),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    )
+
+
+def layer_dims(layer: Any) -> tuple[int, int]:
+    """(input features, output features) of a Linear, an Embedding or one expert, quantised or not."""
+    if isinstance(layer, (SwitchLinear, QuantizedSwitchLinear)):
+        return layer.input_dims, layer.output_dims
+    rows, columns = layer.weight.shape
+    if "scales" in layer:
+        columns = columns * 32 // layer.bits
+    # An embedding maps a token (one of `rows`) to a vector; a Linear stores (out, in).
+    return (rows, columns) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else (columns, rows)
+
+
+def _scaled(x: mx.array, scale: float) -> mx.array:
+    # torch multiplies a bf16 tensor by a Python float in fp32; mlx would round the float to bf16 first.
+    return x if scale == 1.0 else (x.astype(mx.float32) * scale).astype(x.dtype)
+
+
+class LoRALinear(nn.Module):
+    """A Linear (plain, cast or quantised) plus ``scale · B A x``.
+
+    Args:
+        base_layer: The layer to adapt; freezing it is the caller's business.
+        r: Rank.
+        scale: alpha / r, or alpha / √r with rslora.
+        dropout: Probability of dropping an input of the low-rank path while training.
+        bias: Adds the trainable ``lora_B.bias`` of ``LoraConfig(lora_bias=True)``.
+        compute_dtype: Dtype of the two matmuls.
+
+    Attributes:
+        lora_A: (r, in), fp32.
+        lora_B: (out, r), fp32.
+        lora_B_bias: (out,), fp32; only with ``bias``.
+    """
+
+    def __init__(
+        self,
+        base_layer: Any,
+        r: int,
+        scale: float,
+        dropout: float = 0.0,
+        bias: bool = False,
+        compute_dtype: mx.Dtype = mx.float32,
+    ) -> None:
+        super().__init__()
+        inputs, outputs = layer_dims(base_layer)
+        self.base_layer = base_layer
+        self.scale = scale
+        self.compute_dtype = compute_dtype
+        if dropout > 0:
+            self.lora_dropout = KeyedDropout(dropout)
+        self.lora_A = mx.zeros((r, inputs))
+        self.lora_B = mx.zeros((outputs, r))
+        if bias:
+            self.lora_B_bias = mx.zeros((outputs,))
+
+    def _dropped(self, x: mx.array) -> mx.array:
+        if "lora_dropout" not in self or not self.training:
+            return x
+        # PEFT casts x to the adapter's dtype before it drops.
+        return self.lora_dropout(x.astype(self.lora_A.dtype))
+
+    def _low_rank(self, x: mx.array) -> mx.array:
+        dtype = self.compute_dtype
+        out = (x.astype(dtype) @ self.lora_A.astype(dtype).T) @ self.lora_B.astype(dtype).T
+        return out + self.lora_B_bias.astype(dtype) if "lora_B_bias" in self else out
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base = self.base_layer(x)
+        return (base + _scaled(self._low_rank(self._dropped(x)), self.scale)).astype(base.dtype)
+
+    def delta(self) -> mx.array:
+        """What merging adds to the base weight: ``scale · B A``, (out, in), fp32."""
+        return (self.lora_B @ self.lora_A) * self.scale
+
+    def merged_weight(self) -> mx.array:
+        """Base weight with the adapter folded in, (out, in), in the base's dtype."""
+        weight = dense_weight(self.base_layer)
+        return (weight + self.delta()).astype(weight.dtype)
+
+
+class DoRALinear(LoRALinear):
+    """LoRA whose rows are rescaled to a learned magnitude; the norm is detached.
+
+    Source: peft 0.21 ``DoraLinearLayer.forward``: the output gains
+    ``(m/‖W+sBA‖ − 1)·(W x) + (m/‖W+sBA‖)·s·BAx``, with the base's bias kept out of it.
+
+    Attributes:
+        lora_magnitude_vector: (out,), fp32.
+    """
+
+    def __init__(self, base_layer: Any, r: int, scale: float, **options) -> None:
+        super().__init__(base_layer, r, scale, **options)
+        self.lora_magnitude_vector = mx.ones((layer_dims(base_layer)[1],))
+
+    def weight_norm(self) -> mx.array:
+        """Row norms of W + scale·BA, (out,), fp32, outside the gradient."""
+        # The product runs in the compute dtype, as PEFT's does under autocast.
+        dtype = self.compute_dtype
+        delta = (self.lora_B.astype(dtype) @ self.lora_A.astype(dtype)).astype(mx.float32)
+        return mx.stop_gradient(mx.linalg.norm(dense_weight(self.base_layer) + self.scale * delta, axis=1))
+
+    def reset_magnitude(self) -> None:
+        """Start from the base's own norms, so that the first forward changes nothing."""
+        delta = self.lora_B @ self.lora_A
+        self.lora_magnitude_vector = mx.linalg.norm(dense_weight(self.base_layer) + self.scale * delta, axis=1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base = self.base_layer(x)
+        dropped = self._dropped(x)
+        # With dropout active PEFT recomputes W x from the dropped input.
+        linear = base if dropped is x else self.base_layer(dropped.astype(x.dtype))
+        if "bias" in self.base_layer:
+            linear = linear - self.base_layer.bias
+        ratio = self.lora_magnitude_vector / self.weight_norm()
+        change = (ratio - 1) * linear + ratio * self._low_rank(dropped) * self.scale
+        return (base + change).astype(base.dtype)
+
+    def merged_weight(self) -> mx.array:
+        weight = dense_weight(self.base_layer)
+        full = weight + self.delta()
+        norm = mx.linalg.norm(full, axis=1)
+        return ((self.lora_magnitude_vector / norm)[:, None] * full).astype(weight.dtype)
+
+
+class LoRAEmbedding(nn.Module):
+    """An Embedding plus ``scale · B A[:, token]``; PEFT applies no dropout here.
+
+    Attributes:
+        lora_embedding_A: (r, vocabulary), fp32.
+        lora_embedding_B: (dim, r), fp32.
+    """
+
+    def __init__(self, base_layer: Any, r: int, scale: float, compute_dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        tokens, dim = layer_dims(base_layer)
+        self.base_layer = base_layer
+        self.scale = scale
+        self.compute_dtype = compute_dtype
+        self.lora_embedding_A = mx.zeros((r, tokens))
+        self.lora_embedding_B = mx.zeros((dim, r))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        base = self.base_layer(x)
+        dtype = self.compute_dtype
+        low = self.lora_embedding_A.T[x].astype(dtype) @ self.lora_embedding_B.astype(dtype).T
+        return (base + _scaled(low, self.scale)).astype(base.dtype)
+
+    def delta(self) -> mx.array:
+        """What merging adds to the base weight, (vocabulary, dim), fp32."""
+        return (self.lora_embedding_B @ self.lora_embedding_A).T * self.scale
+
+    def merged_weight(self) -> mx.array:
+        """Base weight with the adapter folded in, (vocabulary, dim), in the base's dtype."""
+        weight = dense_weight(self.base_layer)
+        return (weight + self.delta()).astype(weight.dtype)
+
+
+class LoRASwitchLinear(nn.Module):
+    """One LoRA per expert around mlx-lm's stacked experts (``SwitchLinear``).
+
+    Attributes:
+        lora_A: (experts, r, in), fp32.
+        lora_B: (experts, out, r), fp32.
+    """
+
+    def __init__(self, base_layer: Any, r: int, scale: float, compute_dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        inputs, outputs = layer_dims(base_layer)
+        self.base_layer = base_layer
+        self.scale = scale
+        self.compute_dtype = compute_dtype
+        self.lora_A = mx.zeros((base_layer.num_experts, r, inputs))
+        self.lora_B = mx.zeros((base_layer.num_experts, outputs, r))
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        base = self.base_layer(x, indices, sorted_indices=sorted_indices)
+        dtype = self.compute_dtype
+        low = x.astype(dtype)
+        for factor in (self.lora_A, self.lora_B):
+            low = mx.gather_mm(
+                low, factor.astype(dtype).swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+            )
+        return (base + _scaled(low, self.scale)).astype(base.dtype)
+
+    def delta(self) -> mx.array:
+        """What merging adds to the stacked weight, (experts, out, in), fp32."""
+        return (self.lora_B @ self.lora_A) * self.scale
+
+    def merged_weight(self) -> mx.array:
+        """Stacked weight with the adapters folded in, (experts, out, in), in the base's dtype."""
+        weight = dense_weight(self.base_layer)
+        return (weight + self.delta()).astype(weight.dtype)

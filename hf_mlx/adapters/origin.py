@@ -1,0 +1,53 @@
+"""The name of the base model that an exported adapter records: one that transformers loads on any machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import AdapterError
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
+
+_SNAPSHOT = re.compile(r".*/models--(?P<repo>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_origin(loaded: LoadedModel, base: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
+    """``base_model_name_or_path`` and ``revision`` for adapter_config.json.
+
+    A folder of the hub's cache stands for its repository. A model that was quantised for MLX stands for the
+    model its card says it was made from, because PEFT cannot load it.
+
+    Args:
+        loaded: The model the adapter was trained on.
+        base: What the user says it is; wins over everything.
+        revision: The revision the user asked for.
+
+    Raises:
+        AdapterError: The base is an MLX quantisation and its card does not name the original.
+    """
+    if base is not None:
+        return base, revision
+    snapshot = _SNAPSHOT.fullmatch(loaded.path.absolute().as_posix())
+    if loaded.config.get("quantization"):
+        return _original(loaded.path), None
+    if snapshot:
+        return snapshot["repo"].replace("--", "/"), revision
+    return str(loaded.path), revision
+
+
+def _original(folder: Path) -> str:
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") >= 2 else ""
+    found = re.search(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([\w./-]+)", front, re.MULTILINE)
+    if found and _HUB_ID.fullmatch(found[1]) and not found[1].startswith("mlx-community/"):
+        return found[1]
+    raise AdapterError(
+        f"base {folder}, quantised for MLX, whose README.md does not name the model it was made from",
+        "a base that transformers can load, to write into adapter_config.json",
+        'export_adapter(trainer, dir, base="owner/original-model")',
+    )

@@ -1,0 +1,29 @@
+"""``hf-mlx merge``: base plus adapter as one Hugging Face model folder."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the ``merge`` command."""
+    parser = subparsers.add_parser(
+        "merge",
+        help="fold an adapter into its base and write a Hugging Face model",
+        description="Write base plus adapter as a folder that AutoModelForCausalLM loads, under Hugging Face names.",
+    )
+    parser.add_argument("adapter", help="folder with adapter_config.json")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--base", help="folder or hub id of the base (default: the one in adapter_config.json)")
+    parser.add_argument("--dequantize", action="store_true", help="write a quantised base in floating point")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from ..adapters.merge import merge_adapter
+    from ..adapters.read import import_adapter, recorded_base
+
+    base = arguments.base or recorded_base(arguments.adapter)
+    adapter = import_adapter(arguments.adapter, base)
+    merge_adapter(adapter, arguments.output, dequantize=arguments.dequantize)
+    print(f"wrote {arguments.output}: {base} with {len(adapter.targets)} modules merged")
