@@ -44,8 +44,11 @@ class RowLoader:
         return self.batches(0)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Micro-batches of ``epoch``, without the first ``skip``."""
+        """Micro-batches of ``epoch``, without the first ``skip``; the order is drawn at once, the rows when asked for."""
         order = np.arange(len(self.dataset)) if self.order is None else self.order(epoch)
+        return self._cut(order, skip)
+
+    def _cut(self, order: np.ndarray, skip: int) -> Iterator[Batch]:
         for batch in range(skip, len(self)):
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             columns = self.dataset[chosen.tolist()]

@@ -66,6 +66,9 @@ KNOWN_WRONG: dict[str, str] = {
 # Text-only types that mlx-lm builds as part of the multimodal one.
 _TEXT_ONLY = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
+# Parts of a class name that stand for a loss over shifted labels in transformers 5.23 ``LOSS_MAPPING``.
+_CAUSAL_NAMES = ("ForCausalLM", "ForConditionalGeneration")
+
 # accepts_loss_kwargs = False on the class, transformers 5.23.
 _NO_LOSS_KWARGS = """
     Gemma3nForConditionalGeneration Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration
@@ -110,10 +113,40 @@ def can_pack(model_type: str) -> bool:
     return model_type in VERIFIED and VERIFIED[model_type].packs
 
 
+def check_packs(model_type: str, received: str, remedy: str) -> None:
+    """Raises where documents that share a row would see each other.
+
+    Args:
+        model_type: HF model type.
+        received: What calls for packed rows.
+        remedy: The corrected line.
+
+    Raises:
+        ModelError: :func:`can_pack` says no.
+    """
+    if not can_pack(model_type):
+        raise ModelError(
+            f"{received} with model type {model_type!r}",
+            "a model whose attention can be kept within a document (docs/architectures.md lists them)",
+            remedy,
+        )
+
+
 def accepts_loss_kwargs(config: Config) -> bool:
     """``Trainer.model_accepts_loss_kwargs`` of the class that trl builds (``config.architectures[0]``)."""
     architectures = config.get("architectures") or [""]
     return architectures[0] not in _NO_LOSS_KWARGS.split()
+
+
+def counts_every_label(config: Config) -> bool:
+    """Whether transformers divides the loss by all labels of a row, the first one included, which nothing predicts.
+
+    ``Trainer._loss_shifts_labels`` (transformers 5.23) goes by the class's name: ``GPT2LMHeadModel`` has none of the
+    endings that tell it of a causal loss, so its training loss comes out smaller than the mean over its targets
+    (evaluation divides by the targets alone).
+    """
+    architectures = config.get("architectures") or []
+    return bool(architectures) and not any(ending in architectures[0] for ending in _CAUSAL_NAMES)
 
 
 def steps_for(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:

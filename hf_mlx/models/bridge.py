@@ -114,7 +114,8 @@ class TorchModel:
         """The active adapter's tensors under PEFT's keys."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.model, adapter_name=self.adapter, save_embedding_layers=False)
+        name = self.adapter or "default"
+        return get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
 
     def frozen(self) -> set[str]:
         """Checkpoint names of base parameters with ``requires_grad=False``."""
@@ -125,6 +126,11 @@ class TorchModel:
         """Names of what ``requires_grad``, the adapter's own name left out, as PEFT's keys are."""
         names = (name for name, value in self.model.named_parameters() if value.requires_grad)
         return {name.replace(f".{self.adapter}", "", 1) if self.adapter else name for name in names}
+
+    def place(self, device: Any) -> None:
+        """Move the model to where upstream's trainer would have put it, so that ``inputs.to(device)`` still fits."""
+        if len({value.device for value in self.model.parameters()} - {device}) > 0:
+            self.model.to(device)
 
     def write(self, arrays: Mapping[str, mx.array], held: Mapping[str, Any]) -> None:
         """Copy arrays into the model, one tensor at a time.

@@ -249,4 +249,10 @@ MODULES: dict[str, tuple[Rename, ...]] = {
     ),
     "olmo_hybrid": tuple(Rename(f"{{p*}}.{a}.weight", f"{{p*}}.{b}.weight") for a, b in _OLMO_NORMS.items()),
     "nemotron_h": (Rename("backbone.{r*}", "model.{r*}"),),
+    "laguna": (Rename("{p*}.mlp.shared_expert.{r*}", "{p*}.mlp.shared_experts.{r*}"),),
+    "kimi_linear": (
+        Rename("{p*}.self_attn.f_a_proj.{r*}", "{p*}.self_attn.forget_gate.f_a_proj.{r*}"),
+        Rename("{p*}.self_attn.f_b_proj.{r*}", "{p*}.self_attn.forget_gate.f_b_proj.{r*}"),
+        Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),
+    ),
 }

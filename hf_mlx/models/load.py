@@ -15,7 +15,15 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError
 from ..settings.plan import ModelPlan
-from .architectures import BUFFERS, State, accepts_loss_kwargs, look_up, module_renames, steps_for
+from .architectures import (
+    BUFFERS,
+    State,
+    accepts_loss_kwargs,
+    counts_every_label,
+    look_up,
+    module_renames,
+    steps_for,
+)
 from .config import Config, interpret, normalise, read_config
 from .guards import check_config
 from .names import NameMap
@@ -37,6 +45,7 @@ class LoadedModel:
         names: Names and layouts, MLX ↔ HF.
         state: ``"verified"`` (compared with torch by the tests) or ``"unknown"``.
         accepts_loss_kwargs: Whether HF's class divides the loss by the tokens of the whole window.
+        counts_every_label: Whether that count takes in the first label of each row, which is no target.
         buffers: Parameter paths that transformers holds as buffers: never to be trained.
         notes: What is done another way than upstream, one line each, to be said once.
     """
@@ -48,6 +57,7 @@ class LoadedModel:
     names: NameMap
     state: State
     accepts_loss_kwargs: bool
+    counts_every_label: bool = False
     buffers: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -112,7 +122,16 @@ def assemble(
         )
     buffers = tuple(k for k, _ in params if k.endswith(BUFFERS))
     loaded = LoadedModel(
-        model, config, folder, model_type, names, architecture.state, accepts_loss_kwargs(config), buffers, notes
+        model,
+        config,
+        folder,
+        model_type,
+        names,
+        architecture.state,
+        accepts_loss_kwargs(config),
+        counts_every_label(config),
+        buffers,
+        notes,
     )
     loaded.freeze_buffers()
     return loaded

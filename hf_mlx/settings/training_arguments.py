@@ -124,7 +124,11 @@ PRECISION = (
         "needs a loss scaler that skips overflowing steps, which MLX lacks",
         write="fp16=False, bf16=True",
     ),
-    adapt("bf16_full_eval", False, "evaluate() outside train() runs on a bfloat16 copy of the weights"),
+    adapt(
+        "bf16_full_eval",
+        False,
+        "evaluate() outside train() runs on a bfloat16 copy; upstream casts the model itself, here its weights stay",
+    ),
     refuse(
         "fp16_full_eval",
         False,

@@ -20,6 +20,8 @@ from .verdicts import (
 
 _INTERVALS = ("no", "steps", "epoch")
 _ONE_PROCESS = "concerns several processes; this is one"
+# transformers 5.23, training_args.trainer_log_levels.
+_LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 _LOADER = "is a speed knob of torch's DataLoader; batches are the same"
 
 
@@ -44,7 +46,12 @@ LOGGING = (
         one_of("no", "all", "non_padding", True, False, ruling=honoured("counts tokens and tokens per second")),
         otherwise(refused("is none of no, all, non_padding", write='include_num_input_tokens_seen="all"')),
     ),
-    honour("log_level", "passive", "of transformers' loggers"),
+    cases(
+        "log_level",
+        "passive",
+        one_of(*_LOG_LEVELS, ruling=honoured("of transformers' loggers")),
+        otherwise(refused(f"is none of {', '.join(_LOG_LEVELS)}", write='log_level="passive"')),
+    ),
     ignore("log_level_replica", "warning", _ONE_PROCESS),
     ignore("log_on_each_node", True, _ONE_PROCESS),
     honour("disable_tqdm", None, "transformers' own progress bar"),
@@ -54,7 +61,9 @@ LOGGING = (
     honour("trackio_space_id", None, "read by the integrations"),
     honour("trackio_bucket_id", None, "read by the integrations"),
     honour("trackio_static_space_id", None, "read by the integrations"),
-    adapt("skip_memory_metrics", True, "reports MLX's peak memory"),
+    adapt(
+        "skip_memory_metrics", True, "reports MLX's memory under upstream's gpu keys; unified memory has no cpu keys"
+    ),
 )
 
 EVALUATION = (

@@ -7,27 +7,39 @@ import mlx.nn as nn
 
 from ..models.heads import layers
 from ..settings.plan import CheckpointingPlan
+from .router import RouterLog
 
 
-def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan) -> None:
+def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan, log: RouterLog | None = None) -> None:
     """Make every ``plan.every_n_layers``-th block of ``model`` recompute itself; no number changes.
 
     The class of each block is left alone: its instances get a subclass.
+
+    Args:
+        model: An mlx-lm model.
+        plan: Which blocks.
+        log: Where the routers inside the blocks record their logits, if they do.
     """
     if not plan.enabled:
         return
+    log = log or RouterLog()
     for index, layer in enumerate(layers(model)):
         if index % plan.every_n_layers == 0:
-            layer.__class__ = _checkpointed(type(layer))
+            layer.__class__ = _checkpointed(type(layer), log)
 
 
-def _checkpointed(base: type[nn.Module]) -> type[nn.Module]:
+def _checkpointed(base: type[nn.Module], log: RouterLog) -> type[nn.Module]:
     def call(self: nn.Module, *args, **kwargs):
         def run(params, *args, **kwargs):
             self.update(params)
-            return base.__call__(self, *args, **kwargs)
+            with log.recording() as logits:
+                output = base.__call__(self, *args, **kwargs)
+            return output, logits
 
-        # Gradients flow only through explicit arguments, so the parameters must be among them.
-        return mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+        # Gradients flow only through explicit arguments, so the parameters must be among them; and only through
+        # outputs, so what the routers recorded must be one.
+        output, logits = mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+        log.add(*logits)
+        return output
 
     return type(f"Checkpointed{base.__name__}", (base,), {"__call__": call})

@@ -24,12 +24,14 @@ class EvalSums:
         losses: Token-mean loss of each batch.
         tokens: Scored tokens of each batch.
         entropies, accuracies: Token means of each batch.
+        aux_losses: Load-balancing loss of each batch; empty where there is none.
     """
 
     losses: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    aux_losses: list[float] = field(default_factory=list)
 
     def loss(self, *, finite_only: bool, batch_size: int, rows: int | None) -> float:
         """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.
@@ -96,16 +98,18 @@ class Evaluator:
 
     def _add(self, params: dict[str, mx.array], inputs: Inputs, sums: EvalSums) -> None:
         try:
-            loss, entropy, correct = self._measure(params, inputs.arrays)
+            loss, entropy, correct, aux_loss = self._measure(params, inputs.arrays)
         finally:
             self.objective.slots.bind(params)
-        mx.eval(loss, entropy, correct)
+        mx.eval(loss, entropy, correct, aux_loss)
         valid = max(inputs.valid, 1)
-        sums.losses.append(loss.item() / valid)
+        sums.losses.append(loss.item() / valid + self.objective.aux_coefficient * aux_loss.item())
         sums.tokens.append(inputs.valid)
         sums.entropies.append(entropy.item() / valid)
         sums.accuracies.append(correct.item() / valid)
+        if self.objective.routers is not None:
+            sums.aux_losses.append(aux_loss.item())
 
-    def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+    def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
         _, sums = self.objective(params, arrays)
-        return sums.loss, sums.entropy, sums.correct
+        return tuple(sums)

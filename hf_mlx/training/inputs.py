@@ -25,16 +25,19 @@ class Inputs:
     Attributes:
         arrays: ``input_ids`` (B, T) int32; ``targets`` (N,) int32, the next token of each scored position or
             -100; ``positions`` (N,) int32 into the flattened B*T (absent when N = B*T); ``segments`` (B, T)
-            int32 (absent unless packed); ``width`` float32 scalar, the row length before bucketing.
+            int32 (absent unless packed); ``width`` float32 scalar, the row length before bucketing; ``lengths`` (B,)
+            int32, the positions of each row that upstream's attention mask lets through.
         valid: Number of scored tokens, ``(labels[:, 1:] != -100).sum()``.
         tokens: What counts towards ``num_tokens``.
         padding: Positions added by padding and bucketing.
+        labelled: ``(labels != -100).sum()``, the first label of each row included, which nothing predicts.
     """
 
     arrays: dict[str, mx.array]
     valid: int
     tokens: int
     padding: int
+    labelled: int = 0
 
 
 def make_inputs(batch: Batch, pad_token_id: int, *, max_length: int | None = None) -> Inputs:
@@ -49,7 +52,13 @@ def make_inputs(batch: Batch, pad_token_id: int, *, max_length: int | None = Non
     targets[:, :-1] = padded.labels[:, 1:]
     flat = targets.reshape(-1)
     scored = np.flatnonzero(flat != IGNORED)
-    arrays = {"input_ids": mx.array(padded.input_ids), "width": mx.array(float(width))}
+    # A padding-free row has no mask: its padding counts.
+    lengths = batch.lengths if rows > 1 else np.array([batch.num_tokens], np.int32)
+    arrays = {
+        "input_ids": mx.array(padded.input_ids),
+        "width": mx.array(float(width)),
+        "lengths": mx.array(lengths),
+    }
     if len(scored) < GATHER_BELOW * flat.size:
         level = max(flat.size // GATHER_LEVELS, 1)
         count = min(max(-(-len(scored) // level), 1) * level, flat.size)
@@ -60,4 +69,5 @@ def make_inputs(batch: Batch, pad_token_id: int, *, max_length: int | None = Non
     arrays["targets"] = mx.array(flat)
     if padded.segments is not None:
         arrays["segments"] = mx.array(padded.segments)
-    return Inputs(arrays, len(scored), batch.num_tokens, rows * length - int(batch.lengths.sum()))
+    labelled = int((batch.labels != IGNORED).sum())
+    return Inputs(arrays, len(scored), batch.num_tokens, rows * length - int(batch.lengths.sum()), labelled)

@@ -54,3 +54,41 @@ def token_sums(logits: mx.array, targets: mx.array, plan: LossPlan, *, metrics: 
         entropy = mx.where(counted, mx.stop_gradient(normaliser) - mean_logit, 0.0).sum()
         correct = mx.where(counted, mx.argmax(fixed, axis=-1) == safe, False).sum().astype(mx.float32)
     return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct)
+
+
+def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tuple[TokenSums, mx.array]:
+    """:func:`token_sums` and the gradient of its loss with respect to the logits, from one softmax.
+
+    Args:
+        logits: (N, V), any float dtype; reduced in float32.
+        targets: (N,) int32, ``-100`` where a token does not count.
+        plan: Which loss.
+
+    Returns:
+        The sums, and the gradient (N, V) in float32: ``p - onehot`` for nll; the same times ``p`` of the target for
+        dft; ``p - (1-eps) * onehot - eps / V`` with label smoothing; zero where a token does not count.
+    """
+    wide = logits.astype(mx.float32)
+    vocabulary = logits.shape[-1]
+    counted = targets != IGNORED
+    safe = mx.where(counted, targets, 0)
+    best = mx.argmax(logits, axis=-1)
+    top = mx.take_along_axis(wide, best[:, None], axis=-1)
+    exponentials = mx.exp(wide - top)
+    total = blocked_sum(exponentials)
+    normaliser = mx.log(total) + top.squeeze(-1)
+    log_p = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1) - normaliser
+    p = exponentials * (1 / total)[:, None]
+    is_target = (mx.arange(vocabulary) == safe[:, None]).astype(mx.float32)
+    loss, scale, gradient = -log_p, counted.astype(mx.float32), p - is_target
+    if plan.kind == "dft":
+        target_p = mx.exp(log_p)
+        loss, scale = loss * target_p, scale * target_p
+    elif plan.label_smoothing_factor:
+        eps = plan.label_smoothing_factor
+        loss = (1 - eps) * loss + eps * (normaliser - blocked_sum(wide) / vocabulary)
+        gradient = p - (1 - eps) * is_target - eps / vocabulary
+    mean_logit = blocked_sum(exponentials * wide) / total
+    entropy = mx.where(counted, normaliser - mean_logit, 0.0).sum()
+    correct = mx.where(counted, best == safe, False).sum().astype(mx.float32)
+    return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct), gradient * scale[:, None]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapters.dropout import KeyedDropout
-from ..models.heads import split_head
+from ..models.architectures import check_packs
+from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.masks import packed_cache
 from ..settings.plan import LossPlan
+from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
 from .noise import NoisyEmbedding
+from .router import Routers
 
 
 class Slots:
@@ -35,9 +38,28 @@ class Slots:
             owner, key = self._slots[name]
             owner[key] = value
 
+    @property
+    def names(self) -> list[str]:
+        """Flat MLX names, in the order they came in."""
+        return list(self._slots)
+
     def read(self) -> dict[str, mx.array]:
         """The arrays that are in the model now, in the order of the names."""
         return {name: owner[key] for name, (owner, key) in self._slots.items()}
+
+
+class MicroSums(NamedTuple):
+    """What a micro-batch measured; each a float32 scalar.
+
+    Attributes:
+        loss, entropy, correct: Sums over the scored tokens.
+        aux_loss: Load-balancing loss of the routers; 0 where there is none.
+    """
+
+    loss: mx.array
+    entropy: mx.array
+    correct: mx.array
+    aux_loss: mx.array
 
 
 class Objective:
@@ -47,18 +69,28 @@ class Objective:
         loaded: The model, with adapters already attached.
         names: Flat MLX names of what is trained.
         plan: Which loss.
+        routers: The routers whose load is balanced, if any.
+
+    Attributes:
+        aux_coefficient: What ``aux_loss`` is multiplied by in what is minimised.
     """
 
-    def __init__(self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan) -> None:
+    def __init__(
+        self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
+    ) -> None:
         self.model = loaded.model
+        self.model_type = loaded.model_type
         self.plan = plan
+        self.routers = routers
+        self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
+        self._blocks = self._split and HeadBlocks(loaded.model, self._split[1], self.slots)
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
         self._noise = NoisyEmbedding.attach(loaded, plan.neftune_noise_alpha) if plan.neftune_noise_alpha else None
 
-    def __call__(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, TokenSums]:
-        """Sum of the loss over scored tokens, and all three sums.
+    def __call__(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, MicroSums]:
+        """Sum of the loss over scored tokens, and all sums.
 
         Args:
             params: Flat {MLX name: array}.
@@ -68,8 +100,14 @@ class Objective:
         self.slots.bind(params)
         if self.model.training:
             self._bind_keys(arrays)
-        sums = token_sums(self._scored_logits(arrays), arrays["targets"], self.plan)
-        return sums.loss, sums
+        if self.routers is None:
+            sums, aux_loss = self._sums(params, arrays), mx.array(0.0)
+        else:
+            with self.routers.log.recording() as logits:
+                sums = self._sums(params, arrays)
+            counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
+            aux_loss = self.routers.balance(logits, counted)
+        return sums.loss, MicroSums(*sums, aux_loss)
 
     def _bind_keys(self, arrays: dict[str, mx.array]) -> None:
         keys = mx.random.split(arrays["key"], len(self._dropouts) + 1)
@@ -82,16 +120,50 @@ class Objective:
         """All logits, (B, T, V), of the model as it stands."""
         return self.model(arrays["input_ids"], self._cache(arrays))
 
-    def _scored_logits(self, arrays: dict[str, mx.array]) -> mx.array:
+    def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> TokenSums:
+        targets = arrays["targets"]
         if self._split is None:
-            logits = self.logits(arrays)
-            return _scored_rows(logits, arrays)
+            return token_sums(_scored_rows(self.logits(arrays), arrays), targets, self.plan)
         backbone, head = self._split
-        hidden = backbone(self.model, arrays["input_ids"], self._cache(arrays))
-        return head(self.model, _scored_rows(hidden, arrays))
+        hidden = _scored_rows(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
+        rows = self._blocks.rows(targets.shape[0])
+        if rows == targets.shape[0]:
+            return token_sums(head(self.model, hidden), targets, self.plan)
+        weights = [params[name] for name in self._blocks.names]
+        return linear_token_sums(
+            self._blocks.project, hidden, weights, targets, self.plan, rows=rows, gradient=self.model.training
+        )
 
     def _cache(self, arrays: dict[str, mx.array]) -> list | None:
-        return packed_cache(self.model, arrays["segments"]) if "segments" in arrays else None
+        if "segments" not in arrays:
+            return None
+        check_packs(self.model_type, "a batch whose rows hold several documents", "one document a row: no seq_lengths")
+        return packed_cache(self.model, arrays["segments"])
+
+
+class HeadBlocks:
+    """The head as a pure function of hidden states and of what trains in it.
+
+    Attributes:
+        names: Trained arrays of the head.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, slots: Slots) -> None:
+        self._model, self._head, self._slots = model, head, slots
+        self.names = [name for name in slots.names if name.startswith(f"{head.path}.")]
+        module = head.module(model)
+        self._vocabulary = module.get("base_layer", module).weight.shape[0]
+        # One dropout mask covers all tokens, so a head with dropout is computed at once.
+        self._whole = any(isinstance(part, KeyedDropout) for part in module.modules())
+
+    def rows(self, tokens: int) -> int:
+        """Tokens of a block; ``tokens`` where the logits are computed at once."""
+        return tokens if self._whole else block_rows(tokens, self._vocabulary)
+
+    def project(self, hidden: mx.array, weights: Sequence[mx.array]) -> mx.array:
+        """Logits (N, V) of hidden states (N, H)."""
+        self._slots.bind(dict(zip(self.names, weights, strict=True)))
+        return self._head(self._model, hidden)
 
 
 def _scored_rows(x: mx.array, arrays: dict[str, mx.array]) -> mx.array:

@@ -17,6 +17,7 @@ from ..settings.clipping import GradClip
 from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
+from .sums import blocked_sum
 
 Arrays = dict[str, mx.array]
 
@@ -30,16 +31,18 @@ class StepMetrics:
 
     Attributes:
         loss: Sum of the window's micro-losses, each already divided by its denominator.
-        grad_norm: Global L2 norm before clipping.
+        grad_norm: Global L2 norm before clipping; None where no update was made.
         entropy, accuracy: Sums over the window of each micro-batch's token mean.
         micro_batches: How many micro-batches the sums run over.
+        aux_loss: Sum over the window of each micro-batch's load-balancing loss.
     """
 
     loss: mx.array
-    grad_norm: mx.array
+    grad_norm: mx.array | None
     entropy: mx.array
     accuracy: mx.array
-    micro_batches: int
+    micro_batches: mx.array
+    aux_loss: mx.array
 
 
 class Step:
@@ -52,12 +55,14 @@ class Step:
         seed: Root of the keys that dropout and NEFTune draw from.
         accepts_loss_kwargs: True normalises by the tokens of the whole window; False (some HF classes) takes
             each micro-batch's own mean, divided by the number of micro-batches.
+        counts_every_label: Those tokens are all that are labelled, not the targets alone.
         compiled: False runs the same functions eagerly, for debugging.
 
     Attributes:
         params: Flat {MLX name: array}; replaced by each update.
         state: The optimizer's state; replaced by each update.
         draws: Micro-batches trained so far; with ``seed`` it is the whole random state of training.
+        carry: Gradients and metrics accumulated towards the next update: (dict, dict), or None.
         traces: How many distinct shapes were traced so far.
     """
 
@@ -69,18 +74,20 @@ class Step:
         *,
         seed: int = 42,
         accepts_loss_kwargs: bool = True,
+        counts_every_label: bool = False,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.clip = clip
         self.accepts_loss_kwargs = accepts_loss_kwargs
+        self.counts_every_label = counts_every_label
         self.seed = seed % 2**32
         self.draws = 0
         self.traces = 0
         self.params = objective.slots.read()
         self.state = optimizer.init(self.params)
-        self._carry: Any = None
+        self.carry: Any = None
         # Weights are constants of the trace, so they must be data by then, not a pending read from disk.
         mx.eval(objective.model.parameters(), self.params, self.state)
         wrap: Callable = mx.compile if compiled else (lambda function: function)
@@ -100,25 +107,33 @@ class Step:
         self._accumulate_all(window[:-1], weights)
         try:
             self.params, self.state, sums = self._update(
-                self.params, self.state, self._carry, self._keyed(window[-1]), weights[-1], hyper
+                self.params, self.state, self.carry, self._keyed(window[-1]), weights[-1], hyper
             )
         finally:
             # Tracing leaves placeholders in the model; put arrays back whatever happened.
             self.objective.slots.bind(self.params)
-        self._carry = None
+        self.carry = None
         mx.async_eval(self.params, self.state, sums)
-        return StepMetrics(**sums, micro_batches=len(window))
+        return StepMetrics(**sums)
 
-    def accumulate(self, window: Sequence[Inputs]) -> None:
-        """Add gradients without updating: what is left when a stream ends inside a window."""
-        self._accumulate_all(window, self._weights(window))
+    def accumulate(self, window: Sequence[Inputs], count: int) -> None:
+        """Add the gradients of the first ``count`` micro-batches to the carry, without an update."""
+        self._accumulate_all(window[:count], self._weights(window))
+
+    def take_carried(self) -> StepMetrics | None:
+        """What the carry measured since it was last taken; its gradients stay. None when nothing is carried."""
+        if self.carry is None:
+            return None
+        grads, sums = self.carry
+        self.carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
+        return StepMetrics(**sums, grad_norm=None)
 
     def _accumulate_all(self, window: Sequence[Inputs], weights: Sequence[Arrays]) -> None:
         try:
             for micro, weight in zip(window, weights, strict=False):
-                self._carry = self._accumulate(self.params, self._carry, self._keyed(micro), weight)
+                self.carry = self._accumulate(self.params, self.carry, self._keyed(micro), weight)
                 # Starts the device on this micro-batch without waiting for it.
-                mx.async_eval(self._carry)
+                mx.async_eval(self.carry)
         finally:
             self.objective.slots.bind(self.params)
 
@@ -128,12 +143,19 @@ class Step:
         self.objective.slots.bind(params)
 
     def _weights(self, window: Sequence[Inputs]) -> list[Arrays]:
-        items = max(sum(micro.valid for micro in window), 1)
+        items = max(sum(micro.labelled if self.counts_every_label else micro.valid for micro in window), 1)
 
         def loss_weight(micro: Inputs) -> float:
             return 1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * len(window))
 
-        return [{"loss": mx.array(loss_weight(micro)), "metric": mx.array(1 / max(micro.valid, 1))} for micro in window]
+        return [
+            {
+                "loss": mx.array(loss_weight(micro)),
+                "metric": mx.array(1 / max(micro.valid, 1)),
+                "aux_loss": mx.array(1 / len(window)),
+            }
+            for micro in window
+        ]
 
     def _keyed(self, micro: Inputs) -> Arrays:
         key = mx.array([self.seed, self.draws], mx.uint32)
@@ -145,13 +167,18 @@ class Step:
 
         def weighted(params: Arrays) -> tuple[mx.array, Any]:
             loss, sums = self.objective(params, arrays)
-            return loss * weights["loss"], sums
+            loss = loss * weights["loss"]
+            if self.objective.aux_coefficient:
+                loss = loss + self.objective.aux_coefficient * sums.aux_loss * weights["aux_loss"]
+            return loss, sums
 
         (loss, sums), grads = mx.value_and_grad(weighted)(params)
         metrics = {
             "loss": loss,
             "entropy": sums.entropy * weights["metric"],
             "accuracy": sums.correct * weights["metric"],
+            "micro_batches": mx.array(1.0),
+            "aux_loss": sums.aux_loss,
         }
         if carry is None:
             return grads, metrics
@@ -173,7 +200,8 @@ def clip_gradients(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array | No
         The gradients, a float32 factor still to be multiplied in (None for none; the optimizer folds it into its
         update, so no clipped copy of the tree exists), and the global L2 norm before clipping, in float32.
     """
-    norm = mx.sqrt(sum((mx.square(g.astype(mx.float32)).sum() for g in grads.values()), start=mx.array(0.0)))
+    squares = (blocked_sum(mx.square(g.reshape(-1).astype(mx.float32))) for g in grads.values())
+    norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
     if clip.mode == "norm":
         return grads, mx.minimum(clip.threshold / (norm + CLIP_EPS), 1.0), norm
     if clip.mode == "value":

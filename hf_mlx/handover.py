@@ -1,0 +1,213 @@
+"""Weights between a user's torch model and the session that trains its MLX copy: over before, back after."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+
+from .adapters.adapter import Adapter
+from .adapters.export import peft_tensors
+from .adapters.layers import LoRAEmbedding
+from .adapters.slots import Slot, list_slots
+from .errors import AdapterError, SettingError
+from .models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype, to_mlx
+from .models.heads import module_at
+from .session import Session
+from .settings.plan import TrainPlan
+
+logger = logging.getLogger(__name__)
+
+
+def open_source(model: Any) -> TorchModel | None:
+    """The torch model that was handed over; None for a hub id or a folder.
+
+    Raises:
+        SettingError: Neither of these.
+    """
+    if is_torch_model(model):
+        return TorchModel(model)
+    if isinstance(model, (str, Path)):
+        return None
+    raise SettingError(
+        f"model of type {type(model).__name__}",
+        "a hub id, the path of a model folder, a transformers model or a PeftModel",
+        'MLXSFTTrainer(model="HuggingFaceTB/SmolLM2-135M-Instruct", ...)',
+    )
+
+
+def drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Set ``model_init_kwargs`` aside: they load a model by name, and this one is loaded already (trl ignores them)."""
+    given = overrides.get("model_init_kwargs") or getattr(args, "model_init_kwargs", None)
+    if not given:
+        return dict(overrides)
+    logger.warning("model_init_kwargs=%r is not used: the model was loaded by the script itself", given)
+    return {**overrides, "model_init_kwargs": None}
+
+
+def keep_dtype(plan: TrainPlan, source: TorchModel) -> TrainPlan:
+    """The plan with the object's own dtype, which is trl's rule."""
+    precision = replace(plan.model.precision, dtype=cast(Any, model_dtype(source)))
+    return replace(plan, model=replace(plan.model, precision=precision))
+
+
+def hand_over(
+    source: TorchModel, peft_config: Any, plan: TrainPlan, tokenizer: Any, device: Any
+) -> tuple[Session, Handover]:
+    """Attach the adapter as PEFT does, take the weights over and tie the two models together.
+
+    Args:
+        source: The user's model.
+        peft_config: The adapter to put on it, or None.
+        plan: Of the run.
+        tokenizer: Its pad (and, where set, eos) id becomes the model's.
+        device: ``args.device``: where transformers' trainer puts a model.
+    """
+    if peft_config is not None:
+        source.attach(peft_config, plan.batch.seed)
+    source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
+    session = Session(plan, load_torch_model(source, plan.model))
+    source.place(device)
+    return session, Handover(source, session)
+
+
+def read_peft_config(source: TorchModel, peft_config: Any, last_n_layers: int | None) -> Any:
+    """The LoraConfig to resolve: the trainer's own, or the one inside a PeftModel.
+
+    Raises:
+        SettingError: Both are given, or the layers are to be chosen after the fact.
+    """
+    if source.adapter is not None and peft_config is not None:
+        raise SettingError(
+            "a PeftModel together with peft_config",
+            "one adapter (trl.SFTTrainer raises too)",
+            "MLXSFTTrainer(model=peft_model, ...) without peft_config, or model=peft_model.merge_and_unload()",
+        )
+    if last_n_layers is not None and (source.adapter is not None or peft_config is not None):
+        count = source.base.config.get_text_config().num_hidden_layers
+        layers = list(range(count))[-last_n_layers:]
+        raise SettingError(
+            f"finetune_last_n_layers={last_n_layers} with a torch model",
+            "layers that PEFT can put its own adapter on as well",
+            f"LoraConfig(..., layers_to_transform={layers})",
+        )
+    if source.adapter is None:
+        return peft_config
+    config = copy.copy(source.peft_config)
+    # The object's weights are the start; how they once came about says nothing any more.
+    config.init_lora_weights = True
+    return config
+
+
+class Handover:
+    """The tie between a torch model and the session that trains its copy.
+
+    Args:
+        source: The user's model, with its adapter already on it.
+        session: Trains the MLX copy; takes the adapter's weights as its start.
+
+    Raises:
+        AdapterError: PEFT holds other tensors than this config calls for.
+        SettingError: ``requires_grad`` is set on other parameters than those that would be trained.
+    """
+
+    def __init__(self, source: TorchModel, session: Session) -> None:
+        self.source = source
+        self.session = session
+        if session.adapter is not None:
+            self._adopt(session.adapter)
+        self._written = session.step.params
+
+    def write_back(self) -> None:
+        """Copy what was trained since the last call into the user's model."""
+        step = self.session.step
+        if step.params is self._written:
+            return
+        step.objective.slots.bind(step.params)
+        if self.session.adapter is not None:
+            held = self.source.adapter_tensors()
+            ours = peft_tensors(self.session.adapter)
+            self.source.write({key: ours[key] for key in held}, held)
+        else:
+            self.source.write(self.session.loaded.names.export_weights(step.params), self.source.tensors())
+        self._written = step.params
+
+    def _adopt(self, adapter: Adapter) -> None:
+        held = self.source.adapter_tensors()
+        slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
+        _account(held, slots)
+        _check_trained(self.source.trained(), {adapter.hf_name(path) for path in adapter.trainable()})
+        params = dict(self.session.step.params)
+        params |= read_parameters(adapter, slots, {key: to_mlx(held[key]) for key in slots})
+        if not self.session.plan.model.precision.autocast:
+            _compute_in_own_dtype(adapter, params)
+        mx.eval(params)
+        self.session.step.load(params, self.session.step.optimizer.init(params))
+
+
+def read_parameters(
+    adapter: Adapter, slots: Mapping[str, Slot], tensors: Mapping[str, mx.array]
+) -> dict[str, mx.array]:
+    """PEFT's tensors as MLX parameters, dtypes kept.
+
+    Args:
+        adapter: What they belong to.
+        slots: PEFT key to slot.
+        tensors: PEFT key to array.
+    """
+    names = adapter.loaded.names
+    params: dict[str, mx.array] = {}
+    experts: dict[str, dict[int, mx.array]] = {}
+    for key, slot in slots.items():
+        if slot.expert is not None:
+            experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
+        elif slot.as_stored:
+            plain = slot.mlx_path.replace(".base_layer.", ".")
+            params[slot.mlx_path] = names.import_weights({names.to_hf_name(plain): tensors[key]})[plain]
+        else:
+            params[slot.mlx_path] = tensors[key]
+    return params | {path: mx.stack([parts[i] for i in range(len(parts))]) for path, parts in experts.items()}
+
+
+def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
+    missing, unexpected = sorted(slots.keys() - held.keys()), sorted(held.keys() - slots.keys())
+    wrong = [key for key in slots if key in held and tuple(held[key].shape) != slots[key].shape]
+    if missing or unexpected or wrong:
+        raise AdapterError(
+            f"a PeftModel with {(missing + unexpected + wrong)[0]} "
+            f"{'missing' if missing else 'beyond its config' if unexpected else 'in another shape'}",
+            f"the {len(slots)} tensors that its LoraConfig calls for",
+            "get_peft_model(model, LoraConfig(...)) on the model as it was loaded",
+        )
+
+
+def _check_trained(theirs: set[str], ours: set[str]) -> None:
+    # Two spellings of PEFT's live names that its keys do not have.
+    theirs = {name.replace(".modules_to_save", "", 1).replace("_vector.weight", "_vector") for name in theirs}
+    frozen, extra = sorted(ours - theirs), sorted(theirs - ours)
+    if not theirs:
+        raise SettingError(
+            "a PeftModel of which nothing is trainable",
+            "an adapter whose parameters have requires_grad=True",
+            "PeftModel.from_pretrained(model, adapter, is_trainable=True)",
+        )
+    if frozen or extra:
+        raise SettingError(
+            f"requires_grad={'False' if frozen else 'True'} on {(frozen or extra)[0]} "
+            f"({len(frozen) + len(extra)} such parameter(s))",
+            "what the LoraConfig trains, no more and no less",
+            "leave requires_grad as get_peft_model set it (layers_to_transform and modules_to_save choose layers)",
+        )
+
+
+def _compute_in_own_dtype(adapter: Adapter, params: Mapping[str, mx.array]) -> None:
+    # Without autocast PEFT computes in the dtype of the adapter's weights.
+    for target in adapter.targets:
+        layer = module_at(adapter.loaded.model, target.mlx_path)
+        leaf = "lora_embedding_A" if isinstance(layer, LoRAEmbedding) else "lora_A"
+        layer.compute_dtype = params[f"{target.mlx_path}.{leaf}"].dtype

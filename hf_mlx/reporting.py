@@ -1,0 +1,123 @@
+"""HF's metric files and tables: what scripts do with ``train_result.metrics``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .models.bridge import like_torch, to_numpy
+from .settings.plan import TrainPlan
+
+
+def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics for people: memory in MB, runtimes as h:mm:ss, FLOPs in GF, floats to four digits."""
+    formatted: dict[str, Any] = {}
+    for key, value in metrics.items():
+        if "_mem_" in key:
+            formatted[key] = f"{int(value) >> 20}MB"
+        elif "_runtime" in key:
+            formatted[key] = (
+                str(datetime.timedelta(seconds=round(float(value), 2)))[:-4]
+                if value % 1
+                else str(datetime.timedelta(seconds=int(value)))
+            )
+        elif key == "total_flos":
+            formatted[key] = f"{int(value) >> 30}GF"
+        elif isinstance(value, float):
+            formatted[key] = round(value, 4)
+        else:
+            formatted[key] = value
+    return formatted
+
+
+def set_log_level(name: str) -> None:
+    """Set transformers' verbosity to ``args.log_level``, as ``Trainer.__init__`` does; "passive" leaves it alone."""
+    from transformers.utils import logging
+
+    if name != "passive":
+        logging.set_verbosity(logging.log_levels[name])
+
+
+def print_metrics(split: str, metrics: dict[str, Any]) -> None:
+    """Print ``metrics`` as a two-column table headed by ``split``."""
+    formatted = {key: str(value) for key, value in sorted(format_metrics(metrics).items())}
+    keys, values = max(map(len, formatted), default=0), max(map(len, formatted.values()), default=0)
+    print(f"***** {split} metrics *****")
+    for key, value in formatted.items():
+        print(f"  {key:<{keys}} = {value:>{values}}")
+
+
+def write_metrics(output_dir: str, split: str, metrics: dict[str, Any], *, combined: bool = True) -> None:
+    """Write ``{split}_results.json`` and, when ``combined``, merge it into ``all_results.json``."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / f"{split}_results.json", metrics)
+    if combined:
+        path = folder / "all_results.json"
+        merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        _write_json(path, {**merged, **metrics})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
+
+
+def describe_plan(plan: TrainPlan) -> dict[str, Any]:
+    """The hyperparameters that a model card lists."""
+    settings: dict[str, Any] = {
+        "learning_rate": plan.optim.learning_rate,
+        "optimizer": plan.optim.name,
+        "lr_scheduler_type": plan.schedule.name,
+        "train_batch_size": plan.batch.train_batch_size,
+        "gradient_accumulation_steps": plan.batch.gradient_accumulation_steps,
+        "seed": plan.batch.seed,
+        "gradient clipping": plan.clip.describe(),
+        "precision": f"{plan.model.precision.dtype}, autocast {plan.model.precision.autocast or 'off'}",
+    }
+    if plan.batch.max_steps > 0:
+        settings["max_steps"] = plan.batch.max_steps
+    else:
+        settings["num_train_epochs"] = plan.batch.num_train_epochs
+    if plan.lora is not None:
+        settings["lora"] = f"r={plan.lora.r}, lora_alpha={plan.lora.lora_alpha}"
+    return settings
+
+
+class PredictionSink:
+    """Collects logits and labels of an evaluation, padded with -100 to one length, as ``compute_metrics`` gets them.
+
+    Args:
+        preprocess: ``preprocess_logits_for_metrics``: called with logits (B, T, V) and labels (B, T), as torch tensors
+            where torch is installed.
+    """
+
+    def __init__(self, preprocess: Callable[[Any, Any], Any] | None = None) -> None:
+        self._preprocess = preprocess
+        self._predictions: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+
+    def __call__(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        if self._preprocess is not None:
+            logits = to_numpy(self._preprocess(like_torch(logits), like_torch(labels)))
+        self._predictions.append(logits)
+        self._labels.append(labels)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions and labels of all rows."""
+        return _pad_concatenate(self._predictions), _pad_concatenate(self._labels)
+
+
+def _pad_concatenate(parts: list[np.ndarray]) -> np.ndarray:
+    if not parts or parts[0].ndim < 2:
+        return np.concatenate(parts) if parts else np.zeros(0)
+    length = max(part.shape[1] for part in parts)
+    padded = [
+        np.pad(part, [(0, 0), (0, length - part.shape[1]), *[(0, 0)] * (part.ndim - 2)], constant_values=-100)
+        for part in parts
+    ]
+    return np.concatenate(padded)

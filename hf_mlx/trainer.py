@@ -1,0 +1,647 @@
+"""MLXSFTTrainer: the HF-shaped front. It reads the HF objects once, wires the stages and owns no numerics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import reporting
+from .accelerator import Accelerator
+from .callbacks import make_handler, make_state
+from .checkpoints.boundary import make_layout
+from .checkpoints.callback_states import collect_states, restore_states
+from .checkpoints.files import check_output_dir, disk_errors
+from .checkpoints.folders import rotate
+from .checkpoints.inspection import ARGUMENTS, STATE
+from .checkpoints.interrupt import Interrupt
+from .checkpoints.store import CheckpointStore
+from .checkpoints.torch_files import has_torch, pickle_object
+from .checkpoints.trainer_state import load_trainer_state, write_trainer_state
+from .data.prepare import prepare_tokenizer
+from .errors import CheckpointError, DataError, HFMLXError, SettingError
+from .facade import MLXCausalLM
+from .handover import drop_init_kwargs, hand_over, keep_dtype, open_source, read_peft_config
+from .hooks import check_overrides
+from .hub import HubRepo, write_card
+from .loop import Loop
+from .memory import MemoryMeter
+from .model_config import record_settings
+from .models.bridge import TorchModel
+from .models.load import load_model
+from .models.source import resolve_folder
+from .models.tokenizer import load_tokenizer
+from .session import Data, Session
+from .settings.legacy import merge_trainer_keywords
+from .settings.plan import TrainPlan
+from .settings.resolve import resolve_plan
+from .training.evaluation import EvalSums
+from .training.schedule import make_schedule
+
+logger = logging.getLogger(__name__)
+
+
+class MLXSFTTrainer:
+    """Supervised fine-tuning on MLX with the interface of ``trl.SFTTrainer``.
+
+    Settings are resolved into a frozen plan before anything is loaded; a setting that cannot be honoured is refused.
+    Gradients are clipped as :func:`~hf_mlx.resolve_grad_clip` says; ``TrainingArguments(max_grad_norm=0)`` means off.
+
+    Args:
+        model: Hub id or local folder of a causal language model; or a transformers model or PeftModel, which is
+            trained as it is and has the trained weights written back into it.
+        args: ``TrainingArguments`` or ``SFTConfig``; None is TRL's default configuration.
+        data_collator: Called with a list of prepared rows; returns ``input_ids``, ``labels`` and ``attention_mask``
+            as numpy arrays or torch tensors.
+        train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts.
+        eval_dataset: Likewise, or a dict of datasets.
+        processing_class: Tokenizer; None loads the model's own.
+        compute_metrics: Called with a ``transformers.EvalPrediction``.
+        callbacks: ``transformers.TrainerCallback`` instances or classes.
+        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
+        peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
+        formatting_func: Row to text.
+        quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
+        max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
+        finetune_last_n_layers: Put adapters on the last n blocks only.
+        strict: Also refuse settings that are honoured another way with other numbers.
+        **keywords: TRL's older constructor keywords (``tokenizer``, ``max_seq_length``, …), deprecated.
+
+    Attributes:
+        plan: The frozen :class:`~hf_mlx.settings.plan.TrainPlan`.
+        ledger: What each setting does here.
+        grad_clip: The clip in force.
+        args, state, control, callback_handler: As in ``transformers.Trainer``.
+        train_dataset, eval_dataset: The prepared rows.
+
+    Raises:
+        HFMLXError: One of its subclasses, before any training.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+        quantization_config: Any = None,
+        *,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
+        **keywords: Any,
+    ) -> None:
+        check_overrides(type(self), MLXSFTTrainer)
+        _check_optimizers(optimizers)
+        _check_functions(keywords)
+        source = open_source(model)
+        overrides, tokenizer = merge_trainer_keywords({}, keywords)
+        self.args = args if args is not None else _default_args(model if source is None else source.name)
+        self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
+        self._memory.start("init")
+        if source is not None:
+            overrides = drop_init_kwargs(self.args, overrides)
+            quantization_config = quantization_config or source.quantization
+        self.plan, self.ledger = resolve_plan(
+            self.args,
+            peft_config if source is None else read_peft_config(source, peft_config, finetune_last_n_layers),
+            max_grad_value=max_grad_value,
+            finetune_last_n_layers=finetune_last_n_layers,
+            strict=strict,
+            quantization_config=quantization_config,
+            overrides=overrides,
+        )
+        if source is not None:
+            self.plan = keep_dtype(self.plan, source)
+        reporting.set_log_level(self.args.log_level)
+        self.grad_clip = self.plan.clip
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        _check_evaluation(self.args, eval_dataset)
+        check_output_dir(self.args.output_dir)
+        if self.plan.use_cpu:
+            mx.set_default_device(mx.cpu)
+        self.processing_class = prepare_tokenizer(
+            processing_class or tokenizer or _load_tokenizer(model, source, self.plan), self.plan.data
+        )
+        self.data = Data(
+            self.plan,
+            self.processing_class,
+            collator=data_collator,
+            formatting_func=formatting_func,
+            keep_columns=not self.args.remove_unused_columns,
+        )
+        self.train_dataset = self.data.prepare_train(train_dataset)
+        self.eval_dataset = self.data.prepare_eval(eval_dataset)
+        self.steps = self.data.count_steps(self.train_dataset)
+        if source is None:
+            self.session = Session(self.plan, load_model(model, self.plan.model))
+            self.handover = None
+            self._model = MLXCausalLM(self.session.loaded, self.session.adapter, peft_config, self.processing_class)
+        else:
+            self.session, self.handover = hand_over(
+                source, peft_config, self.plan, self.processing_class, self.args.device
+            )
+            self._model = source.model
+        for line in (*self.ledger.notices(), *self.session.loaded.notes):
+            logger.warning(line)
+        self.callback_handler, self.control = make_handler(
+            self.args,
+            callbacks,
+            model=self.model,
+            tokenizer=self.processing_class,
+            refresh=None if self.handover is None else self.handover.write_back,
+        )
+        self.state = make_state(self.callback_handler, self.control)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
+            gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
+        )
+        self.hub = HubRepo(self.args)
+        if self.args.push_to_hub:
+            self.hub.create()
+        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+        record_settings(
+            self.model.config,
+            self.session.loaded,
+            use_cache=self.args.use_cache,
+            aux_coefficient=self.plan.loss.router_aux_loss_coef,
+        )
+        self._memory.stop("init")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+        """Train to the end of the plan.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, written here or by transformers' or trl's trainer, or True
+                for the newest complete one in ``output_dir``.
+
+        Returns:
+            ``transformers.trainer_utils.TrainOutput`` with global_step, training_loss and metrics.
+
+        Raises:
+            CheckpointError: The checkpoint is not complete, or does not fit this run; nothing was changed.
+            TrainingError: The loss became NaN or infinite.
+            KeyboardInterrupt: After Ctrl-C, once a checkpoint of the last whole step is saved.
+        """
+        from transformers.trainer_utils import TrainOutput, align_special_tokens
+
+        self._memory.start("train")
+        store = self._store = self._make_store()
+        folder = store.find(resume_from_checkpoint)
+        self._reset_state()
+        align_special_tokens(self.model, self.processing_class)
+        logger.info(self.grad_clip.describe())
+        start = time.time()
+        schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)
+        loader = self.data.train_loader(self.train_dataset)
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (
+            self.session.step.optimizer,
+            schedule,
+            loader,
+        )
+        loop = self._loop = self._make_loop(loader, schedule, folder)
+        self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
+        try:
+            with loop.interrupt.held_back():
+                result = loop.run(start)
+        except BaseException as error:
+            self.is_in_train = False
+            self._memory.stop("train", {})
+            if isinstance(error, KeyboardInterrupt):
+                self._save_interrupted()
+            # The user's object gets what there is; the reason for stopping is what must be seen.
+            with suppress(HFMLXError):
+                self._write_back()
+            raise
+        self._write_back()
+        done = self.state.global_step - loop.first_step
+        metrics = self._speed("train", start, self._trained_rows(done), done)
+        metrics |= {"total_flos": self.state.total_flos, **result}
+        self._memory.stop("train", metrics)
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            store.load_best(self.state.best_model_checkpoint)
+            self._write_back()
+        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+            # While training the last one is kept beside the best one, to resume from.
+            rotate(self.args.output_dir, 1, keep=[self.state.best_model_checkpoint])
+        self.control = handler.on_train_end(self.args, self.state, self.control)
+        self.hub.finish()
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, result["train_loss"], metrics)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and metrics on ``eval_dataset`` (prepared like the training data), or on the trainer's own.
+
+        Args:
+            eval_dataset: A dataset, a dict of datasets, or the name of one of the trainer's eval datasets.
+            ignore_keys: Of no effect: a model's output here is its logits alone.
+            metric_key_prefix: Prefix of every key of the result.
+
+        Returns:
+            ``{prefix}_loss`` and the other metrics; also logged.
+        """
+        dataset = self._eval_rows(eval_dataset)
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name in dataset:
+                part = name if eval_dataset is None else dataset[name]
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        self._memory.start("eval")
+        start = time.time()
+        output = self._evaluation(dataset, metric_key_prefix)
+        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        metrics = output.metrics | self._speed(metric_key_prefix, start, output.num_samples, batches)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory.stop("eval", metrics)
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
+        """Logits, labels and metrics on ``test_dataset``.
+
+        Returns:
+            ``transformers.trainer_utils.PredictionOutput``; predictions are (rows, length, vocabulary) float32,
+            padded with -100.
+        """
+        from transformers.trainer_utils import PredictionOutput
+
+        self._memory.start("test")
+        start = time.time()
+        output = self._evaluation(self.data.prepare_eval(test_dataset), metric_key_prefix, keep_logits=True)
+        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        metrics = output.metrics | self._speed(metric_key_prefix, start, output.num_samples, batches)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        self._memory.stop("test", metrics)
+        return PredictionOutput(output.predictions, output.label_ids, metrics)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add TRL's metrics to ``logs``, append the entry to ``state.log_history`` and tell the callbacks."""
+        logs.update(self._running_metrics())
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            if start_time is not None:
+                tokens = self.state.num_input_tokens_seen - self._tokens_before
+                logs.update(self._speed("train", start_time, num_tokens=tokens))
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
+        folder = check_output_dir(output_dir or self.args.output_dir)
+        with disk_errors(folder):
+            self._write_back()
+            self._model.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            if has_torch():
+                pickle_object(self.args, folder / ARGUMENTS)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the run's repository on the hub, unless it exists."""
+        self.hub.create(token, private)
+
+    @property
+    def adapter(self) -> Any:
+        """The attached :class:`~hf_mlx.adapters.adapter.Adapter`, or None when all weights are trained."""
+        return self.session.adapter
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """``owner/name`` on the hub, once the repository exists."""
+        return self.hub.model_id
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **front_matter: Any,
+    ) -> None:
+        """Write README.md into ``output_dir``.
+
+        Args:
+            model_name: Heading; None is the name of the repository or folder.
+            dataset_name: Id of the training data.
+            tags: Further tags.
+            **front_matter: Further metadata, such as ``language`` or ``license``.
+        """
+        base = getattr(self.model.config, "_name_or_path", None)
+        write_card(
+            self.args.output_dir,
+            model_name=model_name or (self.hub_model_id or Path(self.args.output_dir).name).split("/")[-1],
+            base_model=base if base and not Path(base).is_dir() else None,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=tags,
+            adapter=self.session.adapter is not None,
+            settings=reporting.describe_plan(self.plan),
+            extra=front_matter,
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save into ``output_dir`` with a model card, and upload the folder without its checkpoints.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: False returns a Future.
+            token, revision: In place of ``args.hub_token`` and ``args.hub_revision``.
+            private: For a repository that is created now.
+            **card: Keywords of :meth:`create_model_card`.
+
+        Returns:
+            ``huggingface_hub.CommitInfo``.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**card)
+        return self.hub.push(message=commit_message, blocking=blocking, token=token, revision=revision)
+
+    def end(self) -> None:
+        """Finish what runs beside training: uploads still in progress."""
+        self.hub.finish()
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows behind a loader or in a dataset."""
+        return len(getattr(dataloader, "dataset", dataloader))
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoint-{global_step}`` into ``output_dir``, in transformers' layout.
+
+        Raises:
+            CheckpointError: It cannot be written, or no step was made yet. Earlier checkpoints are as they were.
+        """
+        if self._loop is None or self._store is None or self._loop.boundary is None:
+            raise CheckpointError(
+                "save_checkpoint() outside of training, or in the middle of a step",
+                "a step that was made, to go on from",
+                "trainer.save_model(dir) for the weights alone",
+            )
+        folder = self._store.save(
+            self.state,
+            self._loop.boundary,
+            self._loop.schedule,
+            collect_states(self.callback_handler, self.control),
+            lambda folder: self.save_model(str(folder), _internal_call=True),
+        )
+        if self.args.push_to_hub:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(folder, self.state.global_step, self.state.epoch)
+
+    def adopt_additions(self) -> None:
+        """Take what callbacks put into the checkpoint just written for a part of it."""
+        if self._store is not None:
+            self._store.adopt_additions(self.state.global_step)
+
+    def save_state(self) -> None:
+        """Write ``trainer_state.json`` into ``output_dir``."""
+        folder = check_output_dir(self.args.output_dir)
+        with disk_errors(folder):
+            write_trainer_state(self.state, folder / STATE)
+
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Print ``metrics`` as a table."""
+        reporting.print_metrics(split, metrics)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Write ``{split}_results.json`` and, when ``combined``, ``all_results.json``."""
+        reporting.write_metrics(self.args.output_dir, split, metrics, combined=combined)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback class or instance."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback."""
+        self.callback_handler.remove_callback(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """True: there is one process."""
+        return True
+
+    def is_local_process_zero(self) -> bool:
+        """True: there is one process."""
+        return True
+
+    @property
+    def model(self) -> Any:
+        """The user's own object, with the weights trained so far; for a name, an :class:`MLXCausalLM`."""
+        return self._model
+
+    is_in_train: bool = False
+    _tokens_before = 0
+    _interrupt: Interrupt | None = None
+    _loop: Loop | None = None
+    _store: CheckpointStore | None = None
+
+    def _make_store(self) -> CheckpointStore:
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        return CheckpointStore(self.args, self.session, self.data, rows, make_layout(self.steps, self.plan.batch))
+
+    def _make_loop(self, loader: Any, schedule: Any, folder: Path | None) -> Loop:
+        """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
+        loaded = None
+        if folder is not None and self._store is not None:
+            state = load_trainer_state(folder, self.state)
+            loaded = self._store.load(folder)
+            if loaded.schedule is not None:
+                schedule.load_state_dict(loaded.schedule)
+            self.state = state
+            if self.args.restore_callback_states_from_checkpoint:
+                self.control = restore_states(self.callback_handler, self.control, state.stateful_callbacks)
+            self.session.step.load(loaded.weights, loaded.moments or self.session.step.state)
+            logger.info(f"Resuming from {folder} at step {state.global_step}.")
+        self._interrupt = Interrupt()
+        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt)
+        if loaded is not None:
+            loop.resume(loaded.boundary)
+        return loop
+
+    def _save_interrupted(self) -> None:
+        """After Ctrl-C: keep what there is, and say how to go on."""
+        step, boundary = self.state.global_step, self._loop.boundary if self._loop else None
+        if step == 0 or boundary is None:
+            logger.warning("Interrupted before a step was whole: no checkpoint was written.")
+            return
+        try:
+            self.save_checkpoint()
+        except HFMLXError as error:
+            logger.error(f"Interrupted at step {step}; its checkpoint could not be written.\n{error}")
+            return
+        logger.warning(
+            f"Interrupted at step {step}, saved as checkpoint-{step}: "
+            "trainer.train(resume_from_checkpoint=True) goes on from there."
+        )
+
+    def _write_back(self) -> None:
+        if self.handover is not None:
+            self.handover.write_back()
+
+    def _evaluation(self, dataset: Any, prefix: str, *, keep_logits: bool = False) -> Any:
+        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
+
+        size, session = self.plan.batch.eval_batch_size, self.session
+        self.callback_handler.eval_dataloader = loader = self.data.eval_loader(dataset)
+        wanted = keep_logits or (self.compute_metrics is not None and not self.args.prediction_loss_only)
+        sink = reporting.PredictionSink(self.preprocess_logits_for_metrics) if wanted else None
+        with session.evaluation(in_train=self.is_in_train) as (evaluator, params):
+            sums = evaluator.run(params, loader, self.data.inputs, on_batch=self._on_prediction_step, logits_to=sink)
+        session.progress.mode, self._eval_sums = "eval", sums
+        predictions, labels = sink.arrays() if sink else (None, None)
+        metrics: dict[str, Any] = {}
+        if self.compute_metrics is not None and wanted:
+            self._write_back()
+            computed = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            metrics = dict(denumpify_detensorize(computed))
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        metrics[f"{prefix}_loss"] = sums.loss(finite_only=self.plan.nan_inf_filter, batch_size=size, rows=rows)
+        # In upstream's order: what has the prefix already comes first.
+        bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
+        metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
+        return EvalLoopOutput(predictions, labels, metrics, rows if rows is not None else len(sums.losses) * size)
+
+    def _on_prediction_step(self) -> None:
+        if self._interrupt is not None:
+            self._interrupt.check()
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _eval_rows(self, dataset: Any) -> Any:
+        if isinstance(dataset, str):
+            return self.eval_dataset[dataset]
+        if dataset is not None:
+            return self.data.prepare_eval(dataset)
+        if self.eval_dataset is None:
+            raise DataError(
+                "evaluate() without a dataset, on a trainer without eval_dataset",
+                "a dataset to evaluate on",
+                "trainer.evaluate(my_dataset), or MLXSFTTrainer(..., eval_dataset=my_dataset)",
+            )
+        return self.eval_dataset
+
+    _eval_sums: EvalSums | None = None
+
+    def _running_metrics(self) -> dict[str, float]:
+        """What trl 1.16 ``SFTTrainer.log`` adds: the running means of the mode the model is in."""
+        progress = self.session.progress
+        if progress.mode == "train":
+            means = progress.means.take()
+            return means | {"num_tokens": float(progress.num_tokens)} if means else {}
+        sums, self._eval_sums = self._eval_sums, None
+        if sums is None or not sums.losses:
+            return {}
+        metrics = {
+            "eval_entropy": sum(sums.entropies) / len(sums.entropies),
+            "eval_mean_token_accuracy": sum(sums.accuracies) / len(sums.accuracies),
+            "eval_num_tokens": float(progress.num_tokens),
+        }
+        if sums.aux_losses:
+            metrics["eval_aux_loss"] = sum(sums.aux_losses) / len(sums.aux_losses)
+        return metrics
+
+    def _reset_state(self) -> None:
+        self.state = make_state(self.callback_handler, self.control)
+        self.state.train_batch_size = self.plan.batch.train_batch_size
+        self.state.compute_steps(self.args, self.steps.total_steps)
+        self.state.max_steps, self.state.num_train_epochs = self.steps.total_steps, self.steps.epochs
+
+    def _trained_rows(self, done: int) -> float:
+        plan, steps = self.plan.batch, self.steps
+        if plan.max_steps > 0:
+            rows = steps.total_steps * plan.train_batch_size * plan.gradient_accumulation_steps
+        else:
+            rows = len(self.train_dataset) * plan.num_train_epochs
+        return rows * done / max(steps.total_steps, 1)
+
+    def _speed(
+        self,
+        split: str,
+        start: float,
+        num_samples: float | None = None,
+        num_steps: int | None = None,
+        num_tokens: int | None = None,
+    ) -> dict[str, float]:
+        from transformers.trainer_utils import speed_metrics
+
+        return speed_metrics(split, start, num_samples=num_samples, num_steps=num_steps, num_tokens=num_tokens)
+
+
+def _default_args(model: str) -> Any:
+    name = f"{str(model).rstrip('/').split('/')[-1]}-SFT"
+    try:
+        from trl import SFTConfig as Arguments
+    except ImportError:
+        from transformers import TrainingArguments as Arguments
+    return Arguments(name)
+
+
+def _load_tokenizer(model: Any, source: TorchModel | None, plan: TrainPlan) -> Any:
+    folder = resolve_folder(model if source is None else source.name, plan.model)
+    return load_tokenizer(folder, plan.model)
+
+
+def _check_functions(keywords: dict[str, Any]) -> None:
+    for name, remedy in _REFUSED_KEYWORDS.items():
+        if keywords.pop(name, None) is not None:
+            raise SettingError(f"{name}=", "what runs inside the compiled step is chosen by name", remedy)
+
+
+_REFUSED_KEYWORDS = {
+    "compute_loss_func": 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels',
+    "optimizer_cls_and_kwargs": 'SFTConfig(optim="adamw_torch", optim_args="…", learning_rate=…)',
+    "model_init": "MLXSFTTrainer(model=model_init(), …)",
+}
+
+
+def _check_optimizers(optimizers: tuple[Any, Any]) -> None:
+    if any(part is not None for part in optimizers):
+        raise SettingError(
+            f"optimizers=({type(optimizers[0]).__name__}, {type(optimizers[1]).__name__})",
+            "the optimizer and schedule are chosen by name, so that they can run inside the compiled step",
+            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", ...)',
+        )
+
+
+def _check_evaluation(args: Any, eval_dataset: Any) -> None:
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise SettingError(
+            f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an eval_dataset",
+            "an eval_dataset to evaluate on",
+            'MLXSFTTrainer(..., eval_dataset=my_dataset), or eval_strategy="no"',
+        )
