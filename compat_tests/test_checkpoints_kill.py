@@ -1,0 +1,76 @@
+"""SIGKILL at any moment: the resumed run ends with the adapter, and the log, of the run that was never killed."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from checkpoint_runs import final_bytes, start, timeless
+from pairs import tiny_model
+
+# A run takes a little more than a second, half of it before the first step, and does 900 file operations.
+SECONDS = 1.0
+OPERATIONS = 250
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    process = start(model, folder)
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def history(folder: Path) -> list[dict]:
+    return timeless(json.loads((folder / "trainer_state.json").read_text())["log_history"])
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    assert final_bytes(folder) == final_bytes(whole)
+    assert history(folder) == history(whole)
+
+
+def kill_repeatedly(model: Path, folder: Path, draw: random.Random, kills: int) -> int:
+    """Start, kill at a random time or file operation, resume; at last let it end. Returns how many were killed."""
+    killed = 0
+    for turn in range(kills):
+        by_operation = turn == 0 or draw.random() < 0.5
+        process = start(model, folder, kill_at=draw.randrange(1, OPERATIONS) if by_operation else None)
+        if not by_operation:
+            time.sleep(draw.uniform(0.2, SECONDS))
+            process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        killed += process.exitcode == -9
+    process = start(model, folder)
+    process.join()
+    assert process.exitcode == 0
+    return killed
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_killed_run_ends_as_if_it_had_not_been(model, whole, tmp_path, seed):
+    killed = kill_repeatedly(model, tmp_path, random.Random(seed), 4)
+    assert killed >= 2
+    assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.wide
+def test_fifty_random_kills(model, whole, tmp_path):
+    killed = 0
+    for seed in range(100, 125):
+        folder = tmp_path / str(seed)
+        killed += kill_repeatedly(model, folder, random.Random(seed), 4)
+        assert_same_end(folder, whole)
+        if killed >= 50:
+            break
+    assert killed >= 50

@@ -1,0 +1,198 @@
+"""What a run trains, under the names and in the layouts and order of the torch model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..adapters.adapter import PEFT_LEAVES, PREFIX, Adapter
+from ..adapters.order import order_key
+from ..adapters.slots import Slot, list_slots
+from ..errors import CheckpointError, ModelError
+from ..models.load import LoadedModel
+from .torch_files import has_torch
+
+Arrays = Mapping[str, mx.array]
+
+
+class Parameters(Protocol):
+    """The trained parameters of a run, MLX ↔ torch."""
+
+    def to_hf(self, arrays: Arrays) -> dict[str, mx.array]:
+        """From MLX names to torch's names and layouts.
+
+        Arrays have the parameters' own shapes; those of plain parameters may be reduced along an axis.
+        """
+        ...
+
+    def from_hf(self, tensors: Arrays) -> dict[str, mx.array]:
+        """The way back; tensors that are not trained are left out."""
+        ...
+
+    def is_plain(self, name: str) -> bool:
+        """Whether the MLX parameter is one torch parameter in the same layout."""
+        ...
+
+    def owners(self) -> dict[str, str]:
+        """Torch's name → MLX name, for every torch tensor that is trained."""
+        ...
+
+    def order(self) -> list[str] | None:
+        """Torch's names in ``named_parameters()`` order; None when the torch model itself would have to say."""
+        ...
+
+
+class AdapterParameters:
+    """The parameters of a LoRA adapter, as PEFT names them.
+
+    Args:
+        adapter: The adapter.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._loaded = adapter.loaded
+        trained = adapter.trainable()
+        slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
+        key = order_key(adapter.loaded.model_type, (site.hf_path for site in adapter.blueprint.sites))
+        names = [name for name, slot in slots.items() if slot.mlx_path in trained and not slot.base]
+        self._slots = {name: slots[name] for name in sorted(names, key=lambda name: _position(name, key))}
+
+    def to_hf(self, arrays: Arrays) -> dict[str, mx.array]:
+        return {key: self._stored(slot, arrays) for key, slot in self._slots.items() if slot.mlx_path in arrays}
+
+    def from_hf(self, tensors: Arrays) -> dict[str, mx.array]:
+        values: dict[str, mx.array] = {}
+        experts: dict[str, dict[int, mx.array]] = {}
+        for key, slot in self._slots.items():
+            if key not in tensors:
+                continue
+            if slot.expert is not None:
+                experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
+            elif slot.as_stored and tensors[key].size == math.prod(slot.shape):
+                values[slot.mlx_path] = _import(self._loaded, _plain(slot), tensors[key])
+            else:
+                values[slot.mlx_path] = tensors[key]
+        return values | {path: mx.stack([parts[i] for i in sorted(parts)]) for path, parts in experts.items()}
+
+    def is_plain(self, name: str) -> bool:
+        slots = [slot for slot in self._slots.values() if slot.mlx_path == name]
+        # A stack of experts is cut along its first axis, which every reduced state still has.
+        return all(not slot.as_stored or _keeps_layout(self._loaded, _plain(slot), slot.shape) for slot in slots)
+
+    def owners(self) -> dict[str, str]:
+        return {name: slot.mlx_path for name, slot in self._slots.items()}
+
+    def order(self) -> list[str]:
+        return list(self._slots)
+
+    def _stored(self, slot: Slot, arrays: Arrays) -> mx.array:
+        value = arrays[slot.mlx_path]
+        if slot.expert is not None:
+            return mx.contiguous(value[slot.expert])
+        if slot.as_stored and value.size == math.prod(slot.shape):
+            return next(iter(self._loaded.names.export_weights({_plain(slot): value}).values()))
+        return value
+
+
+class ModelParameters:
+    """All weights of a model, as its Hugging Face checkpoint names them.
+
+    Args:
+        loaded: The model.
+        names: MLX names of what is trained.
+    """
+
+    def __init__(self, loaded: LoadedModel, names: list[str]) -> None:
+        self._loaded = loaded
+        held = dict(tree_flatten(loaded.model.parameters()))
+        self._shapes = {name: tuple(held[name].shape) for name in names}
+        self._order: list[str] | None = None
+
+    def to_hf(self, arrays: Arrays) -> dict[str, mx.array]:
+        reduced = {n: v for n, v in arrays.items() if tuple(v.shape) != self._shapes[n]}
+        whole = {name: value for name, value in arrays.items() if name not in reduced}
+        names = self._loaded.names
+        return names.export_weights(whole) | {names.to_hf_name(name): value for name, value in reduced.items()}
+
+    def from_hf(self, tensors: Arrays) -> dict[str, mx.array]:
+        imported = self._loaded.names.import_weights(tensors)
+        return {name: value for name, value in imported.items() if name in self._shapes}
+
+    def is_plain(self, name: str) -> bool:
+        return _keeps_layout(self._loaded, name, self._shapes[name])
+
+    def owners(self) -> dict[str, str]:
+        return {hf_name: name for name in self._shapes for hf_name in self._loaded.names.to_hf_names(name)}
+
+    def order(self) -> list[str] | None:
+        if self._order is None:
+            self._order = live_order(self._loaded.config)
+        return self._order
+
+
+def make_parameters(adapter: Adapter | None, loaded: LoadedModel, names: list[str]) -> Parameters:
+    """The parameters of a run with ``adapter``, or of one that trains all weights when it is None."""
+    return AdapterParameters(adapter) if adapter is not None else ModelParameters(loaded, names)
+
+
+def live_order(config: Mapping[str, Any]) -> list[str] | None:
+    """``named_parameters()`` of the torch model of a config.json, or None where torch is not installed.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    return [name for name, _ in build_live_model(config).named_parameters()] if has_torch() else None
+
+
+def build_live_model(config: Mapping[str, Any]) -> Any:
+    """The torch model of a config.json without its weights, on torch's meta device.
+
+    Its parameters come in another order, and sometimes under other names, than the tensors of the files.
+
+    Raises:
+        CheckpointError: transformers cannot build the model.
+    """
+    import torch
+    import transformers
+
+    try:
+        built = type(transformers.AutoConfig.for_model(config["model_type"])).from_dict(dict(config))
+        # trl builds the class that the config names.
+        named = getattr(transformers, (built.architectures or [""])[0], None)
+        with torch.device("meta"):
+            return named(built) if named else transformers.AutoModelForCausalLM.from_config(built)
+    except Exception as error:
+        raise CheckpointError(
+            f"a model that transformers cannot build: {type(error).__name__}: {error}",
+            "a config.json that transformers knows",
+            "a newer transformers, or SFTConfig(save_only_model=True)",
+        ) from error
+
+
+def _position(name: str, key: Any) -> tuple:
+    path = name.removeprefix(PREFIX)
+    for rank, leaf in enumerate([*PEFT_LEAVES.values(), "weight", "bias"]):
+        if path.endswith(f".{leaf}"):
+            return key(path.removesuffix(f".{leaf}")), rank
+    return key(path), len(PEFT_LEAVES)
+
+
+def _plain(slot: Slot) -> str:
+    return slot.mlx_path.replace(".base_layer.", ".")
+
+
+def _import(loaded: LoadedModel, name: str, tensor: mx.array) -> mx.array:
+    return loaded.names.import_weights({loaded.names.to_hf_name(name): tensor})[name]
+
+
+def _keeps_layout(loaded: LoadedModel, name: str, shape: tuple[int, ...]) -> bool:
+    probe = mx.arange(math.prod(shape)).reshape(shape)
+    try:
+        exported = list(loaded.names.export_weights({name: probe}).values())
+    except ModelError:
+        return False
+    return len(exported) == 1 and exported[0].shape == probe.shape and bool(mx.array_equal(exported[0], probe).item())

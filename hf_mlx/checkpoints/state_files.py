@@ -1,0 +1,50 @@
+"""A state of the run in a checkpoint folder: torch's file where torch is installed, safetensors and JSON elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .torch_files import has_torch, load_torch, save_torch
+from .trees import read_tree, write_tree
+
+# What is stored, and torch's name for it.
+OPTIMIZER, SCHEDULER, RANDOM = "optimizer", "scheduler", "rng_state"
+TORCH_NAMES = {OPTIMIZER: "optimizer.pt", SCHEDULER: "scheduler.pt", RANDOM: "rng_state.pth"}
+
+
+def write_state(tree: Any, folder: Path, kind: str, *, torch: bool | None = None) -> None:
+    """Write one state.
+
+    Args:
+        tree: As torch would save it, arrays as ``mx.array``.
+        folder: Where to write.
+        kind: One of :data:`TORCH_NAMES`.
+        torch: True writes torch's file, False safetensors and JSON, None what can be written.
+    """
+    if has_torch() if torch is None else torch:
+        save_torch(tree, folder / TORCH_NAMES[kind])
+    else:
+        write_tree(tree, folder, kind)
+
+
+def has_state(folder: Path, kind: str) -> bool:
+    """Whether the state is there, in either form."""
+    return (folder / TORCH_NAMES[kind]).is_file() or (folder / f"{kind}.json").is_file()
+
+
+def read_state(folder: Path, kind: str) -> Any:
+    """Read a state that is there, in the form it is in.
+
+    Raises:
+        CheckpointError: It is cut short or edited.
+        MissingDependency: Only torch can read it, and torch is not installed.
+    """
+    if (folder / TORCH_NAMES[kind]).is_file():
+        return load_torch(folder / TORCH_NAMES[kind], random_states=kind == RANDOM)
+    return read_tree(folder, kind)
+
+
+def state_files(kind: str) -> tuple[str, ...]:
+    """Every file name that the state may have."""
+    return TORCH_NAMES[kind], f"{kind}.json", f"{kind}.safetensors"

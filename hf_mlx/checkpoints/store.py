@@ -1,0 +1,262 @@
+"""The checkpoints of one trainer: written whole or not at all, read only when everything in them fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import CheckpointError
+from .boundary import Boundary, Layout
+from .files import disk_errors, replaced_folder
+from .fingerprint import compare_fingerprints, take_fingerprint
+from .folders import checkpoint_path, rotate
+from .inspection import ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
+from .manifest import MANIFEST, extend_manifest, write_manifest
+from .optimizer_state import Moments, dump_optimizer, load_optimizer
+from .parameters import make_parameters
+from .random_states import RandomStates
+from .state_files import OPTIMIZER, RANDOM, SCHEDULER, TORCH_NAMES, has_state, read_state, write_state
+from .torch_files import has_torch, pickle_object
+from .trainer_state import write_trainer_state
+from .trees import read_tree, write_tree
+from .weights import load_weights
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+@dataclass
+class Loaded:
+    """A checkpoint, read and checked, not yet applied to anything.
+
+    Attributes:
+        folder: Where it was read.
+        boundary: Where the run stood.
+        weights: Trained arrays by MLX name.
+        moments: The optimizer's state; None begins it afresh.
+        schedule: The schedule's state; None begins it afresh.
+    """
+
+    folder: Path
+    boundary: Boundary
+    weights: dict[str, mx.array]
+    moments: Moments | None
+    schedule: dict[str, Any] | None
+
+
+class CheckpointStore:
+    """Writes and reads ``checkpoint-N`` folders.
+
+    Args:
+        args: HF's arguments: output_dir, save_total_limit, save_only_model and optim are read.
+        session: Model, adapter, step and plan of the run.
+        data: Its ``rng`` is the generator of the order.
+        rows: Rows of the train dataset, or None for a stream.
+        layout: What a position of this run is counted in.
+    """
+
+    def __init__(self, args: Any, session: Any, data: Any, rows: int | None, layout: Layout) -> None:
+        self.args, self.session, self.data, self.layout = args, session, data, layout
+        self.plan = session.plan
+        self.parameters = make_parameters(session.adapter, session.loaded, list(session.step.params))
+        self.rows = rows
+        self._fingerprint: dict[str, Any] | None = None
+
+    def save(
+        self,
+        state: Any,
+        boundary: Boundary,
+        schedule: Any,
+        callbacks: dict[str, Any],
+        write_model: Callable[[Path], None],
+    ) -> Path:
+        """Write ``checkpoint-{global_step}`` and delete what ``save_total_limit`` leaves no room for.
+
+        Args:
+            state: The TrainerState; its ``best_model_checkpoint`` and ``stateful_callbacks`` are brought up to date.
+            boundary: Where the run stands.
+            schedule: The learning rate's schedule.
+            callbacks: The callbacks' states.
+            write_model: Writes weights, config and tokenizer into the folder it is given.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: It cannot be written. Earlier checkpoints are as they were.
+        """
+        folder = checkpoint_path(self.args.output_dir, state.global_step)
+        state.stateful_callbacks = callbacks
+        best = checkpoint_path(self.args.output_dir, state.best_global_step) if state.best_global_step else None
+        if best is not None and (best == folder or best.is_dir()):
+            state.best_model_checkpoint = str(best)
+        with replaced_folder(folder) as temporary:
+            write_model(temporary)
+            if has_torch():
+                pickle_object(self.args, temporary / ARGUMENTS)
+            if not self.args.save_only_model:
+                self._write_progress(temporary, state.global_step, boundary, schedule)
+            history = state.log_history[: boundary.history]
+            write_trainer_state(state, temporary / STATE, log_history=history, **boundary.seen)
+            write_manifest(temporary)
+        keep = [folder] if state.best_model_checkpoint is None else [folder, state.best_model_checkpoint]
+        rotate(self.args.output_dir, self.args.save_total_limit, keep=keep)
+        return folder
+
+    def adopt_additions(self, step: int) -> None:
+        """Take files that callbacks put into the checkpoint of ``step`` for a part of it.
+
+        Raises:
+            CheckpointError: The folder cannot be written.
+        """
+        folder = checkpoint_path(self.args.output_dir, step)
+        if (folder / MANIFEST).is_file():
+            with disk_errors(folder):
+                extend_manifest(folder)
+
+    def find(self, asked: str | bool | None) -> Path | None:
+        """The folder that ``resume_from_checkpoint`` means; says which damaged ones were passed over."""
+        folder, passed_over = find_checkpoint(self.args.output_dir, asked)
+        for damage in passed_over:
+            logger.warning(f"Passed over, not complete: {damage}")
+        return folder
+
+    def load(self, folder: Path) -> Loaded:
+        """Read a checkpoint; nothing of the run is changed.
+
+        Args:
+            folder: A complete checkpoint.
+
+        Raises:
+            CheckpointError: It does not fit this run.
+        """
+        step, session = self.session.step, self.session
+        weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+        state = read_trainer_state(folder)
+        run = read_tree(folder, RUN) if (folder / f"{RUN}.json").is_file() else None
+        random = self._read_random(folder, run)
+        if run is not None:
+            self._compare_runs(folder, run)
+            boundary = Boundary.from_tree(run["boundary"], random)
+        else:
+            boundary = Boundary.from_hf(state, self.layout, random)
+        if run is not None and boundary.layout != self.layout:
+            # The position counts in steps of another size; upstream's arithmetic is the best there is.
+            moved = Boundary.from_hf(state, self.layout, random)
+            boundary = dataclasses.replace(moved, progress=boundary.progress)
+        if not has_state(folder, OPTIMIZER):
+            self._check_weights_only(folder)
+            boundary.offset = state["global_step"]
+            return Loaded(folder, boundary, weights, None, None)
+        moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
+        schedule = read_state(folder, SCHEDULER)
+        self._compare_schedules(folder, schedule, updates)
+        if run is None:
+            counted = updates if updates is not None else schedule.get("_step_count", 1) - 1
+            boundary.offset = state["global_step"] - counted
+        return Loaded(folder, boundary, weights, moments, schedule)
+
+    def load_best(self, folder: str | Path) -> None:
+        """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
+        step, session = self.session.step, self.session
+        weights = load_weights(Path(folder), step.params, self.parameters, session.adapter, session.loaded)
+        step.load(weights, step.state)
+
+    def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
+        updates = global_step - boundary.offset
+        optimizer, for_torch = dump_optimizer(
+            self.session.step,
+            self.parameters,
+            self.plan.optim,
+            lr=schedule.lr(updates),
+            base_lr=None if schedule.by_metric else schedule.base_lr,
+            updates=updates,
+            fused=str(getattr(self.args.optim, "value", self.args.optim)) == "adamw_torch_fused",
+        )
+        if has_torch() and not for_torch:
+            logger.warning(
+                "This model's parameters in torch are not those of its files: the optimizer's state is saved as "
+                "optimizer.safetensors, which hf_mlx resumes from and TRL does not."
+            )
+        write_state(optimizer, folder, OPTIMIZER, torch=None if for_torch else False)
+        write_state(schedule.state_dict(updates), folder, SCHEDULER)
+        write_state(boundary.random.to_hf(), folder, RANDOM)
+        run = {"format": _FORMAT, "boundary": boundary.to_tree(), "base": self._base(), "settings": self._settings()}
+        write_tree(run, folder, RUN)
+
+    def _base(self) -> dict[str, Any]:
+        if self._fingerprint is None:
+            self._fingerprint = take_fingerprint(self.session.loaded, self.session.step.params)
+        return self._fingerprint
+
+    def _settings(self) -> dict[str, Any]:
+        batch = dataclasses.asdict(self.plan.batch)
+        schedule = {"lr_scheduler_type": self.plan.schedule.name, "warmup_steps": self.plan.schedule.warmup_steps}
+        return {**batch, **schedule, "rows of train_dataset": self.rows}
+
+    def _read_random(self, folder: Path, run: dict[str, Any] | None) -> RandomStates:
+        if not has_state(folder, RANDOM):
+            return RandomStates.capture(self.data.rng)
+        return RandomStates.from_files(read_state(folder, RANDOM), run and run["boundary"]["random"])
+
+    def _compare_runs(self, folder: Path, run: dict[str, Any]) -> None:
+        if run.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{folder}: written in format {run.get('format')!r}",
+                f"format {_FORMAT}, which this version reads",
+                "pip install -U hf-mlx",
+            )
+        compare_fingerprints(run["base"], self._base(), folder, self.session.loaded.path)
+        now = self._settings()
+        changed = [
+            f"{name} {run['settings'].get(name)!r} → {now[name]!r}"
+            for name in now
+            if run["settings"].get(name) != now[name]
+        ]
+        if changed:
+            logger.warning(
+                f"Changed since {folder.name}, so the run goes on but not as it would have: {', '.join(changed)}."
+            )
+
+    def _compare_schedules(self, folder: Path, schedule: dict[str, Any], updates: int | None) -> None:
+        by_metric = "num_bad_epochs" in schedule
+        if by_metric != (self.plan.schedule.name in ("reduce_lr_on_plateau", "greedy")):
+            raise CheckpointError(
+                f"{folder}: the state of another schedule than lr_scheduler_type={self.plan.schedule.name!r}",
+                "the schedule that the checkpoint was written with",
+                "set lr_scheduler_type as in that run",
+            )
+        if by_metric:
+            return
+        if updates is not None and schedule["last_epoch"] != updates:
+            raise CheckpointError(
+                f"{folder}: an optimizer after {updates} steps beside a schedule after {schedule['last_epoch']}",
+                f"{TORCH_NAMES[OPTIMIZER]} and {TORCH_NAMES[SCHEDULER]} of the same step",
+                "resume from another checkpoint of that run",
+            )
+        before, now = schedule["base_lrs"][0], self.plan.optim.learning_rate
+        if before != now:
+            logger.warning(
+                f"learning_rate={now:g} has no effect on a resumed run, here as in transformers: the schedule goes on "
+                f"from the checkpoint's {before:g}. For another one begin a new run from these weights."
+            )
+
+    def _check_weights_only(self, folder: Path) -> None:
+        if not self.args.save_only_model:
+            raise CheckpointError(
+                f"{folder}: no {TORCH_NAMES[OPTIMIZER]} and no {TORCH_NAMES[SCHEDULER]}; it was saved with "
+                "save_only_model=True",
+                "the optimizer's and the schedule's state, without which the moments and the warmup begin anew",
+                "SFTConfig(save_only_model=True) to go on from the weights alone, with a fresh optimizer and warmup",
+            )
+        logger.warning(
+            f"{folder.name} holds weights only (save_only_model=True): the optimizer and the warmup begin anew. "
+            "save_only_model=False makes checkpoints that a run goes on from exactly."
+        )
