@@ -1,0 +1,71 @@
+"""``hf-mlx run``: an unedited TRL script, trained by MLX."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import SettingError
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command to ``hf-mlx``."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a TRL script unedited, trained by MLX",
+        description="Run SCRIPT as python would, with trl.SFTTrainer trained by MLX. What is done another way than "
+        "upstream is printed once, to standard error.",
+    )
+    add_flags(parser)
+    parser.add_argument("script", type=Path, metavar="SCRIPT", help="the Python file")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that ``run`` and ``sft`` share."""
+    parser.add_argument("--strict", action="store_true", help="refuse settings that are honoured with other numbers")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, ledger, parameters, steps and memory; train nothing"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the script; returns its exit status."""
+    from ..stand_in import install, make_trainer
+
+    script: Path = options.script
+    if not script.is_file():
+        raise SettingError(f"SCRIPT {script}", "a Python file", "hf-mlx run train.py --your-own flags")
+    install(make_trainer(strict=options.strict, dry_run=options.dry_run))
+    sys.argv = [str(script), *options.arguments]
+    sys.path[0:0] = [str(script.resolve().parent)]
+    return execute(script)
+
+
+def execute(script: Path) -> int:
+    """Run a file as ``__main__``, as ``python FILE`` does; an error prints the script's own traceback.
+
+    Returns:
+        0, or 1 after an uncaught exception. ``SystemExit`` passes through.
+    """
+    module = ModuleType("__main__")
+    module.__file__ = str(script)
+    vars(module)["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    # Not inheriting: this file's own __future__ imports are not the script's.
+    code = compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
+    try:
+        exec(code, vars(module))
+    except Exception as error:
+        trace = error.__traceback__
+        # This function's own frame is not part of the script.
+        error.__traceback__ = trace.tb_next if trace else None
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return 0
