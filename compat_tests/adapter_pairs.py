@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import warnings
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 import transformers
 from architecture_zoo import make_model
 from mlx.utils import tree_unflatten
-from transformers import AutoModelForCausalLM
 
 from hf_mlx.adapters.adapter import Adapter
 from hf_mlx.adapters.attach import attach
@@ -49,8 +49,10 @@ def load_mlx(base: Path, **options: Any) -> LoadedModel:
 
 def load_torch(base: Path, **options: Any) -> Any:
     """Their side, in eval mode."""
+    # The class that trl builds; for a multimodal type AutoModelForCausalLM may build another one.
+    kind = json.loads((base / "config.json").read_text())["architectures"][0]
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(base, **options).eval()
+        return getattr(transformers, kind).from_pretrained(base, **options).eval()
 
 
 def adapt_mlx(loaded: LoadedModel, settings: dict[str, Any], *, moved: bool = True, **options: Any) -> Adapter:

@@ -6,11 +6,10 @@ A run over all types (``make compat``) writes docs/architectures.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from architecture_checks import Comparison, compare
-from architecture_table import write_table
+from architecture_table import DOCS, MEASURED, record
 from architecture_zoo import MODEL_TYPES, make_model
 
 from hf_mlx.errors import ModelError
@@ -21,7 +20,6 @@ TOLERANCE = 1e-4
 
 # Dense, mixture of experts, windows, softcaps, latent attention, tied and untied: what `make test` looks at.
 SAMPLE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3", "smollm3", "qwen3_moe", "deepseek_v3")
-DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def rows() -> Iterator[dict[str, Comparison]]:
     measured: dict[str, Comparison] = {}
     yield measured
     if set(measured) == set(VERIFIED):
-        write_table(DOCS, measured, KNOWN_WRONG)
+        record(MEASURED, DOCS, passes=measured)
 
 
 def _cases() -> list:

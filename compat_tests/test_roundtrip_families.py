@@ -1,6 +1,5 @@
 """An adapter on all linear layers of every verified model type: out to PEFT, back in, the same logits; or a refusal."""
 
-import re
 import warnings
 
 import peft
@@ -31,10 +30,14 @@ EXCLUDED = {
     "gemma3": r".*(vision_tower|multi_modal).*",
     "gemma4": r".*vision.*",
     "jamba": ["dt_proj"],
+    "laguna": r".*shared_experts.*",  # which PEFT does not find again
+    "llama4": r".*(vision_model|multi_modal_projector|router).*",
     "llama4_text": ["router"],  # wrapped by PEFT, its forward fails
     "mamba": ["out_proj", "dt_proj"],
     "mamba2": ["out_proj"],
     "nemotron_h": ["out_proj"],
+    "qwen3_5": r".*visual.*",
+    "qwen3_5_moe": r".*visual.*",
 }
 # MLX splits a projection or routes by a class of its own: only named targets there.
 _ATTENTION = ["o_proj", "q_b_proj", "q_proj"]
@@ -43,7 +46,6 @@ _NAMED_TYPES = """
     solar_open
 """
 NAMED = dict.fromkeys(_NAMED_TYPES.split(), _ATTENTION)
-REFUSED = ("laguna", "llama4", "qwen3_5", "qwen3_5_moe")
 
 
 def settings_for(model_type):
@@ -64,7 +66,7 @@ def into_peft(base, folder):
         return peft.PeftModel.from_pretrained(load_torch(base), folder).eval()
 
 
-@pytest.mark.parametrize("model_type", cases(set(VERIFIED) - set(REFUSED)))
+@pytest.mark.parametrize("model_type", cases(VERIFIED))
 def test_out_to_peft_and_back(model_type, tmp_path):
     base = make_base(model_type, tmp_path / "base")
     loaded = load_mlx(base)
@@ -81,7 +83,7 @@ def test_out_to_peft_and_back(model_type, tmp_path):
     assert len(adapter.targets) >= 4
 
 
-@pytest.mark.parametrize("model_type", cases(set(VERIFIED) - set(REFUSED) - set(EXPERT_NAMES)))
+@pytest.mark.parametrize("model_type", cases(set(VERIFIED) - set(EXPERT_NAMES)))
 def test_in_from_peft(model_type, tmp_path):
     base = make_base(model_type, tmp_path / "base")
     theirs = adapt_torch(load_torch(base), settings_for(model_type))
@@ -134,13 +136,6 @@ def test_an_adapter_that_peft_trained_on_fused_experts_is_refused(tmp_path):
         read_adapter(tmp_path / "adapter", load_mlx(base))
 
 
-@pytest.mark.parametrize("model_type", cases(REFUSED))
-def test_types_whose_keys_would_miss_are_refused(model_type, tmp_path):
-    loaded = load_mlx(make_base(model_type, tmp_path))
-    with pytest.raises(AdapterError, match=re.escape(f"an adapter on a {model_type} model")):
-        adapt_mlx(loaded, {"target_modules": ["q_proj", "v_proj"]})
-
-
 @pytest.mark.parametrize(
     ("model_type", "module"),
     [("mamba", "dt_proj"), ("gemma3", r"\(multi_modal_projector\|vision_tower\)")],
@@ -153,5 +148,5 @@ def test_modules_that_peft_would_miss_are_refused(model_type, module, tmp_path):
 
 
 def test_every_verified_type_is_accounted_for():
-    assert len(set(VERIFIED) - set(REFUSED)) >= 60
-    assert {*EXCLUDED, *NAMED, *REFUSED} <= set(VERIFIED)
+    assert len(VERIFIED) >= 60
+    assert {*EXCLUDED, *NAMED} <= set(VERIFIED)

@@ -57,7 +57,8 @@ def make_state(handler: Any, control: Any) -> Any:
     """A fresh ``TrainerState`` that carries the state of the callbacks that have one."""
     from transformers.trainer_callback import ExportableState, TrainerState
 
-    stateful = [callback for callback in (*handler.callbacks, control) if isinstance(callback, ExportableState)]
+    carriers = (*handler.callbacks, control)
+    stateful: list[Any] = [callback for callback in carriers if isinstance(callback, ExportableState)]
     return TrainerState(stateful_callbacks=stateful)
 
 

@@ -304,7 +304,7 @@ class Loop:
         for metrics in self._pending[self._checked : stop]:
             step = self._last_logged + self._checked + 1
             self._checked += 1
-            loss = metrics.loss.item()
+            loss = _read(metrics.loss)
             if math.isfinite(loss):
                 continue
             if not self.plan.nan_inf_filter:
@@ -328,14 +328,14 @@ class Loop:
         if carried is not None:
             self._pending.append(carried)
         self._check(len(self._pending))
-        total = sum(m.loss.item() for m in self._pending)
+        total = sum(_read(metrics.loss) for metrics in self._pending)
         means = self.session.progress.means
         for metrics in self._pending:
-            means.entropy += metrics.entropy.item()
-            means.accuracy += metrics.accuracy.item()
-            means.micro_batches += metrics.micro_batches.item()
+            means.entropy += _read(metrics.entropy)
+            means.accuracy += _read(metrics.accuracy)
+            means.micro_batches += int(_read(metrics.micro_batches))
             if self.session.routers is not None:
-                means.aux_loss = (means.aux_loss or 0.0) + metrics.aux_loss.item()
+                means.aux_loss = (means.aux_loss or 0.0) + _read(metrics.aux_loss)
         self._pending.clear()
         self._checked = 0
         self._total_loss += total
@@ -377,6 +377,10 @@ class Loop:
     def _event(self, name: str) -> None:
         host = self.host
         host.control = getattr(host.callback_handler, name)(host.args, host.state, host.control)
+
+
+def _read(scalar: Any) -> float:
+    return float(scalar.item())
 
 
 def read_metric(name: str, metrics: dict[str, float]) -> float:

@@ -20,6 +20,7 @@ from .data.generator import TorchGenerator
 from .data.loader import RowLoader, StreamLoader, make_loader
 from .data.order import Steps, count_steps, epoch_order, group_by_length
 from .data.prepare import prepare, prepare_eval
+from .errors import ModelError
 from .models.architectures import check_packs
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
@@ -90,6 +91,7 @@ class Data:
         collator: The user's ``data_collator``, or None.
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
+        vocab_size: Ids that the model can embed, which may be more than the tokenizer knows.
     """
 
     def __init__(
@@ -100,11 +102,12 @@ class Data:
         collator: Callable | None = None,
         formatting_func: Callable | None = None,
         keep_columns: bool = False,
+        vocab_size: int | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
         self._collator = collator
-        self._options = {"formatting_func": formatting_func}
+        self._options: dict[str, Any] = {"formatting_func": formatting_func, "vocab_size": vocab_size}
         self._keep_columns = keep_columns
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
@@ -140,13 +143,13 @@ class Data:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
         plan = self.plan.batch
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
-        order = None
-        if plan.sampling == "group_by_length" and hasattr(dataset, "__len__"):
-            lengths = _row_lengths(dataset, plan.length_column_name)
-            seed = plan.seed if plan.data_seed is None else plan.data_seed
+        if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
+            return make_loader(dataset, plan.eval_batch_size, self._collate)
+        lengths = _row_lengths(dataset, plan.length_column_name)
+        seed = plan.seed if plan.data_seed is None else plan.data_seed
 
-            def order(_: int) -> Any:
-                return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
+        def order(_: int) -> Any:
+            return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
 
         return make_loader(dataset, plan.eval_batch_size, self._collate, order=order)
 
@@ -240,12 +243,13 @@ class Session:
     @cached_property
     def flops_per_token(self) -> float:
         """transformers 5.23 ``PreTrainedModel.floating_point_ops``: 6 FLOP per non-embedding parameter and token."""
-        parameters = tree_flatten(self.loaded.model.parameters())
-        return 6.0 * sum(value.size for name, value in parameters if not _is_embedding(name))
+        parameters = dict(tree_flatten(self.loaded.model.parameters()))
+        return 6.0 * sum(value.size for name, value in parameters.items() if not _is_embedding(name))
 
     def _choose_trainable(self) -> tuple[Adapter | None, list[str]]:
         plan, model = self.plan, self.loaded.model
         if plan.lora is None:
+            _check_floating(self.loaded)
             model.unfreeze()
             self.loaded.freeze_buffers()
             return None, list(trainable_arrays(model))
@@ -275,6 +279,15 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
     elif apart and plan.eval_packing:
         check_packs(loaded.model_type, "eval_packing=True", "SFTConfig(eval_packing=False)")
+
+
+def _check_floating(loaded: LoadedModel) -> None:
+    if any("scales" in module for module in loaded.model.modules()):
+        raise ModelError(
+            f"all weights of {loaded.path}, which is quantised, to be trained",
+            "an adapter on a quantised base, or a base in floating point (transformers' trainer raises too)",
+            'peft_config=LoraConfig(target_modules="all-linear"), or the original model without quantization_config',
+        )
 
 
 def _is_embedding(name: str) -> bool:

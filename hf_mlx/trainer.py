@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -34,6 +34,7 @@ from .loop import Loop
 from .memory import MemoryMeter
 from .model_config import record_settings
 from .models.bridge import TorchModel
+from .models.config import read_config
 from .models.load import load_model
 from .models.source import resolve_folder
 from .models.tokenizer import load_tokenizer
@@ -145,6 +146,7 @@ class MLXSFTTrainer:
             collator=data_collator,
             formatting_func=formatting_func,
             keep_columns=not self.args.remove_unused_columns,
+            vocab_size=_vocabulary_size(model, source, self.plan),
         )
         self.train_dataset = self.data.prepare_train(train_dataset)
         self.eval_dataset = self.data.prepare_eval(eval_dataset)
@@ -158,7 +160,11 @@ class MLXSFTTrainer:
                 source, peft_config, self.plan, self.processing_class, self.args.device
             )
             self._model = source.model
-        for line in (*self.ledger.notices(), *self.session.loaded.notes):
+        adapter = self.session.adapter
+        notes = adapter.notes if adapter is not None else ()
+        if strict and adapter is not None and adapter.deviations:
+            raise SettingError(adapter.deviations[0], "with strict=True, what has trl's numbers", _ATTENTION_ONLY)
+        for line in (*self.ledger.notices(), *self.session.loaded.notes, *notes):
             logger.warning(line)
         self.callback_handler, self.control = make_handler(
             self.args,
@@ -524,12 +530,15 @@ class MLXSFTTrainer:
         with session.evaluation(in_train=self.is_in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, self.data.inputs, on_batch=self._on_prediction_step, logits_to=sink)
         session.progress.mode, self._eval_sums = "eval", sums
-        predictions, labels = sink.arrays() if sink else (None, None)
+        predictions: Any = None
+        labels: Any = None
+        if sink is not None:
+            predictions, labels = sink.arrays()
         metrics: dict[str, Any] = {}
         if self.compute_metrics is not None and wanted:
             self._write_back()
-            computed = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
-            metrics = dict(denumpify_detensorize(computed))
+            computed: Any = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            metrics.update(cast(Any, denumpify_detensorize(computed)))
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         metrics[f"{prefix}_loss"] = sums.loss(finite_only=self.plan.nan_inf_filter, batch_size=size, rows=rows)
         # In upstream's order: what has the prefix already comes first.
@@ -616,12 +625,18 @@ def _load_tokenizer(model: Any, source: TorchModel | None, plan: TrainPlan) -> A
     return load_tokenizer(folder, plan.model)
 
 
+def _vocabulary_size(model: Any, source: TorchModel | None, plan: TrainPlan) -> int | None:
+    config = source.base.config.to_dict() if source else read_config(resolve_folder(model, plan.model))
+    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+
+
 def _check_functions(keywords: dict[str, Any]) -> None:
     for name, remedy in _REFUSED_KEYWORDS.items():
         if keywords.pop(name, None) is not None:
             raise SettingError(f"{name}=", "what runs inside the compiled step is chosen by name", remedy)
 
 
+_ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
 _REFUSED_KEYWORDS = {
     "compute_loss_func": 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels',
     "optimizer_cls_and_kwargs": 'SFTConfig(optim="adamw_torch", optim_args="…", learning_rate=…)',

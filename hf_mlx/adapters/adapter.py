@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..settings.plan import LoraPlan
 from .blueprint import Blueprint
+from .defaults import SPLIT_TYPES
 from .order import order_key
 from .targets import Target
 
@@ -71,6 +72,33 @@ class Adapter:
             return key(paths[name]), _RANKS.get(split_parameter(name)[1], len(_RANKS))
 
         return {name: flat[name] for name in sorted(flat, key=position)}
+
+    @property
+    def torch_class(self) -> str:
+        """The transformers class whose module paths the keys have."""
+        classes = self.loaded.config.get("architectures") or ()
+        return classes[0] if classes and self.loaded.model_type in SPLIT_TYPES else "AutoModelForCausalLM"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said once about this adapter, :attr:`deviations` included."""
+        if self.torch_class == "AutoModelForCausalLM":
+            return self.deviations
+        return (
+            *self.deviations,
+            f"the adapter's keys are those of {self.torch_class}, as trl's are: load it on that class "
+            "(AutoModelForCausalLM builds a text-only model, which PEFT would leave as it is)",
+        )
+
+    @property
+    def deviations(self) -> tuple[str, ...]:
+        """What starts, and so trains, with other numbers than in PEFT, one line each."""
+        if not any(target.kind == "experts" for target in self.targets):
+            return ()
+        return (
+            "target_modules names experts: each expert gets LoRA matrices of its own here, where PEFT on transformers 5 "
+            "draws one stack for all; the saved adapter means the same in PEFT, but the curve differs from trl's",
+        )
 
     def hf_name(self, mlx_param: str) -> str:
         """The PEFT key of one trainable parameter.

@@ -13,7 +13,7 @@ from .adapter import Adapter
 from .blueprint import Blueprint, draw_blueprint
 from .defaults import CONV1D_TYPES
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from .start import LoRALayer, start_as_mlx_lm, start_as_peft
+from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def attach(
     compute_dtype: mx.Dtype = mx.float32,
     last_n_layers: int | None = None,
     start: Literal["peft", "mlx_lm"] = "peft",
+    seeded_before_loading: bool = False,
 ) -> Adapter:
     """Freeze the model and give it trainable LoRA layers, in place.
 
@@ -38,6 +39,8 @@ def attach(
         compute_dtype: Dtype of the low-rank products: the autocast dtype, or fp32 without autocast.
         last_n_layers: Adapt only this many decoder blocks, counted from the end.
         start: ``"peft"``, or ``"mlx_lm"`` for the values mlx-lm's own tuner starts from.
+        seeded_before_loading: The first values are those of ``set_seed; from_pretrained; get_peft_model``, which is
+            trl's order, and not of ``from_pretrained; set_seed; get_peft_model``.
 
     Returns:
         The adapter. The model computes exactly what it did before, until it is trained
@@ -51,7 +54,8 @@ def attach(
     if start == "mlx_lm":
         start_as_mlx_lm(loaded.model, layers, last_n_layers, seed)
     else:
-        start_as_peft(layers.values(), plan, seed)
+        drawn = count_loading_draws(loaded) if seeded_before_loading else 0
+        start_as_peft(layers.values(), plan, seed, drawn=drawn)
     return make_adapter(loaded, plan, blueprint)
 
 

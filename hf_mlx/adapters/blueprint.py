@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import RENAMED_MODULES, UNMAPPED_TYPES
+from .defaults import RENAMED_MODULES
 from .layers import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .sites import HEADS, Site, is_tied, layer_count, list_sites
 from .targets import (
@@ -80,12 +80,6 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
 
 
 def _check_paths(loaded: LoadedModel, plan: LoraPlan) -> None:
-    if loaded.model_type in UNMAPPED_TYPES:
-        raise AdapterError(
-            f"an adapter on a {loaded.model_type} model",
-            "a type whose torch modules are named as in its checkpoint (elsewhere PEFT would not find its keys)",
-            "fine-tune in full (peft_config=None), or use the text-only checkpoint of the model",
-        )
     selector = resolve_selector(plan, loaded.model_type)
     absent = (name.removesuffix(".weight") for name in loaded.names.untouched if name.endswith(".weight"))
     touched = sorted(path for path in absent if _reaches(plan, selector, path))

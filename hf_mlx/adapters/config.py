@@ -46,7 +46,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
     config = {
         **_UNUSED,
         "alpha_pattern": {key: _number(value) for key, value in _order_free(adapter, plan.alpha_pattern).items()},
-        "auto_mapping": _auto_mapping(adapter) if plan.task_type is None else None,
+        "auto_mapping": _auto_mapping(adapter) if plan.task_type is None else plan.auto_mapping,
         "base_model_name_or_path": base,
         "bias": plan.bias,
         "exclude_modules": _names(plan.exclude_modules),
@@ -63,7 +63,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
         "peft_version": FORMAT,
         "r": plan.r,
         "rank_pattern": _order_free(adapter, plan.rank_pattern),
-        "revision": revision,
+        "revision": plan.revision or revision,
         "target_modules": _names(selector),
         "task_type": plan.task_type,
         "use_dora": plan.use_dora,
@@ -88,7 +88,7 @@ def config_from_json(config: Mapping[str, Any], source: str) -> LoraPlan:
             'a LoRA adapter, peft_type="LORA"',
             "import_adapter takes what LoraConfig trained",
         )
-    known = {name for name in LoraPlan.__dataclass_fields__ if name not in _UNUSED}
+    known = {name for name in LoraPlan.__dataclass_fields__ if name not in _UNUSED and name not in _IDLE}
     for key, value in config.items():
         if key in known or key in _IDLE or value in (None, False, [], {}) or value == _UNUSED.get(key, _UNUSED):
             continue

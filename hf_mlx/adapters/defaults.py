@@ -47,5 +47,21 @@ CONV1D_TYPES = ("gpt2",)
 # Modules that the torch model names differently from its checkpoint: a PEFT key would miss them.
 RENAMED_MODULES: dict[str, tuple[str, ...]] = {"gpt_neox": ("embed_out",)}
 
-# Types in which all modules are named differently.
-UNMAPPED_TYPES = ("laguna", "llama4", "qwen3_5", "qwen3_5_moe")
+# Modules whose keys PEFT renames amiss when it loads an adapter, one of its own included (a pattern for
+# ``mlp.shared_expert.`` whose dots match anything, transformers 5.23 ``conversion_mapping``).
+LOST_ON_LOADING: dict[str, str] = {"laguna": "shared_experts"}
+
+# Endings of the parameters for whose values ``from_pretrained`` of transformers 5.23 draws from torch's generator,
+# one draw an element, before it reads them from the file (``_init_weights`` of the linear-attention classes).
+DRAWN_ON_LOADING: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), (".mixer.D",)),
+    "mamba2": (".mixer.dt_bias",),
+    "olmo_hybrid": (".linear_attn.A_log", ".linear_attn.dt_bias"),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), (".linear_attn.A_log",)
+    ),
+}
+
+# Multimodal types for which AutoModelForCausalLM builds a text-only class with other module paths than the class that
+# trl builds from ``architectures``, whose paths are the checkpoint's.
+SPLIT_TYPES = ("llama4", "qwen3_5", "qwen3_5_moe")

@@ -84,7 +84,7 @@ def write_adapter(
         CONFIG: lambda path: write_text(path, json.dumps(config, indent=2, sort_keys=True)),
     }
     if not (folder / "README.md").exists():
-        writers["README.md"] = lambda path: write_text(path, _card(name))
+        writers["README.md"] = lambda path: write_text(path, _card(name, adapter.torch_class))
     write_files(folder, writers)
     return folder
 
@@ -137,7 +137,7 @@ def _check(tensors: Mapping[str, mx.array], slots: Mapping[str, Slot]) -> None:
             )
 
 
-def _card(base: str) -> str:
+def _card(base: str, torch_class: str) -> str:
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
@@ -152,9 +152,9 @@ def _card(base: str) -> str:
         "",
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {torch_class}",
         "",
-        f"model = AutoModelForCausalLM.from_pretrained({base!r})",
+        f"model = {torch_class}.from_pretrained({base!r})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",

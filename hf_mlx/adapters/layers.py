@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from .dropout import KeyedDropout
+from .low_rank import add_low_rank, scaled
 
 
 def dense_weight(layer: Any) -> mx.array:
@@ -39,11 +40,6 @@ def layer_dims(layer: Any) -> tuple[int, int]:
         columns = columns * 32 // layer.bits
     # An embedding maps a token (one of `rows`) to a vector; a Linear stores (out, in).
     return (rows, columns) if isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)) else (columns, rows)
-
-
-def _scaled(x: mx.array, scale: float) -> mx.array:
-    # torch multiplies a bf16 tensor by a Python float in fp32; mlx would round the float to bf16 first.
-    return x if scale == 1.0 else (x.astype(mx.float32) * scale).astype(x.dtype)
 
 
 class LoRALinear(nn.Module):
@@ -96,8 +92,18 @@ class LoRALinear(nn.Module):
         return out + self.lora_B_bias.astype(dtype) if "lora_B_bias" in self else out
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self._fuses():
+            dtype = self.compute_dtype
+            a, b = self.lora_A.astype(dtype), self.lora_B.astype(dtype)
+            return add_low_rank(self.base_layer, x.astype(dtype), a, b, self.scale)
         base = self.base_layer(x)
-        return (base + _scaled(self._low_rank(self._dropped(x)), self.scale)).astype(base.dtype)
+        return (base + scaled(self._low_rank(self._dropped(x)), self.scale)).astype(base.dtype)
+
+    def _fuses(self) -> bool:
+        """Whether both paths read one x in one low precision; fp32 keeps PEFT's order of operations."""
+        drops = "lora_dropout" in self and self.training
+        plain = not drops and "lora_B_bias" not in self and not self.base_layer.trainable_parameters()
+        return plain and self.compute_dtype != mx.float32
 
     def delta(self) -> mx.array:
         """What merging adds to the base weight: ``scale · B A``, (out, in), fp32."""
@@ -174,7 +180,7 @@ class LoRAEmbedding(nn.Module):
         base = self.base_layer(x)
         dtype = self.compute_dtype
         low = self.lora_embedding_A.T[x].astype(dtype) @ self.lora_embedding_B.astype(dtype).T
-        return (base + _scaled(low, self.scale)).astype(base.dtype)
+        return (base + scaled(low, self.scale)).astype(base.dtype)
 
     def delta(self) -> mx.array:
         """What merging adds to the base weight, (vocabulary, dim), fp32."""
@@ -211,7 +217,7 @@ class LoRASwitchLinear(nn.Module):
             low = mx.gather_mm(
                 low, factor.astype(dtype).swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
             )
-        return (base + _scaled(low, self.scale)).astype(base.dtype)
+        return (base + scaled(low, self.scale)).astype(base.dtype)
 
     def delta(self) -> mx.array:
         """What merging adds to the stacked weight, (experts, out, in), fp32."""

@@ -35,10 +35,19 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "gpt_bigcode": ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_fc", "c_proj"),
     "starcoder2": ("c_fc", "c_proj"),
     "gpt_neox": ("input_layernorm", "post_attention_layernorm", "attention", "mlp", "query_key_value", "dense"),
-    "qwen3_5": ("out_proj", "in_proj_qkv"),
-    "qwen3_5_text": ("out_proj", "in_proj_qkv"),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), ("out_proj", "in_proj_qkv")),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), ("self_attn", "conv")),
+    "olmo_hybrid": (
+        *("self_attn", "mlp", "linear_attn"),
+        *("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_proj"),
+    ),
+    "kimi_linear": (
+        *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj"),
+        *("forget_gate", "b_proj", "g_a_proj", "g_b_proj", "o_proj"),
+    ),
+    "longcat_flash": ("mlp", "self_attn", "mlps"),
     "granitemoehybrid": ("shared_mlp", "mamba", "self_attn"),
-    "mamba": ("in_proj", "x_proj", "dt_proj", "out_proj"),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
     "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
 }
 _LAST = ("lm_head", "embed_out", "output")

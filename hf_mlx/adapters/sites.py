@@ -67,7 +67,7 @@ def layer_count(loaded: LoadedModel) -> int:
 def _routers(found: list[tuple[str, str, nn.Module]]) -> set[str]:
     """Linear routers that are a class of their own in transformers 5, which PEFT does not wrap."""
     blocks = {path.rsplit(".", 2)[0] for _, path, module in found if _kind(module) == "experts"}
-    names = ("gate", "router", "router.layer")
+    names = ("gate", "gate.proj", "router", "router.layer")
     return {path for _, path, _ in found if any(path == f"{block}.{name}" for block in blocks for name in names)}
 
 

@@ -8,29 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..data.generator import TorchGenerator
 from ..settings.plan import LoraPlan
+from .defaults import DRAWN_ON_LOADING
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
 
 LoRALayer = LoRALinear | LoRAEmbedding | LoRASwitchLinear
 _A = math.sqrt(5)  # nn.Linear.reset_parameters and PEFT both call kaiming_uniform_(weight, a=√5)
 
 
-def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int) -> None:
+def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int, *, drawn: int = 0) -> None:
     """Fill the layers with what ``set_seed(seed); get_peft_model(...)`` would.
 
     Args:
         layers: In HF ``named_modules()`` order.
         plan: Reads ``init_lora_weights`` and ``lora_bias``.
         seed: The run's seed.
+        drawn: 32-bit draws made between seeding and the first layer.
     """
     generator = TorchGenerator(seed)
+    generator.random(drawn)
     for layer in layers:
         if isinstance(layer, LoRAEmbedding):
             _draw_embedding(layer, generator, plan.init_lora_weights)
@@ -42,6 +49,13 @@ def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int) -> Non
             layer.lora_A, layer.lora_B = _draw_linear(layer, generator, plan)
         if isinstance(layer, DoRALinear):
             layer.reset_magnitude()
+
+
+def count_loading_draws(loaded: LoadedModel) -> int:
+    """How often ``from_pretrained`` draws from torch's generator for this model (see ``DRAWN_ON_LOADING``)."""
+    endings = DRAWN_ON_LOADING.get(loaded.model_type, ())
+    params: Any = tree_flatten(loaded.model.parameters())
+    return sum(value.size for name, value in params if endings and name.endswith(endings))
 
 
 def start_as_mlx_lm(model: nn.Module, layers: dict[str, LoRALayer], last_n_layers: int | None, seed: int) -> None:

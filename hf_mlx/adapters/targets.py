@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import BYPASSED_MODULES, EXPERT_NAMES, RENAMED_MODULES, TARGET_MODULES
+from .defaults import BYPASSED_MODULES, EXPERT_NAMES, LOST_ON_LOADING, RENAMED_MODULES, TARGET_MODULES
 from .sites import HEADS, Kind, Site
 
 Selector = tuple[str, ...] | str
@@ -229,6 +229,13 @@ def _check_site(site: Site, model_type: str) -> None:
             f"target_modules matches {site.hf_path}, which the torch model names differently",
             "modules of one name on both sides",
             "name the others: LoraConfig(target_modules=[...])",
+        )
+    lost = LOST_ON_LOADING.get(model_type)
+    if lost in site.hf_path.split("."):
+        raise AdapterError(
+            f"target_modules matches {site.hf_path}, whose keys PEFT does not find again when it loads an adapter",
+            "modules that PEFT loads",
+            f'LoraConfig(..., exclude_modules=r".*{lost}.*")',
         )
     if site.kind == "other":
         raise AdapterError(

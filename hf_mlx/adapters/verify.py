@@ -109,8 +109,8 @@ def verify_adapter(
             'verify_adapter(dir, "owner/base-model")',
         )
     revision = config.get("revision") if base is None else None
-    rows, ours = _mlx_logits(folder, source, revision, prompts)
-    plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows)
+    rows, ours, torch_class = _mlx_logits(folder, source, revision, prompts)
+    plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows, torch_class)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     largest = max(float(np.abs(b).max()) for b in theirs)
     report = Report(
@@ -132,7 +132,7 @@ def verify_adapter(
     return report
 
 
-def _mlx_logits(folder: Path, source: str, revision: str | None, prompts: Any) -> tuple[list[list[int]], list]:
+def _mlx_logits(folder: Path, source: str, revision: str | None, prompts: Any) -> tuple[list[list[int]], list, str]:
     import mlx.core as mx
 
     from ..models.load import load_model
@@ -140,15 +140,15 @@ def _mlx_logits(folder: Path, source: str, revision: str | None, prompts: Any) -
 
     loaded = load_model(source, ModelPlan(revision=revision))
     rows = _token_rows(prompts, loaded.path, loaded.config)
-    read_adapter(folder, loaded)
-    return rows, [np.array(loaded.model(mx.array([row])).astype(mx.float32)) for row in rows]
+    adapter = read_adapter(folder, loaded)
+    return rows, [np.array(loaded.model(mx.array([row])).astype(mx.float32)) for row in rows], adapter.torch_class
 
 
-def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[list[int]]):
+def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[list[int]], torch_class: str):
     import torch
+    import transformers
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
 
     def logits(model: Any) -> list[np.ndarray]:
         with torch.no_grad():
@@ -156,7 +156,7 @@ def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[lis
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+        model = getattr(transformers, torch_class).from_pretrained(source, revision=revision, dtype=torch.float32).eval()
         plain = logits(model)
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         theirs = logits(adapted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -10,6 +11,8 @@ from ..errors import ModelError
 from .layouts import Rename, Step
 from .weights import Checkpoint
 
+# Where a language model's head is stored; one of these that no parameter holds is tied to the embedding.
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _PROBE = ".weight"  # modules are mapped through the name of a parameter they would own
 
 
@@ -42,11 +45,26 @@ class NameMap:
         return frozenset(self._checkpoint.tensors)
 
     @property
+    def converted(self) -> bool:
+        """Whether mlx-lm wrote the files, which keeps the language model alone."""
+        return self._checkpoint.layout == "mlx"
+
+    @property
     def untouched(self) -> frozenset[str]:
         """Stored tensors that no MLX parameter holds (a vision tower, buffers): copy them when saving in full."""
         if self._checkpoint.layout == "mlx":
             return frozenset()
         return self.stored - {n for p in self._shapes for n in self.to_hf_names(p)}
+
+    def load_untouched(self, folder: Path) -> dict[str, mx.array]:
+        """The tensors of :attr:`untouched` from the files in ``folder``, by stored name.
+
+        A head that is tied is the embedding and a rotary table is computed, so neither is among them.
+        """
+        names = {n for n in self.untouched if not n.endswith((*_HEADS, "rotary_emb.inv_freq"))}
+        files = sorted({self._checkpoint.tensors[n].file for n in names})
+        loaded = {file: mx.load(str(folder / file)) for file in files}
+        return {n: v for arrays in loaded.values() for n, v in arrays.items() if n in names}
 
     def to_hf_names(self, mlx_param: str) -> list[str]:
         """HF tensor names that make up one MLX parameter; as many as experts where those are stacked."""

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..errors import ModelError
 from .load import LoadedModel
 
 WEIGHTS = "model.safetensors"
@@ -27,19 +28,41 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
         loaded: The model.
         folder: Where to write; created if needed.
         params: Flat {MLX name: array}; None takes what is in the model.
+
+    What the base stores and MLX does not load (a vision tower) is copied as it is.
+
+    Raises:
+        ModelError: The weights are quantised, or a part that transformers would look for is not in the base.
     """
     folder = Path(folder)
+    _check_whole(loaded, folder)
     folder.mkdir(parents=True, exist_ok=True)
     params = dict(tree_flatten(loaded.model.parameters())) if params is None else params
     weights = loaded.names.export_weights(params)
+    config = _config(loaded, weights)
+    weights |= loaded.names.load_untouched(loaded.path)
     # A pending read of the very file that is replaced below would read the new bytes.
     mx.eval(weights)
-    config = _config(loaded, weights)
     _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
     source = loaded.path / "generation_config.json"
     if source.exists() and source.resolve() != (folder / source.name).resolve():
         _replace(folder / source.name, lambda path: shutil.copyfile(source, path))
     _replace(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}))
+
+
+def _check_whole(loaded: LoadedModel, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING
+
+    # mlx-lm leaves vision_config out of the config.json it writes, so the class has to tell.
+    known = loaded.model_type in CONFIG_MAPPING
+    parts = CONFIG_MAPPING[loaded.model_type].sub_configs if known else {}
+    towers = [key for key in ("vision_config", "audio_config") if key in parts]
+    if loaded.names.converted and towers:
+        raise ModelError(
+            f"{loaded.path}, which mlx-lm converted without what {towers[0]} describes",
+            "a base with every part, which AutoModelForCausalLM would otherwise fill with random weights",
+            f"train from the original Hugging Face folder, or save the adapter alone (nothing was written to {folder})",
+        )
 
 
 def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def load_tokenizer(path: str | Path, plan: ModelPlan) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=plan.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{folder}: a tokenizer with Python code of its own",
+                "your word that the code may run",
+                "SFTConfig(trust_remote_code=True), once you have read it",
+            ) from error
         raise ModelError(
             f"{folder}: transformers cannot read the tokenizer ({' '.join(str(error).split())[:200]})",
             "tokenizer files that AutoTokenizer.from_pretrained reads",

@@ -26,7 +26,7 @@ IDENTITY = (
     ),
     honour("auto_mapping", None, "written to the adapter's config"),
     ignore("peft_version", None, "is a record of what wrote the config"),
-    honour("base_model_name_or_path", None, "written to the adapter's config"),
+    honour("base_model_name_or_path", None, "the name of the model that is trained takes its place, as in PEFT"),
     honour("revision", None, "written to the adapter's config"),
     refuse("inference_mode", False, "freezes the adapter, so nothing would train", write="inference_mode=False"),
 )

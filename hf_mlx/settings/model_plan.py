@@ -65,6 +65,8 @@ def resolve_lora(peft_config: Any) -> LoraPlan | None:
         modules_to_save=_several("modules_to_save", values["modules_to_save"]),
         fan_in_fan_out=check_flag("fan_in_fan_out", values["fan_in_fan_out"]),
         task_type=values["task_type"],
+        auto_mapping=values["auto_mapping"],
+        revision=values["revision"],
     )
 
 

@@ -136,6 +136,8 @@ class LoraPlan:
     target_parameters: tuple[str, ...] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None
+    auto_mapping: Mapping[str, str] | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

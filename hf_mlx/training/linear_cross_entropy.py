@@ -14,8 +14,8 @@ import mlx.core as mx
 from ..settings.plan import LossPlan
 from .loss import TokenSums, sums_and_gradient, token_sums
 
-# Logits of one block. In float32 that is 256 MiB an array, and a product of that size fills a GPU.
-BLOCK_LOGITS = 1 << 26
+# Logits of one block. In float32 that is 128 MiB an array, and a product of that size nearly fills a large GPU.
+BLOCK_LOGITS = 1 << 25
 # The fewest rows of a block: below it the projection's weights are read more often than they are worth.
 BLOCK_ROWS = 256
 

@@ -1,0 +1,264 @@
+"""One peer of ``sft_step.py``, in a process of its own: ``sft_step_peer.py JOB-AS-JSON RESULT-FILE``."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    """Run the job on each of its shapes."""
+    job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
+    if job["peer"] == "make-model":
+        make_model(job)
+        output.write_text("[]", encoding="utf-8")
+        return
+    runner = {"hf_mlx": run_hf_mlx, "trl": run_trl}.get(job["peer"], run_mlx_lm)
+    results = []
+    for shape in job["shapes"]:
+        rows, tokens = map(int, shape.split("x"))
+        measured = runner(job, rows, tokens)
+        entry = {"peer": job["peer"], "shape": shape, "checkpointing": job["on"]}
+        results.append(entry | {"tokens": rows * tokens * measured.pop("windows", 1)} | measured)
+        # A shape that does not fit must not lose the ones before it.
+        output.write_text(json.dumps(results), encoding="utf-8")
+        gc.collect()
+
+
+def make_model(job: dict[str, Any]) -> None:
+    """Write a Llama of random weights, with a tokenizer, into the job's folder."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, mlp, layers, heads, key_value_heads, vocabulary = job["model"]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=16384,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.float32 if job["dtype"] == "float32" else torch.bfloat16).save_pretrained(job["folder"])
+    words = {f"w{i}": i for i in range(vocabulary)}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")),
+        bos_token="w0",
+        eos_token="w1",
+        pad_token="w2",
+        unk_token="w3",
+    ).save_pretrained(job["folder"])
+
+
+def random_rows(job: dict[str, Any], count: int, tokens: int) -> list[list[int]]:
+    """``count`` rows of ``tokens`` random ids."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(3, job["model"][-1], (count, tokens)).tolist()
+
+
+class Clock:
+    """Times the steps after warm-up, with the device drained at both ends, and their peak memory.
+
+    Args:
+        memory: Device memory: an object with ``reset()``, ``peak()`` and ``synchronize()``.
+    """
+
+    def __init__(self, job: dict[str, Any], memory: Any) -> None:
+        self.first, self.last = job["warm_up"], job["warm_up"] + job["steps"]
+        self.memory = memory
+        self.ends: list[float] = []
+        self.step = 0
+
+    def tick(self) -> None:
+        """A step has ended."""
+        self.step += 1
+        if self.step == self.first:
+            self.memory.synchronize()
+            self.memory.reset()
+        if self.step == self.last:
+            self.memory.synchronize()
+        if self.step >= self.first:
+            self.ends.append(time.perf_counter())
+
+    def result(self) -> dict[str, Any]:
+        """Mean seconds of a step, each interval's end, and the peak in bytes."""
+        seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+        return {"seconds": seconds, "ends": [e - self.ends[0] for e in self.ends], "peak": self.memory.peak()}
+
+
+class MLXMemory:
+    """MLX's device; on a CPU the peak is the process's."""
+
+    def __init__(self) -> None:
+        import mlx.core as mx
+
+        self._mx, self._cpu = mx, mx.default_device() == mx.Device(mx.cpu)
+
+    def synchronize(self) -> None:
+        self._mx.synchronize()
+
+    def reset(self) -> None:
+        self._mx.reset_peak_memory()
+
+    def peak(self) -> int:
+        return process_peak() if self._cpu else self._mx.get_peak_memory()
+
+
+class TorchMemory:
+    """torch's CUDA device, or the process where there is none."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda = torch.cuda if torch.cuda.is_available() else None
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            self._cuda.synchronize()
+
+    def reset(self) -> None:
+        if self._cuda:
+            self._cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return self._cuda.max_memory_allocated() if self._cuda else process_peak()
+
+
+def process_peak() -> int:
+    """Peak resident bytes of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int, clock: Clock) -> Any:
+    """The script that both trainers run."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            clock.tick()
+
+    steps = clock.last
+    data = Dataset.from_dict({"input_ids": random_rows(job, rows * job["accumulate"] * steps, tokens)})
+    lowered = job["dtype"] != "float32"
+    args = SFTConfig(
+        output_dir=f"{job['folder']}/out",
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=job["accumulate"],
+        max_length=tokens,
+        max_grad_norm=job["clip"],
+        bf16=lowered,
+        model_init_kwargs={"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"},
+        gradient_checkpointing=job["on"],
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    lora = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=SEVEN, task_type="CAUSAL_LM")
+    return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora, callbacks=[Ticks()])
+
+
+def run_trl(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
+    """trl.SFTTrainer."""
+    from trl import SFTTrainer
+
+    clock = Clock(job, TorchMemory())
+    trainer = make_trainer(SFTTrainer, job, rows, tokens, clock)
+    trainer.train()
+    return clock.result() | {"windows": job["accumulate"], "losses": losses(trainer)}
+
+
+def run_hf_mlx(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
+    """MLXSFTTrainer, and its compiled step alone."""
+    from hf_mlx import MLXSFTTrainer
+
+    clock = Clock(job, MLXMemory())
+    trainer = make_trainer(MLXSFTTrainer, job, rows, tokens, clock)
+    trainer.train()
+    result = clock.result() | {"windows": job["accumulate"], "losses": losses(trainer)}
+    return result | {"traces": trainer.session.step.traces, "bare": time_bare_step(trainer, job)}
+
+
+def time_bare_step(trainer: Any, job: dict[str, Any]) -> float:
+    """Seconds of the trainer's compiled step alone, on one batch that is already on the device."""
+    session, clock = trainer.session, Clock(job, MLXMemory())
+    loader = iter(trainer.data.train_loader(trainer.train_dataset))
+    window = [trainer.data.inputs(next(loader)) for _ in range(job["accumulate"])]
+    session.loaded.model.train()
+    metrics = None
+    for step in range(clock.last):
+        before, metrics = metrics, session.step(window, step + 1, 1e-5)
+        if before is not None:
+            before.loss.item()  # keeps one step in flight, as the trainer does
+        clock.tick()
+    return clock.result()["seconds"]
+
+
+def losses(trainer: Any) -> list[float]:
+    """The logged losses: two trainers on the same rows show the same."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
+    """mlx-lm's own LoRA layers and train()."""
+    from mlx.optimizers import AdamW
+    from mlx_lm import load
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.trainer import CacheDataset, TrainingArgs, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    class Rows(list):
+        def process(self, row):
+            return row, 0
+
+    class Ticks(TrainingCallback):
+        def on_train_loss_report(self, train_info):
+            clock.tick()
+
+    clock = Clock(job, MLXMemory())
+    network, _ = load(job["folder"])
+    network.freeze()
+    keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
+    lora = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(network, len(network.layers), lora)
+    length = tokens + (job["peer"] == "mlx-lm +1")
+    train(
+        model=network,
+        optimizer=AdamW(learning_rate=2e-5),
+        train_dataset=CacheDataset(Rows(random_rows(job, rows * clock.last, length))),
+        args=TrainingArgs(
+            batch_size=rows,
+            iters=clock.last,
+            steps_per_report=1,
+            steps_per_save=10**9,
+            max_seq_length=length,
+            grad_checkpoint=job["on"],
+            adapter_file=f"{job['folder']}/adapters.safetensors",
+        ),
+        training_callback=Ticks(),
+    )
+    return clock.result()
+
+
+if __name__ == "__main__":
+    main()
