@@ -19,6 +19,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1b", help="tiny is for a CPU")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--write", type=Path, help="page to put the tables into")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -56,16 +58,17 @@ def main() -> None:
         print("a CUDA GPU is needed; --size tiny runs the same comparison on this machine")
         return
     with tempfile.TemporaryDirectory() as folder:
-        job = {"folder": folder, "steps": options.steps, "size": options.size}
+        job = {"folder": folder, "steps": options.steps, "size": options.size, "precisions": options.precisions}
         _start({**job, "task": "model"}).communicate()
-        # Both at a time: numbers do not depend on who else computes.
-        both = [_start({**job, "task": task}) for task in ("trl", "mlx")]
-        if any([child.wait() for child in both]):
+        # All at a time: numbers do not depend on who else computes.
+        tasks = {task: _start({**job, "task": task}) for task in ("mlx", "trl", "load")}
+        if tasks["mlx"].wait() or tasks["trl"].wait():
+            tasks["load"].kill()
             sys.exit("a run failed; see above")
-        if _start({**job, "task": "load"}).wait():
-            sys.exit("loading the adapter failed; see above")
-        results = {task: json.loads(Path(folder, f"{task}.json").read_text()) for task in ("trl", "mlx", "load")}
-    page = report(results, options.steps, job["size"])
+        if tasks["load"].wait():
+            sys.exit("loading the adapters failed; see above")
+        results = {task: json.loads(Path(folder, f"{task}.json").read_text()) for task in tasks}
+    page = report(results, options)
     print(page)
     if options.write:
         text = options.write.read_text(encoding="utf-8")
@@ -127,7 +130,7 @@ def make_model(job: dict[str, Any]) -> None:
 
 
 def rows(job: dict[str, Any], count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Token ids with something to learn: each word has four successors. Lengths are uneven."""
+    """Token ids with something to learn: each word has four successors. Lengths are uneven, in one bucket of 32."""
     chain = random.Random(0)
     words = SIZES[job["size"]][-1]
     alphabet = chain.sample(range(2, words), 200)
@@ -136,7 +139,8 @@ def rows(job: dict[str, Any], count: int, seed: int) -> list[dict[str, list[int]
     made = []
     for _ in range(count):
         ids = [draw.choice(alphabet)]
-        while len(ids) < draw.randint(60, 250):
+        length = draw.randint(226, 256)
+        while len(ids) < length:
             ids.append(draw.choice(follow[ids[-1]]))
         made.append({"input_ids": ids})
     return made
@@ -173,7 +177,8 @@ def settings(job: dict[str, Any], precision: str, **changed: Any) -> Any:
 
 
 def train_all(job: dict[str, Any]) -> dict[str, Any]:
-    """Losses and gradient norms by precision; MLX also leaves its adapters, their logits and their loss."""
+    """Losses and gradient norms by precision; MLX also leaves its adapters and their logits."""
+    import numpy as np
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -182,7 +187,7 @@ def train_all(job: dict[str, Any]) -> dict[str, Any]:
     else:
         from trl import SFTTrainer as Trainer
     result = {}
-    for precision in PRECISIONS:
+    for precision in job["precisions"]:
         trainer = Trainer(
             str(Path(job["folder"], "base")),
             settings(job, precision),
@@ -197,14 +202,16 @@ def train_all(job: dict[str, Any]) -> dict[str, Any]:
         if job["task"] == "mlx":
             folder = Path(job["folder"], precision.replace(" ", "-"))
             trainer.save_model(str(folder))
-            _save_logits(folder, trainer.model(_probe(job)).logits)
+            logits = np.asarray(trainer.model(_probe(job)).logits, np.float32)
+            np.save(folder / "partial.npy", logits)
+            (folder / "partial.npy").rename(folder / "logits.npy")
         del trainer
         _free(job["task"])
     return result
 
 
 def load_all(job: dict[str, Any]) -> dict[str, Any]:
-    """What PEFT makes of MLX's adapters: logits beside MLX's, and ten more steps by TRL."""
+    """What PEFT makes of MLX's adapters as they appear: logits beside MLX's, and ten more steps by TRL."""
     import numpy as np
     import torch
     from datasets import Dataset
@@ -214,9 +221,11 @@ def load_all(job: dict[str, Any]) -> dict[str, Any]:
 
     result = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for precision in PRECISIONS:
+    for precision in job["precisions"]:
         dtype, autocast = PRECISIONS[precision]
         folder = Path(job["folder"], precision.replace(" ", "-"))
+        while not (folder / "logits.npy").exists():
+            time.sleep(0.5)
         base = AutoModelForCausalLM.from_pretrained(Path(job["folder"], "base"), dtype=getattr(torch, dtype)).to(device)
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         model.eval()
@@ -247,12 +256,6 @@ def _probe(job: dict[str, Any]) -> list[list[int]]:
     return [row["input_ids"][:COMPARED_TOKENS] for row in rows(job, 8, seed=3) if len(row["input_ids"]) > 64][:4]
 
 
-def _save_logits(folder: Path, logits: Any) -> None:
-    import numpy as np
-
-    np.save(folder / "logits.npy", np.asarray(logits, np.float32))
-
-
 def _free(task: str) -> None:
     import gc
 
@@ -267,24 +270,23 @@ def _free(task: str) -> None:
         torch.cuda.empty_cache()
 
 
-def report(results: dict[str, Any], steps: int, size: str) -> str:
+def report(results: dict[str, Any], options: argparse.Namespace) -> str:
     """The tables, as Markdown."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "torch", "transformers", "trl", "peft"))
-    lines = [
-        f"{_device()}; {versions}. {_describe(size)} LoRA r=16 on all linear layers, {steps} steps of 2 × 4 rows.",
-        "",
-    ]
-    head = ["step"] + [f"{name}: {part}" for name in PRECISIONS for part in ("TRL", "MLX", "difference")]
+    run = f"LoRA r=16 on all linear layers, {options.steps} steps of 2 × 4 rows."
+    lines = [f"{_device()}; {versions}. {_describe(options.size)} {run}", ""]
+    names = options.precisions
+    head = ["step"] + [f"{name}: {part}" for name in names for part in ("TRL", "MLX", "difference")]
     lines += [_line(head), _line(["---:"] * len(head))]
-    for step in [step for step in SHOWN if step <= steps]:
+    for step in [step for step in SHOWN if step <= options.steps]:
         cells = [str(step)]
-        for name in PRECISIONS:
+        for name in names:
             a, b = (results[task][name]["loss"][step - 1] for task in ("trl", "mlx"))
             cells += [f"{a:.5f}", f"{b:.5f}", f"{b - a:+.1e}"]
         lines.append(_line(cells))
-    lines += ["", _line(["all steps", *PRECISIONS]), _line(["---", *["---:"] * len(PRECISIONS)])]
+    lines += ["", _line(["all steps", *names]), _line(["---", *["---:"] * len(names)])]
     for title, figure in _FIGURES.items():
-        lines.append(_line([title, *(figure(results, name) for name in PRECISIONS)]))
+        lines.append(_line([title, *(figure(results, name) for name in names)]))
     return "\n".join(lines) + "\n"
 
 

@@ -70,7 +70,9 @@ def record(measured: Path, page: Path, *, passes: Any = None, training: Any = No
 
 def _render(kept: Mapping[str, Mapping[str, list[str]]]) -> str:
     passes, training = kept["passes"], kept["training"]
-    lines = [f"| {name} | {' | '.join([*cells, *training.get(name, ['', '', ''])])} |" for name, cells in passes.items()]
+    lines = [
+        f"| {name} | {' | '.join([*cells, *training.get(name, ['', '', ''])])} |" for name, cells in passes.items()
+    ]
     trl = version("trl")
     head = _HEAD.format(
         transformers=version("transformers"),

@@ -150,4 +150,3 @@ def test_bad_input(name, base, tmp_path):
 
 def test_the_table_is_wide_enough():
     assert len(CASES) >= 25
-

@@ -48,8 +48,19 @@ BEYOND_TRL = ("llama4", "llama4_text")
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # MLX keeps these layers in parts, or routes by a class of its own: named targets only.
 _NAMED = dict.fromkeys(
-    """deepseek_v2 deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa kimi_linear
-    longcat_flash solar_open""".split(),
+    [
+        "deepseek_v2",
+        "deepseek_v3",
+        "deepseek_v32",
+        "dots1",
+        "exaone_moe",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "glm_moe_dsa",
+        "kimi_linear",
+        "longcat_flash",
+        "solar_open",
+    ],
     ["o_proj", "q_b_proj", "q_proj"],
 )
 # "all-linear" would reach the experts, whose first values are not PEFT's; test_experts_* look at those.
@@ -151,7 +162,9 @@ def compare_training(model_type: str, folder: Path) -> Training:
         keys=len(saved[0]),
         other_keys=tuple(sorted(saved[0] ^ saved[1])),
         moved=min(float(b.abs().max()) for b in _read_b(folder / "ours")),
-        targets=lora["target_modules"] if isinstance(lora["target_modules"], str) else ", ".join(lora["target_modules"]),
+        targets=lora["target_modules"]
+        if isinstance(lora["target_modules"], str)
+        else ", ".join(lora["target_modules"]),
         peer="transformers" if model_type in BEYOND_TRL else "trl",
     )
 
@@ -218,9 +231,7 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _train_trl(
-    base: Path, output: Path, lora: dict[str, Any] | None, ours: MLXSFTTrainer
-) -> list[dict[str, float]]:
+def _train_trl(base: Path, output: Path, lora: dict[str, Any] | None, ours: MLXSFTTrainer) -> list[dict[str, float]]:
     trainer = SFTTrainer(
         str(base),
         SFTConfig(output_dir=str(output / "run"), **SETTINGS),

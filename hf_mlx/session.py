@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 
 from .adapters.adapter import Adapter
 from .adapters.attach import attach
+from .adapters.origin import resolve_origin
 from .data.collate import Batch, collate, convert_batch
 from .data.generator import TorchGenerator
 from .data.loader import RowLoader, StreamLoader, make_loader
@@ -253,6 +254,8 @@ class Session:
             model.unfreeze()
             self.loaded.freeze_buffers()
             return None, list(trainable_arrays(model))
+        # A base without a name that others can load would only be noticed when the first checkpoint is written.
+        resolve_origin(self.loaded)
         adapter = attach(
             self.loaded,
             plan.lora,

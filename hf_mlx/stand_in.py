@@ -15,10 +15,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from .errors import MissingDependency
-from .estimate import describe_run
 from .models.bridge import REQUESTED_BITS
 from .settings.legacy import translate_arguments
 from .settings.quantization import read_bits
+from .surface.estimate import describe_run
 from .trainer import MLXSFTTrainer
 
 _TRAINER_HOMES = ("trl", "trl.trainer", "trl.trainer.sft_trainer")

@@ -12,9 +12,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from . import reporting
-from .accelerator import Accelerator
-from .callbacks import make_handler, make_state
 from .checkpoints.boundary import make_layout
 from .checkpoints.callback_states import collect_states, restore_states
 from .checkpoints.files import check_output_dir, disk_errors
@@ -26,13 +23,7 @@ from .checkpoints.torch_files import has_torch, pickle_object
 from .checkpoints.trainer_state import load_trainer_state, write_trainer_state
 from .data.prepare import prepare_tokenizer
 from .errors import CheckpointError, DataError, HFMLXError, SettingError
-from .facade import MLXCausalLM
-from .handover import drop_init_kwargs, hand_over, keep_dtype, open_source, read_peft_config
-from .hooks import check_overrides
-from .hub import HubRepo, write_card
 from .loop import Loop
-from .memory import MemoryMeter
-from .model_config import record_settings
 from .models.bridge import TorchModel
 from .models.config import read_config
 from .models.load import load_model
@@ -42,6 +33,16 @@ from .session import Data, Session
 from .settings.legacy import merge_trainer_keywords
 from .settings.plan import TrainPlan
 from .settings.resolve import resolve_plan
+from .surface import reporting
+from .surface.accelerator import Accelerator
+from .surface.callbacks import make_handler, make_state
+from .surface.facade import MLXCausalLM
+from .surface.handover import drop_init_kwargs, hand_over, keep_dtype, open_source, read_peft_config
+from .surface.hooks import check_overrides
+from .surface.hub import HubRepo, write_card
+from .surface.memory import MemoryMeter
+from .surface.model_config import record_settings
+from .training.command_buffers import limit_command_buffers
 from .training.evaluation import EvalSums
 from .training.schedule import make_schedule
 
@@ -137,6 +138,7 @@ class MLXSFTTrainer:
         check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
+        limit_command_buffers(self.plan)
         self.processing_class = prepare_tokenizer(
             processing_class or tokenizer or _load_tokenizer(model, source, self.plan), self.plan.data
         )

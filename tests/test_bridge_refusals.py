@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from hf_mlx.errors import SettingError
-from hf_mlx.handover import open_source
-from hf_mlx.hooks import check_overrides
 from hf_mlx.models.bridge import is_torch_model
 from hf_mlx.stand_in import portable_kwargs
+from hf_mlx.surface.handover import open_source
+from hf_mlx.surface.hooks import check_overrides
 
 
 class Base:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from tiny_checkpoints import write_llama
 
-from hf_mlx.accelerator import Accelerator
 from hf_mlx.adapters.attach import attach
 from hf_mlx.errors import AdapterError, SettingError
-from hf_mlx.facade import MLXCausalLM
-from hf_mlx.hub import write_card
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import LoraPlan, ModelPlan
+from hf_mlx.surface.accelerator import Accelerator
+from hf_mlx.surface.facade import MLXCausalLM
+from hf_mlx.surface.hub import write_card
 
 PROMPT = np.array([[5, 6, 7, 8]])
 

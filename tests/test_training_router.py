@@ -5,8 +5,8 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from hf_mlx.memory import MemoryMeter
 from hf_mlx.settings.plan import CheckpointingPlan
+from hf_mlx.surface.memory import MemoryMeter
 from hf_mlx.training.cast_weights import cast_weights
 from hf_mlx.training.checkpointing import checkpoint_layers
 from hf_mlx.training.router import RouterLog, Routers

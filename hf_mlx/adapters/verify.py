@@ -156,7 +156,9 @@ def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[lis
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = getattr(transformers, torch_class).from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+        model = (
+            getattr(transformers, torch_class).from_pretrained(source, revision=revision, dtype=torch.float32).eval()
+        )
         plain = logits(model)
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
         theirs = logits(adapted)

@@ -14,8 +14,14 @@ Config = dict[str, Any]
 _ROPE_PLAIN = """
     cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
     phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
-    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 olmo_hybrid
 """
+# Types whose code computes some rope types, but not these.
+_ROPE_UNKNOWN = {
+    "deepseek_v2": ("linear", "llama3"),
+    "mellum": ("linear",),
+    "ministral3": ("linear", "llama3"),
+}
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
 # Base-model dropout, which trl's trainer leaves active in training mode and mlx-lm has no code for.
@@ -58,7 +64,8 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         kind = entry.get("rope_type", entry.get("type", "default"))
-        known = kind in _ROPE_KNOWN and not (kind != "default" and model_type in _ROPE_PLAIN.split())
+        plain = kind != "default" and model_type in _ROPE_PLAIN.split()
+        known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
         exact = kind != "yarn" or (entry.get("truncate", True) and entry.get("attention_factor") is None)
         if not known or not exact:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")

@@ -27,7 +27,7 @@ def quantize_base(model: nn.Module, plan: ModelPlan, config: dict[str, Any]) -> 
     """
     bits, group = plan.quantization_bits, plan.quantization_group_size
     if bits is None:
-        return []
+        return _describe(config.get("quantization"))
     if bits not in _BITS:
         raise ModelError(f"quantization_bits={bits}", f"one of {_BITS}", "load_in_4bit=True")
     if config.get("quantization") or config.get("quantization_config"):
@@ -50,3 +50,12 @@ def quantize_base(model: nn.Module, plan: ModelPlan, config: dict[str, Any]) -> 
     if skipped[0]:
         line += f" ({skipped[0]} layer(s) whose width is not a multiple of {group} stay in floating point)"
     return [line]
+
+
+def _describe(quantization: Any) -> list[str]:
+    if not isinstance(quantization, dict) or "bits" not in quantization:
+        return []
+    return [
+        f"the base is quantised to {quantization['bits']} bits for MLX: the curve is that of these weights, and the "
+        "adapter stays in fp32, where trl casts it to bf16 over a quantised base"
+    ]

@@ -67,8 +67,8 @@ QUANTIZATION_CASES: tuple[Case, ...] = (
         "BitsAndBytesConfig, 4 or 8 bits",
         lambda config, values: read_bits(config) is not None,
         adapted(
-            "becomes MLX affine quantisation with groups of 64; NF4 and LLM.int8 round weights otherwise, "
-            "so the curve differs",
+            "becomes MLX affine quantisation with groups of 64, where NF4 and LLM.int8 round otherwise, and the "
+            "adapter stays in fp32, where trl casts it to bf16 over a quantised base: the curve differs",
             write="quantization_config=None",
             changes_numbers=True,
         ),

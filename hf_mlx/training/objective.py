@@ -73,6 +73,7 @@ class Objective:
 
     Attributes:
         aux_coefficient: What ``aux_loss`` is multiplied by in what is minimised.
+        head: The vocabulary projection; None where the model's code does not divide there.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Objective:
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
+        self.head = self._split[1] if self._split is not None else None
         self._blocks = self._split and HeadBlocks(loaded.model, self._split[1], self.slots)
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
         self._noise = NoisyEmbedding.attach(loaded, plan.neftune_noise_alpha) if plan.neftune_noise_alpha else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .errors import SettingError
+from ..errors import SettingError
 
 # transformers 5.23 ``Trainer`` and trl 1.16 ``SFTTrainer``, with what to write instead.
 _STEP = "the loss and the step are compiled here: choose them in SFTConfig (loss_type, label_smoothing_factor, …)"

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .errors import SettingError
+from ..errors import SettingError
 
 # transformers 5.23 ``GenerationMixin._prepare_generated_length``: without a length, 20 new tokens.
 _DEFAULT_NEW_TOKENS = 20

@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .errors import SettingError
+from ..errors import SettingError
+from ..models.architectures import can_pack
+from ..models.load import LoadedModel
 from .generation import like, read_ids
-from .models.architectures import can_pack
-from .models.load import LoadedModel
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .models.bridge import like_torch, to_numpy
-from .settings.plan import TrainPlan
+from ..models.bridge import like_torch, to_numpy
+from ..settings.plan import TrainPlan
 
 
 def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .models.load import LoadedModel
+from ..models.load import LoadedModel
 
 
 def record_settings(config: Any, loaded: LoadedModel, *, use_cache: bool, aux_coefficient: float | None) -> None:

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .adapters.adapter import PREFIX, Adapter, split_parameter
-from .adapters.layers import LoRAEmbedding, dense_weight
-from .adapters.order import order_key
-from .models.bridge import to_parameter
-from .models.load import LoadedModel
+from ..adapters.adapter import PREFIX, Adapter, split_parameter
+from ..adapters.layers import LoRAEmbedding, dense_weight
+from ..adapters.order import order_key
+from ..models.bridge import to_parameter
+from ..models.load import LoadedModel
 
 # The adapter's name in PEFT's live parameter names; ``get_peft_model`` gives it this one.
 ADAPTER_NAME = "default"

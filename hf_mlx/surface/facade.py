@@ -12,15 +12,15 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
-from .adapters.adapter import Adapter
-from .adapters.export import write_adapter
-from .adapters.merge import merge_and_unload
-from .errors import AdapterError, SettingError
+from ..adapters.adapter import Adapter
+from ..adapters.export import write_adapter
+from ..adapters.merge import merge_and_unload
+from ..errors import AdapterError, SettingError
+from ..models.load import LoadedModel
+from ..models.save import write_model
 from .forward import CausalLMOutput, run_forward
 from .generation import Generation, like, read_ids, read_rows
 from .hub import upload
-from .models.load import LoadedModel
-from .models.save import write_model
 from .parameters import ADAPTER_NAME, Parameters
 
 

@@ -11,15 +11,15 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from .adapters.adapter import Adapter
-from .adapters.export import peft_tensors
-from .adapters.layers import LoRAEmbedding
-from .adapters.slots import Slot, list_slots
-from .errors import AdapterError, SettingError
-from .models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype, to_mlx
-from .models.heads import module_at
-from .session import Session
-from .settings.plan import TrainPlan
+from ..adapters.adapter import Adapter
+from ..adapters.export import peft_tensors
+from ..adapters.layers import LoRAEmbedding
+from ..adapters.slots import Slot, list_slots
+from ..errors import AdapterError, SettingError
+from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype, to_mlx
+from ..models.heads import module_at
+from ..session import Session
+from ..settings.plan import TrainPlan
 
 logger = logging.getLogger(__name__)
 
