@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
 from architecture_checks import load_quietly, relative
-from architecture_zoo import make_ids, make_model
+from architecture_zoo import make_config, make_ids, make_model
 from mlx.utils import tree_flatten
 
 from hf_mlx.errors import ModelError
+from hf_mlx.models.architectures import VERIFIED
 from hf_mlx.models.doctor import diagnose
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import ModelPlan, PrecisionPlan
@@ -137,6 +139,62 @@ def test_an_option_that_cannot_be_honoured_is_refused(name, tmp_path):
         load_model(tmp_path, ModelPlan())
 
     assert words in refused.value.received
+
+
+_ORIGINAL = {"original_max_position_embeddings": 32}
+_YARN = {"rope_type": "yarn", "factor": 4.0, **_ORIGINAL}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_ORIGINAL},
+    "yarn": _YARN,
+    "yarn with betas": {**_YARN, "beta_fast": 16, "beta_slow": 2},
+    "yarn with mscale": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    "yarn with uneven mscale": {**_YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
+}
+ROPE_SAMPLE = ("deepseek_v2", "deepseek_v3", "ministral3", "gemma3_text", "ernie4_5", "llama")
+
+
+@pytest.mark.parametrize(
+    "model_type", [t if t in ROPE_SAMPLE else pytest.param(t, marks=pytest.mark.wide) for t in sorted(VERIFIED)]
+)
+def test_every_rope_type_is_computed_or_refused(model_type, tmp_path):
+    rope = getattr(make_config(model_type).get_text_config(), "rope_parameters", None)
+    nested = [key for key, value in (rope or {}).items() if isinstance(value, dict)]
+    answered = 0
+    for number, (entry, (name, changes)) in enumerate(product(nested or [None], ROPES.items())):
+        if not rope:
+            break
+        folder = tmp_path / str(number)
+        changed = {**rope, **changes} if entry is None else {**rope, entry: {**rope[entry], **changes}}
+        try:
+            model, ids = make_model(model_type, rope_parameters=changed), make_ids(length=40)
+            expected = model(ids, use_cache=False).logits.detach().numpy()
+        except (TypeError, KeyError, ValueError, RuntimeError):
+            continue  # transformers has no such model
+        model.save_pretrained(folder)
+        answered += 1
+        try:
+            loaded = load_quietly(folder)
+        except ModelError as refused:
+            assert "rope_type" in refused.received, name
+            continue
+        assert relative(np.array(loaded.model(mx.array(ids.numpy()))), expected) < TOLERANCE, (entry, name)
+    # Without rotary positions there is nothing to ask; Phi-3's config takes longrope alone.
+    assert answered >= 2 or not rope or model_type == "phi3"
+
+
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors", "bitsandbytes", "bitnet"])
+def test_weights_quantised_for_cuda_are_refused(method, tmp_path):
+    make_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "group_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match=f"quantised by '{method}'") as refused:
+        load_model(tmp_path, ModelPlan())
+
+    assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True)" in refused.value.remedy
 
 
 def test_a_config_of_transformers_4_loads_the_same(tmp_path):

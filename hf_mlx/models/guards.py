@@ -37,7 +37,6 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
 }
-_HANDLED_QUANTIZERS = ("mxfp4", "mxfp8", "fp8", "compressed-tensors", "modelopt", "awq", "gptq")
 
 
 def check_config(config: Config, folder: Path) -> None:
@@ -62,6 +61,11 @@ def check_config(config: Config, folder: Path) -> None:
 
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Gemma 3's windowed layers always get a plain rotary embedding.
+    if model_type in ("gemma3", "gemma3_text") and isinstance(window := rope.get("sliding_attention"), dict):
+        kind = window.get("rope_type", "default")
+        if kind != "default":
+            raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
     for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         kind = entry.get("rope_type", entry.get("type", "default"))
         plain = kind != "default" and model_type in _ROPE_PLAIN.split()
@@ -75,14 +79,13 @@ def _check_quantizer(config: Config, folder: Path) -> None:
     quantizer = config.get("quantization_config")
     if not isinstance(quantizer, dict) or config.get("quantization"):
         return
-    method = quantizer.get("quant_method")
-    if method not in _HANDLED_QUANTIZERS:
-        raise ModelError(
-            f"{folder}: weights quantised by {method!r}",
-            "floating-point weights, or a quantisation MLX reads",
-            "pass the unquantised base and quantization_config=BitsAndBytesConfig(load_in_4bit=True): "
-            "it is quantised here on loading",
-        )
+    # mlx-lm unpacks some of these, but neither its numbers nor the way back have been compared with transformers.
+    raise ModelError(
+        f"{folder}: weights quantised by {quantizer.get('quant_method')!r}",
+        "floating-point weights, or a folder that mlx_lm.convert quantised",
+        "pass the unquantised base and quantization_config=BitsAndBytesConfig(load_in_4bit=True): "
+        "it is quantised here on loading",
+    )
 
 
 def _option(folder: Path, key: str, value: object, remedy: str) -> ModelError:
