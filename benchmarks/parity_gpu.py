@@ -73,6 +73,8 @@ def main() -> None:
     if options.write:
         text = options.write.read_text(encoding="utf-8")
         begin, end = (marker.format(options.size) for marker in MARKERS)
+        if begin not in text or end not in text:
+            sys.exit(f"{options.write} has no place for it: add the lines {begin!r} and {end!r}")
         before, after = text.split(begin)[0], text.split(end)[1]
         options.write.write_text(before + begin + page + end + after, encoding="utf-8")
 

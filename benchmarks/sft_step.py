@@ -6,7 +6,7 @@ downloaded. Every peer runs in a process of its own, so that its peak memory is 
 warm-up, without loading.
 
     python benchmarks/sft_step.py                    # a small model, what a CPU can do
-    python benchmarks/sft_step.py --preset llama-1b --dtype bfloat16 --shapes 8x1024 --checkpointing off on --json out.json
+    python benchmarks/sft_step.py --preset llama-1b --dtype bfloat16 --checkpointing off on --json out.json
 
 mlx-lm trains on ``batch[:, :-1]``. Its row called ``mlx-lm`` gets ``max_seq_length`` equal to the length, as one sets
 it, and so computes on length - 1; ``mlx-lm +1`` gets one token more, which keeps its matrix products aligned.

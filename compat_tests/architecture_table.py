@@ -43,9 +43,9 @@ refused.
 | model type | logits | worst gradient | packing | training | adapter | on |
 |---|---|---|---|---|---|---|
 """
-_NOTES = """Experts as `target_modules` ({experts} types) load in PEFT and evaluate alike, but start and so train otherwise
-than there: this is said once, and refused under `strict=True`. ¹ Beside `transformers.Trainer`, because trl {trl} cannot
-train the type."""
+_NOTES = """Experts as `target_modules` ({experts} types) load in PEFT and evaluate alike, but start and so train
+otherwise than there: this is said once, and refused under `strict=True`. ¹ Beside `transformers.Trainer`, because trl
+{trl} cannot train the type."""
 
 
 def record(measured: Path, page: Path, *, passes: Any = None, training: Any = None) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architecture_checks import load_quietly, relative
 from architecture_zoo import make_config, make_ids, make_model
+from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
 
 from hf_mlx.errors import ModelError
@@ -170,7 +171,7 @@ def test_every_rope_type_is_computed_or_refused(model_type, tmp_path):
         try:
             model, ids = make_model(model_type, rope_parameters=changed), make_ids(length=40)
             expected = model(ids, use_cache=False).logits.detach().numpy()
-        except (TypeError, KeyError, ValueError, RuntimeError):
+        except (TypeError, KeyError, ValueError, RuntimeError, StrictDataclassError):
             continue  # transformers has no such model
         model.save_pretrained(folder)
         answered += 1
@@ -195,6 +196,17 @@ def test_weights_quantised_for_cuda_are_refused(method, tmp_path):
         load_model(tmp_path, ModelPlan())
 
     assert "quantization_config=BitsAndBytesConfig(load_in_4bit=True)" in refused.value.remedy
+
+
+def test_gpt2_as_it_comes_is_told_every_key_to_set_to_zero(tmp_path):
+    dropouts = {"attn_pdrop": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    make_model("gpt2", **dropouts).save_pretrained(tmp_path)
+
+    with pytest.raises(ModelError) as refused:
+        load_model(tmp_path, ModelPlan())
+
+    assert all(f"{key}=0.1" in refused.value.received for key in dropouts)
+    assert all(f"{key}=0.0" in refused.value.remedy for key in dropouts)
 
 
 def test_a_config_of_transformers_4_loads_the_same(tmp_path):

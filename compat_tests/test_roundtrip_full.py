@@ -11,6 +11,7 @@ import pytest
 import torch
 from architecture_checks import read_tensors, relative
 from architecture_zoo import make_ids
+from safetensors.torch import load_file
 from training_checks import compare_full, load_class, make_base, quiet, train_mlx
 
 from hf_mlx.errors import HFMLXError, ModelError
@@ -63,6 +64,20 @@ def test_a_full_fine_tune_is_trls_and_loads_in_transformers(name, tmp_path):
     model = trainer.session.loaded.model
     model.eval()
     assert relative(np.array(model(mx.array(make_ids().numpy()))), _torch_logits(tmp_path / "ours")) < LOGITS
+
+
+def test_a_checkpoint_with_a_vision_tower_is_whole_and_resumes(tmp_path):
+    base = make_base("gemma3", tmp_path / "base")
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    train_mlx(base, tmp_path / "straight", None, settings=settings)
+    halfway = tmp_path / "straight" / "run" / "checkpoint-1"
+    assert load_file(halfway / "model.safetensors").keys() == read_tensors(base).keys()
+    assert _torch_logits(halfway).shape[-1] == 320
+
+    train_mlx(base, tmp_path / "resumed", None, resume=str(halfway))
+
+    ends = [read_tensors(tmp_path / name) for name in ("straight", "resumed")]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
 
 
 def test_a_model_saved_over_its_own_base_is_whole(tmp_path):

@@ -59,6 +59,18 @@ def test_a_no_op_says_so(tmp_path):
     assert report.adapter_effect == 0
 
 
+def test_an_adapter_on_a_multimodal_type_is_loaded_on_the_class_that_has_its_keys(tmp_path):
+    base = make_base("qwen3_5", tmp_path / "base")
+    adapter = adapt_mlx(load_mlx(base), {"target_modules": ["q_proj", "v_proj", "in_proj_z"]})
+    with quiet():
+        report = verify_adapter(export_adapter(adapter, tmp_path / "adapter"))
+    assert report.ok
+    assert report.adapter_effect > 1e-2
+    assert len([note for note in adapter.notes if "Qwen3_5ForConditionalGeneration" in note]) == 1
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "Qwen3_5ForConditionalGeneration.from_pretrained" in card
+
+
 def test_text_needs_a_tokenizer(folder):
     with pytest.raises(AdapterError, match="no tokenizer"):
         verify_adapter(folder, prompts=["hello"])

@@ -47,25 +47,15 @@ BEYOND_TRL = ("llama4", "llama4_text")
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # MLX keeps these layers in parts, or routes by a class of its own: named targets only.
-_NAMED = dict.fromkeys(
-    [
-        "deepseek_v2",
-        "deepseek_v3",
-        "deepseek_v32",
-        "dots1",
-        "exaone_moe",
-        "glm4_moe",
-        "glm4_moe_lite",
-        "glm_moe_dsa",
-        "kimi_linear",
-        "longcat_flash",
-        "solar_open",
-    ],
-    ["o_proj", "q_b_proj", "q_proj"],
-)
+_LATENT = ["o_proj", "q_b_proj", "q_proj"]
+_NAMED_TYPES = """
+    deepseek_v2 deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash
+    solar_open
+"""
+_NAMED = {name: _LATENT for name in _NAMED_TYPES.split()}
 # "all-linear" would reach the experts, whose first values are not PEFT's; test_experts_* look at those.
 _BESIDE_EXPERTS = {
-    **dict.fromkeys(set(EXPERT_NAMES) - set(_NAMED), _ATTENTION),
+    **{name: _ATTENTION for name in set(EXPERT_NAMES) - set(_NAMED)},
     "qwen3_next": [*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj"],
 }
 # A vision tower, a router that PEFT's own forward fails on, weights that torch reads past any adapter.
@@ -127,7 +117,9 @@ def make_base(model_type: str, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def train_mlx(base: Path, output: Path, lora: dict[str, Any] | None, **options: Any) -> MLXSFTTrainer:
+def train_mlx(
+    base: Path, output: Path, lora: dict[str, Any] | None, *, resume: str | None = None, **options: Any
+) -> MLXSFTTrainer:
     """Our trainer after two steps, with what it saved in ``output``."""
     with quiet():
         trainer = MLXSFTTrainer(
@@ -139,7 +131,7 @@ def train_mlx(base: Path, output: Path, lora: dict[str, Any] | None, **options: 
             peft_config=LoraConfig(**lora) if lora else None,
             **options,
         )
-        trainer.train()
+        trainer.train(resume)
         trainer.save_model(str(output))
     return trainer
 

@@ -44,9 +44,12 @@ _WITHOUT_MLX = ("errors", "settings")
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("hf-mlx")
+        try:
+            return version("hf-mlx")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+source"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from tiny_checkpoints import LLAMA, llama_tensors, write_llama
 
 from hf_mlx.errors import ModelError
+from hf_mlx.models.architectures import counts_every_label
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import ModelPlan, PrecisionPlan
 
@@ -113,6 +114,15 @@ def test_loss_scaling_follows_the_class_that_the_config_names(tmp_path):
     named = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
 
     assert not load_model(write_llama(tmp_path, **named), ModelPlan()).accepts_loss_kwargs
+
+
+def test_the_class_name_decides_which_labels_the_loss_is_divided_by(tmp_path):
+    loaded = load_model(write_llama(tmp_path, architectures=["LlamaForCausalLM"]), ModelPlan())
+
+    assert not loaded.counts_every_label
+    assert counts_every_label({"architectures": ["GPT2LMHeadModel"]})
+    assert not counts_every_label({"architectures": ["Gemma3ForConditionalGeneration"]})
+    assert not counts_every_label({})
 
 
 def test_errors_are_value_errors_too():

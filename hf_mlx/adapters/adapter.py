@@ -96,8 +96,9 @@ class Adapter:
         if not any(target.kind == "experts" for target in self.targets):
             return ()
         return (
-            "target_modules names experts: each expert gets LoRA matrices of its own here, where PEFT on transformers 5 "
-            "draws one stack for all; the saved adapter means the same in PEFT, but the curve differs from trl's",
+            "target_modules names experts: each expert gets LoRA matrices of its own here, where PEFT on "
+            "transformers 5 draws one stack for all; the saved adapter means the same in PEFT, but the curve "
+            "differs from trl's",
         )
 
     def hf_name(self, mlx_param: str) -> str:

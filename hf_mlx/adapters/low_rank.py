@@ -8,6 +8,7 @@ numbers take two more arrays of the output's size forwards and three backwards.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -47,7 +48,7 @@ def add_low_rank(
         _, (by_x,) = mx.vjp(layer, [x], [by_out])
         return mx.addmm(by_x, by_inner, a), _rows(by_inner).T @ _rows(x), _rows(by_out).T @ _rows(inner)
 
-    added = mx.custom_function(forward)
+    added: Any = mx.custom_function(forward)
     added.vjp(backward)
     return added(x, a, b)[0]
 

@@ -50,6 +50,7 @@ def _original(folder: Path) -> str:
         f"base {folder}, quantised for MLX, whose README.md does not name the model it was made from",
         "a base that transformers can load, to write into adapter_config.json",
         f'a first line in {card}: "---", a second one: "base_model: owner/original-model", a third one: "---"; or '
-        'quantise the original here: MLXSFTTrainer("owner/original-model", quantization_config={"load_in_4bit": True}); '
-        'an adapter at hand: export_adapter(trainer, dir, base="owner/original-model")',
+        'quantise the original here: MLXSFTTrainer("owner/original-model", '
+        'quantization_config={"load_in_4bit": True}); an adapter at hand: '
+        'export_adapter(trainer, dir, base="owner/original-model")',
     )

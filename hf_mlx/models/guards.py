@@ -50,10 +50,16 @@ def check_config(config: Config, folder: Path) -> None:
     check_activation(config["model_type"], text, folder)
     _check_rope(config["model_type"], text, folder)
     _check_quantizer(config, folder)
-    for key in (*_DROPOUTS, *_NOISES):
-        value = text.get(key)
-        if isinstance(value, int | float) and value > 0:
-            raise _option(folder, key, value, f'set "{key}": 0.0 in config.json (dropout: LoraConfig(lora_dropout=…))')
+    random = {key: text.get(key) for key in (*_DROPOUTS, *_NOISES)}
+    random = {key: value for key, value in random.items() if isinstance(value, int | float) and value > 0}
+    if random:
+        zeros = ", ".join(f"{key}=0.0" for key in random)
+        raise ModelError(
+            f"{folder}: config.json has {', '.join(f'{key}={value!r}' for key, value in random.items())}",
+            "a base without random noise of its own (mlx-lm has no code for it)",
+            f"set {', '.join(random)} to 0.0 in config.json, or hand over the model: "
+            f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
+        )
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -63,8 +64,8 @@ class NameMap:
         """
         names = {n for n in self.untouched if not n.endswith((*_HEADS, "rotary_emb.inv_freq"))}
         files = sorted({self._checkpoint.tensors[n].file for n in names})
-        loaded = {file: mx.load(str(folder / file)) for file in files}
-        return {n: v for arrays in loaded.values() for n, v in arrays.items() if n in names}
+        loaded: list[Any] = [mx.load(str(folder / file)) for file in files]
+        return {n: v for arrays in loaded for n, v in arrays.items() if n in names}
 
     def to_hf_names(self, mlx_param: str) -> list[str]:
         """HF tensor names that make up one MLX parameter; as many as experts where those are stacked."""

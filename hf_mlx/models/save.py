@@ -55,7 +55,7 @@ def _check_whole(loaded: LoadedModel, folder: Path) -> None:
 
     # mlx-lm leaves vision_config out of the config.json it writes, so the class has to tell.
     known = loaded.model_type in CONFIG_MAPPING
-    parts = CONFIG_MAPPING[loaded.model_type].sub_configs if known else {}
+    parts: Any = CONFIG_MAPPING[loaded.model_type].sub_configs if known else {}
     towers = [key for key in ("vision_config", "audio_config") if key in parts]
     if loaded.names.converted and towers:
         raise ModelError(

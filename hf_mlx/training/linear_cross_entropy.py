@@ -8,6 +8,7 @@ are chained, so that one block's logits are gone before the next ones are comput
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -82,7 +83,7 @@ def linear_token_sums(
         scale = cotangents[0]
         return tuple((scale * g.astype(mx.float32)).astype(g.dtype) for g in outputs[3:])
 
-    summed = mx.custom_function(forward)
+    summed: Any = mx.custom_function(forward)
     summed.vjp(backward)
     return TokenSums(*summed(hidden, *weights)[:3])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
 from ..models.heads import Head, layers
@@ -71,36 +74,34 @@ def estimate(
         tokens: Padded length of a row.
     """
     positions = rows * tokens
-    size = 2 if plan.model.precision.autocast else _weight_size(model)
-    blocks = [positions * size * sum(map(_features, _linears(block))) for block in layers(model)]
+    weights = _arrays(model)
+    stored = max(weights, key=lambda array: array.nbytes).dtype.size
+    size = 2 if plan.model.precision.autocast else stored
+    blocks = [positions * size * sum(_features(block)) for block in layers(model)]
     kept = sum(blocks)
     if plan.checkpointing.enabled:
-        every = plan.checkpointing.every_n_layers
-        recomputed = [block for index, block in enumerate(blocks) if index % every == 0]
-        inputs = positions * _hidden(model) * _weight_size(model)
-        kept += len(recomputed) * inputs - sum(recomputed) + RECOMPUTED * max(recomputed)
+        recomputed = blocks[:: plan.checkpointing.every_n_layers]
+        hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
+        kept += len(recomputed) * positions * hidden * stored - sum(recomputed) + RECOMPUTED * max(recomputed)
     return MemoryEstimate(
-        weights=_bytes(value for _, value in tree_flatten(model.parameters())),
-        optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
+        weights=_bytes(weights),
         gradients=_bytes(params.values()),
+        optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
         activations=kept,
         logits=_logit_bytes(model, head, positions),
     )
 
 
-def _linears(block: nn.Module) -> list[Any]:
-    """Layers of a block that project: those with a two-dimensional weight, whatever wraps or quantises them."""
-    wrapped = {id(module["base_layer"]) for module in block.modules() if "base_layer" in module}
-    found = [module for module in block.modules() if "base_layer" in module]
+def _features(block: nn.Module) -> list[int]:
+    """Inputs and outputs per token of every projection in a block, adapted or quantised or not."""
+    experts = next((module.top_k for module in block.modules() if isinstance(getattr(module, "top_k", None), int)), 1)
+    found = []
     for module in block.modules():
-        weight = module.get("weight")
-        if weight is not None and weight.ndim >= 2 and id(module) not in wrapped:
-            found.append(module)
+        if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
+            found += [experts * features for features in layer_dims(module)]
+        elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
+            found += layer_dims(module)
     return found
-
-
-def _features(module: Any) -> int:
-    return sum(layer_dims(module.get("base_layer", module)))
 
 
 def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:
@@ -111,24 +112,13 @@ def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:
     return LOGIT_COPIES * 4 * vocabulary * block_rows(positions, vocabulary)
 
 
-def _hidden(model: nn.Module) -> int:
-    return min(min(layer_dims(module.get("base_layer", module))) for module in _linears(layers(model)[0])[:1])
-
-
-def _weight_size(model: nn.Module) -> int:
-    floating = [v for _, v in tree_flatten(model.parameters()) if mx.issubdtype(v.dtype, mx.floating)]
-    return max(floating, key=lambda value: value.nbytes).dtype.size
-
-
 def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:
-    size = optimizer.state_dtype(param).size
-    total = 0
-    for shape in optimizer.slots(param).values():
-        count = 1
-        for length in shape:
-            count *= length
-        total += count * size
-    return total
+    return sum(math.prod(shape) for shape in optimizer.slots(param).values()) * optimizer.state_dtype(param).size
+
+
+def _arrays(model: nn.Module) -> list[mx.array]:
+    flat: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    return list(flat.values())
 
 
 def _bytes(arrays: Iterable[mx.array]) -> int:

@@ -87,7 +87,7 @@ class Objective:
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
         self.head = self._split[1] if self._split is not None else None
-        self._blocks = self._split and HeadBlocks(loaded.model, self._split[1], self.slots)
+        self._blocks = HeadBlocks(loaded.model, self.head, self.slots) if self.head is not None else None
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
         self._noise = NoisyEmbedding.attach(loaded, plan.neftune_noise_alpha) if plan.neftune_noise_alpha else None
 
@@ -124,7 +124,7 @@ class Objective:
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> TokenSums:
         targets = arrays["targets"]
-        if self._split is None:
+        if self._split is None or self._blocks is None:
             return token_sums(_scored_rows(self.logits(arrays), arrays), targets, self.plan)
         backbone, head = self._split
         hidden = _scored_rows(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
