@@ -51,7 +51,7 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed  ## side by side with mlx-lm and TRL: prints ratios
-	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/sft_step.py
 
 docs: $(VENV)/.docs  ## build the pages into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build

@@ -220,7 +220,10 @@ def losses(trainer: Any) -> list[float]:
 
 
 def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
-    """mlx-lm's own LoRA layers and train()."""
+    """mlx-lm's own LoRA layers and train(); on a Linux CPU with the BLAS that hf_mlx loads."""
+    from hf_mlx.blas import load_openblas
+
+    load_openblas()
     from mlx.optimizers import AdamW
     from mlx_lm import load
     from mlx_lm.tuner.callbacks import TrainingCallback

@@ -16,7 +16,7 @@ from hf_mlx.surface.estimate import estimate_memory
 LORA = LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
 ROWS, TOKENS, STEPS = 4, 256, 3
 # The estimate counts what autograd keeps, not the order in which MLX frees temporaries.
-FACTOR = 1.7
+FACTOR = 1.5
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +78,17 @@ def test_checkpointing_saves_and_changes_no_number(model, tmp_path):
     assert peak_of_a_step(recomputed) < 0.6 * peak_of_a_step(kept)
 
 
-def test_the_update_replaces_parameters_and_state_in_place(model, tmp_path):
-    trainer = make_trainer(model, tmp_path, lora=None, gradient_checkpointing=True, max_length=32)
-    step, own = trainer.session.step, estimate_memory(trainer)
-    mx.eval(step.params, step.state)
-    arrays = {name: mx.random.normal(value.shape) for name, value in step.params.items()}
-    mx.eval(arrays)
-    hyper = {key: mx.array(value) for key, value in step.optimizer.hyper(1, 1e-4).items()}
-    update = mx.compile(lambda p, g, s: step.optimizer.update(p, g, s, hyper))
-    mx.synchronize()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    params, state = step.params, step.state
-    step.params, step.state = {}, {}
-    new_params, new_state = update(params, arrays, state)
-    mx.eval(new_params, new_state)
-    assert own.gradients + own.optimizer >= mx.get_peak_memory() - before
+def test_no_step_leaves_memory_behind(model, tmp_path):
+    trainer = make_trainer(model, tmp_path, lora=None)
+    step = trainer.session.step
+    window = [trainer.data.inputs(next(iter(trainer.data.train_loader(trainer.train_dataset))))]
+    trainer.session.loaded.model.train()
+    active = []
+    for number in range(1, 5):
+        step(window, number, 1e-4)
+        mx.eval(step.params, step.state)
+        mx.synchronize()
+        active.append(mx.get_active_memory())
+
+    # Old parameters, states and gradients are gone; a few scalars of the last step are not.
+    assert max(active[1:]) - min(active[1:]) < 2**16

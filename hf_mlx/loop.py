@@ -6,6 +6,7 @@ and ``_run_epoch``, with the metrics of trl 1.16 ``SFTTrainer.compute_loss`` and
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from .session import Data, Means, Progress, Session
 from .training.inputs import Inputs
 from .training.schedules.contract import Schedule
 from .training.step import StepMetrics
+
+logger = logging.getLogger(__name__)
 
 
 class Host(Protocol):
@@ -125,6 +128,7 @@ class Loop:
         finally:
             model.eval()
         self._drain()
+        logger.info(self.session.describe_shapes())
         return {"train_loss": self._total_loss / max(host.state.global_step - self.first_step, 0.001)}
 
     def _run_epochs(self) -> None:

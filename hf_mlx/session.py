@@ -241,6 +241,11 @@ class Session:
         """The name PEFT (or, without adapter, the HF checkpoint) gives a trainable array."""
         return self.adapter.hf_name(name) if self.adapter is not None else self.loaded.names.to_hf_names(name)[0]
 
+    def describe_shapes(self) -> str:
+        """How many shapes the step was traced for, and how much of what it computed was padding."""
+        share = self.progress.padding / max(self.progress.positions, 1)
+        return f"{self.step.traces} traces of the step; {100 * share:.1f}% of the positions were padding"
+
     @cached_property
     def flops_per_token(self) -> float:
         """transformers 5.23 ``PreTrainedModel.floating_point_ops``: 6 FLOP per non-embedding parameter and token."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -24,29 +24,34 @@ from .checkpoints.trainer_state import load_trainer_state, write_trainer_state
 from .data.prepare import prepare_tokenizer
 from .errors import CheckpointError, DataError, HFMLXError, SettingError
 from .loop import Loop
-from .models.bridge import TorchModel
-from .models.config import read_config
 from .models.load import load_model
-from .models.source import resolve_folder
-from .models.tokenizer import load_tokenizer
 from .session import Data, Session
 from .settings.legacy import merge_trainer_keywords
-from .settings.plan import TrainPlan
 from .settings.resolve import resolve_plan
 from .surface import reporting
 from .surface.accelerator import Accelerator
 from .surface.callbacks import make_handler, make_state
+from .surface.evaluation import Evaluation
 from .surface.facade import MLXCausalLM
 from .surface.handover import drop_init_kwargs, hand_over, keep_dtype, open_source, read_peft_config
 from .surface.hooks import check_overrides
 from .surface.hub import HubRepo, write_card
 from .surface.memory import MemoryMeter
 from .surface.model_config import record_settings
+from .surface.requests import (
+    check_evaluation,
+    check_functions,
+    check_optimizers,
+    default_args,
+    find_tokenizer,
+    find_vocabulary_size,
+)
 from .training.command_buffers import limit_command_buffers
-from .training.evaluation import EvalSums
 from .training.schedule import make_schedule
 
 logger = logging.getLogger(__name__)
+
+_ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
 
 
 class MLXSFTTrainer:
@@ -109,11 +114,11 @@ class MLXSFTTrainer:
         **keywords: Any,
     ) -> None:
         check_overrides(type(self), MLXSFTTrainer)
-        _check_optimizers(optimizers)
-        _check_functions(keywords)
+        check_optimizers(optimizers)
+        check_functions(keywords)
         source = open_source(model)
         overrides, tokenizer = merge_trainer_keywords({}, keywords)
-        self.args = args if args is not None else _default_args(model if source is None else source.name)
+        self.args = args if args is not None else default_args(model if source is None else source.name)
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         if source is not None:
@@ -134,13 +139,13 @@ class MLXSFTTrainer:
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        _check_evaluation(self.args, eval_dataset)
+        check_evaluation(self.args, eval_dataset)
         check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
         limit_command_buffers(self.plan)
         self.processing_class = prepare_tokenizer(
-            processing_class or tokenizer or _load_tokenizer(model, source, self.plan), self.plan.data
+            processing_class or tokenizer or find_tokenizer(model, source, self.plan), self.plan.data
         )
         self.data = Data(
             self.plan,
@@ -148,7 +153,7 @@ class MLXSFTTrainer:
             collator=data_collator,
             formatting_func=formatting_func,
             keep_columns=not self.args.remove_unused_columns,
-            vocab_size=_vocabulary_size(model, source, self.plan),
+            vocab_size=find_vocabulary_size(model, source, self.plan),
         )
         self.train_dataset = self.data.prepare_train(train_dataset)
         self.eval_dataset = self.data.prepare_eval(eval_dataset)
@@ -162,6 +167,7 @@ class MLXSFTTrainer:
                 source, peft_config, self.plan, self.processing_class, self.args.device
             )
             self._model = source.model
+        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=self._write_back)
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
         if strict and adapter is not None and adapter.deviations:
@@ -207,7 +213,7 @@ class MLXSFTTrainer:
             TrainingError: The loss became NaN or infinite.
             KeyboardInterrupt: After Ctrl-C, once a checkpoint of the last whole step is saved.
         """
-        from transformers.trainer_utils import TrainOutput, align_special_tokens
+        from transformers.trainer_utils import TrainOutput, align_special_tokens, speed_metrics
 
         self._memory.start("train")
         store = self._store = self._make_store()
@@ -240,7 +246,7 @@ class MLXSFTTrainer:
             raise
         self._write_back()
         done = self.state.global_step - loop.first_step
-        metrics = self._speed("train", start, self._trained_rows(done), done)
+        metrics = speed_metrics("train", start, self._trained_rows(done), done)
         metrics |= {"total_flos": self.state.total_flos, **result}
         self._memory.stop("train", metrics)
         self.log(metrics)
@@ -268,6 +274,8 @@ class MLXSFTTrainer:
         Returns:
             ``{prefix}_loss`` and the other metrics; also logged.
         """
+        from transformers.trainer_utils import speed_metrics
+
         dataset = self._eval_rows(eval_dataset)
         if isinstance(dataset, dict):
             metrics = {}
@@ -279,7 +287,7 @@ class MLXSFTTrainer:
         start = time.time()
         output = self._evaluation(dataset, metric_key_prefix)
         batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
-        metrics = output.metrics | self._speed(metric_key_prefix, start, output.num_samples, batches)
+        metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory.stop("eval", metrics)
@@ -292,27 +300,29 @@ class MLXSFTTrainer:
             ``transformers.trainer_utils.PredictionOutput``; predictions are (rows, length, vocabulary) float32,
             padded with -100.
         """
-        from transformers.trainer_utils import PredictionOutput
+        from transformers.trainer_utils import PredictionOutput, speed_metrics
 
         self._memory.start("test")
         start = time.time()
         output = self._evaluation(self.data.prepare_eval(test_dataset), metric_key_prefix, keep_logits=True)
         batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
-        metrics = output.metrics | self._speed(metric_key_prefix, start, output.num_samples, batches)
+        metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory.stop("test", metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add TRL's metrics to ``logs``, append the entry to ``state.log_history`` and tell the callbacks."""
-        logs.update(self._running_metrics())
+        from transformers.trainer_utils import speed_metrics
+
+        logs.update(self._evaluate_loader.running_metrics())
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
         if self.args.include_num_input_tokens_seen != "no":
             logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
             if start_time is not None:
                 tokens = self.state.num_input_tokens_seen - self._tokens_before
-                logs.update(self._speed("train", start_time, num_tokens=tokens))
+                logs.update(speed_metrics("train", start_time, num_tokens=tokens))
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
@@ -523,30 +533,16 @@ class MLXSFTTrainer:
             self.handover.write_back()
 
     def _evaluation(self, dataset: Any, prefix: str, *, keep_logits: bool = False) -> Any:
-        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
-
-        size, session = self.plan.batch.eval_batch_size, self.session
         self.callback_handler.eval_dataloader = loader = self.data.eval_loader(dataset)
-        wanted = keep_logits or (self.compute_metrics is not None and not self.args.prediction_loss_only)
-        sink = reporting.PredictionSink(self.preprocess_logits_for_metrics) if wanted else None
-        with session.evaluation(in_train=self.is_in_train) as (evaluator, params):
-            sums = evaluator.run(params, loader, self.data.inputs, on_batch=self._on_prediction_step, logits_to=sink)
-        session.progress.mode, self._eval_sums = "eval", sums
-        predictions: Any = None
-        labels: Any = None
-        if sink is not None:
-            predictions, labels = sink.arrays()
-        metrics: dict[str, Any] = {}
-        if self.compute_metrics is not None and wanted:
-            self._write_back()
-            computed: Any = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
-            metrics.update(cast(Any, denumpify_detensorize(computed)))
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
-        metrics[f"{prefix}_loss"] = sums.loss(finite_only=self.plan.nan_inf_filter, batch_size=size, rows=rows)
-        # In upstream's order: what has the prefix already comes first.
-        bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
-        metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
-        return EvalLoopOutput(predictions, labels, metrics, rows if rows is not None else len(sums.losses) * size)
+        return self._evaluate_loader(
+            loader,
+            prefix,
+            compute_metrics=None if self.args.prediction_loss_only else self.compute_metrics,
+            preprocess_logits=self.preprocess_logits_for_metrics,
+            keep_logits=keep_logits,
+            in_train=self.is_in_train,
+            on_batch=self._on_prediction_step,
+        )
 
     def _on_prediction_step(self) -> None:
         if self._interrupt is not None:
@@ -566,26 +562,6 @@ class MLXSFTTrainer:
             )
         return self.eval_dataset
 
-    _eval_sums: EvalSums | None = None
-
-    def _running_metrics(self) -> dict[str, float]:
-        """What trl 1.16 ``SFTTrainer.log`` adds: the running means of the mode the model is in."""
-        progress = self.session.progress
-        if progress.mode == "train":
-            means = progress.means.take()
-            return means | {"num_tokens": float(progress.num_tokens)} if means else {}
-        sums, self._eval_sums = self._eval_sums, None
-        if sums is None or not sums.losses:
-            return {}
-        metrics = {
-            "eval_entropy": sum(sums.entropies) / len(sums.entropies),
-            "eval_mean_token_accuracy": sum(sums.accuracies) / len(sums.accuracies),
-            "eval_num_tokens": float(progress.num_tokens),
-        }
-        if sums.aux_losses:
-            metrics["eval_aux_loss"] = sum(sums.aux_losses) / len(sums.aux_losses)
-        return metrics
-
     def _reset_state(self) -> None:
         self.state = make_state(self.callback_handler, self.control)
         self.state.train_batch_size = self.plan.batch.train_batch_size
@@ -599,66 +575,3 @@ class MLXSFTTrainer:
         else:
             rows = len(self.train_dataset) * plan.num_train_epochs
         return rows * done / max(steps.total_steps, 1)
-
-    def _speed(
-        self,
-        split: str,
-        start: float,
-        num_samples: float | None = None,
-        num_steps: int | None = None,
-        num_tokens: int | None = None,
-    ) -> dict[str, float]:
-        from transformers.trainer_utils import speed_metrics
-
-        return speed_metrics(split, start, num_samples=num_samples, num_steps=num_steps, num_tokens=num_tokens)
-
-
-def _default_args(model: str) -> Any:
-    name = f"{str(model).rstrip('/').split('/')[-1]}-SFT"
-    try:
-        from trl import SFTConfig as Arguments
-    except ImportError:
-        from transformers import TrainingArguments as Arguments
-    return Arguments(name)
-
-
-def _load_tokenizer(model: Any, source: TorchModel | None, plan: TrainPlan) -> Any:
-    folder = resolve_folder(model if source is None else source.name, plan.model)
-    return load_tokenizer(folder, plan.model)
-
-
-def _vocabulary_size(model: Any, source: TorchModel | None, plan: TrainPlan) -> int | None:
-    config = source.base.config.to_dict() if source else read_config(resolve_folder(model, plan.model))
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-
-
-def _check_functions(keywords: dict[str, Any]) -> None:
-    for name, remedy in _REFUSED_KEYWORDS.items():
-        if keywords.pop(name, None) is not None:
-            raise SettingError(f"{name}=", "what runs inside the compiled step is chosen by name", remedy)
-
-
-_ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
-_REFUSED_KEYWORDS = {
-    "compute_loss_func": 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels',
-    "optimizer_cls_and_kwargs": 'SFTConfig(optim="adamw_torch", optim_args="…", learning_rate=…)',
-    "model_init": "MLXSFTTrainer(model=model_init(), …)",
-}
-
-
-def _check_optimizers(optimizers: tuple[Any, Any]) -> None:
-    if any(part is not None for part in optimizers):
-        raise SettingError(
-            f"optimizers=({type(optimizers[0]).__name__}, {type(optimizers[1]).__name__})",
-            "the optimizer and schedule are chosen by name, so that they can run inside the compiled step",
-            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", ...)',
-        )
-
-
-def _check_evaluation(args: Any, eval_dataset: Any) -> None:
-    if args.eval_strategy != "no" and eval_dataset is None:
-        raise SettingError(
-            f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an eval_dataset",
-            "an eval_dataset to evaluate on",
-            'MLXSFTTrainer(..., eval_dataset=my_dataset), or eval_strategy="no"',
-        )

@@ -27,6 +27,7 @@ def estimate_memory(trainer: Any) -> MemoryEstimate:
         step.optimizer,
         plan,
         head=step.objective.head,
+        attention_heads=trainer.model.config.get_text_config().num_attention_heads,
         rows=plan.batch.train_batch_size,
         tokens=longest_row(trainer),
     )

@@ -21,8 +21,10 @@ from .optim import Optimizer
 
 # float32 copies of a block of logits that are alive together: exponentials, their product, the gradient.
 LOGIT_COPIES = 3
-# A recomputed block holds its activations and the gradients of about as many.
-RECOMPUTED = 2
+# A recomputed block holds its activations, and their gradients while both passes of the next operation run.
+RECOMPUTED = 3
+# Scores and probabilities, where the backward pass of attention is not fused.
+ATTENTION_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,12 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak: logits and most gradients are not alive at the same time."""
-        return self.weights + self.optimizer + self.activations + max(self.logits, self.gradients)
+        """The peak: of the backward pass, or of the update, which writes new parameters and state beside the old.
+
+        MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
+        """
+        backward = self.activations + max(self.logits, self.gradients)
+        return self.weights + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
 
 
 def estimate(
@@ -56,13 +62,14 @@ def estimate(
     plan: TrainPlan,
     *,
     head: Head | None,
+    attention_heads: int,
     rows: int,
     tokens: int,
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
-    Counts, for each block, the inputs and outputs of its linear layers; attention is taken to be fused, so nothing
-    grows with the square of the length. Command buffers that wait on a GPU come on top.
+    Counts, for each block, the inputs and outputs of its linear layers, and the attention matrix where MLX has no fused
+    backward pass for it: everywhere but on CUDA in half precision. Command buffers that wait on a GPU come on top.
 
     Args:
         model: With adapters attached; its arrays may still be unread files.
@@ -70,6 +77,7 @@ def estimate(
         optimizer: Whose state is counted.
         plan: Checkpointing and precision.
         head: The vocabulary projection, or None where the logits are computed in full.
+        attention_heads: Query heads of a block.
         rows: Rows of a micro-batch.
         tokens: Padded length of a row.
     """
@@ -77,7 +85,9 @@ def estimate(
     weights = _arrays(model)
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
-    blocks = [positions * size * sum(_features(block)) for block in layers(model)]
+    fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
+    attention = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions * tokens
+    blocks = [positions * size * sum(_features(block)) + attention for block in layers(model)]
     kept = sum(blocks)
     if plan.checkpointing.enabled:
         recomputed = blocks[:: plan.checkpointing.every_n_layers]

@@ -1,0 +1,95 @@
+"""One pass over an evaluation set, reported as transformers and TRL report it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from ..data.loader import RowLoader, StreamLoader
+from ..session import Data, Session
+from ..training.evaluation import EvalSums
+from . import reporting
+
+
+class Evaluation:
+    """Runs evaluation sets and remembers the metrics for the next log.
+
+    Args:
+        session: Model, parameters and counters.
+        data: Turns batches into device arrays.
+        before_metrics: Called before ``compute_metrics``, which may look at the user's model.
+    """
+
+    def __init__(self, session: Session, data: Data, *, before_metrics: Callable[[], None]) -> None:
+        self._session = session
+        self._data = data
+        self._before_metrics = before_metrics
+        self._sums: EvalSums | None = None
+
+    def __call__(
+        self,
+        loader: RowLoader | StreamLoader,
+        prefix: str,
+        *,
+        compute_metrics: Callable | None,
+        preprocess_logits: Callable | None,
+        keep_logits: bool,
+        in_train: bool,
+        on_batch: Callable[[], None],
+    ) -> Any:
+        """Evaluate every batch of ``loader``.
+
+        Args:
+            loader: Batches of a prepared set.
+            prefix: Of every metric's name.
+            compute_metrics: Called with a ``transformers.EvalPrediction``; None reports the loss alone.
+            preprocess_logits: Called with the logits and labels of each batch.
+            keep_logits: Return predictions and labels even without ``compute_metrics``.
+            in_train: Whether ``train()`` is running (``bf16_full_eval`` then has no effect, as upstream).
+            on_batch: Called after each batch.
+
+        Returns:
+            ``transformers.trainer_utils.EvalLoopOutput``.
+        """
+        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
+
+        plan, session = self._session.plan, self._session
+        wanted = keep_logits or compute_metrics is not None
+        sink = reporting.PredictionSink(preprocess_logits) if wanted else None
+        with session.evaluation(in_train=in_train) as (evaluator, params):
+            sums = evaluator.run(params, loader, self._data.inputs, on_batch=on_batch, logits_to=sink)
+        session.progress.mode, self._sums = "eval", sums
+        predictions: Any = None
+        labels: Any = None
+        if sink is not None:
+            predictions, labels = sink.arrays()
+        metrics: dict[str, Any] = {}
+        if compute_metrics is not None:
+            self._before_metrics()
+            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            metrics.update(cast(Any, denumpify_detensorize(computed)))
+        size, dataset = plan.batch.eval_batch_size, loader.dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=rows)
+        # In upstream's order: what has the prefix already comes first.
+        bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
+        metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
+        return EvalLoopOutput(predictions, labels, metrics, rows if rows is not None else len(sums.losses) * size)
+
+    def running_metrics(self) -> dict[str, float]:
+        """What trl 1.16 ``SFTTrainer.log`` adds to an entry: the running means of the mode the model is in."""
+        progress = self._session.progress
+        if progress.mode == "train":
+            means = progress.means.take()
+            return means | {"num_tokens": float(progress.num_tokens)} if means else {}
+        sums, self._sums = self._sums, None
+        if sums is None or not sums.losses:
+            return {}
+        metrics = {
+            "eval_entropy": sum(sums.entropies) / len(sums.entropies),
+            "eval_mean_token_accuracy": sum(sums.accuracies) / len(sums.accuracies),
+            "eval_num_tokens": float(progress.num_tokens),
+        }
+        if sums.aux_losses:
+            metrics["eval_aux_loss"] = sum(sums.aux_losses) / len(sums.aux_losses)
+        return metrics
