@@ -44,12 +44,9 @@ _WITHOUT_MLX = ("errors", "settings")
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from .version import installed_version
 
-        try:
-            return version("hf-mlx")
-        except PackageNotFoundError:  # run from a source tree that was never installed
-            return "0+source"
+        return installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]

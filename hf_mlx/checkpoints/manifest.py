@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from .. import __version__
+from ..version import installed_version
 from .files import replaced
 
 MANIFEST = "hf_mlx_manifest.json"
@@ -17,7 +17,7 @@ def write_manifest(folder: Path) -> None:
     files = {
         path.relative_to(folder).as_posix(): _describe(path) for path in sorted(folder.rglob("*")) if _counts(path)
     }
-    content = {"written_by": f"hf_mlx {__version__}", "files": files}
+    content = {"written_by": f"hf_mlx {installed_version()}", "files": files}
     (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ class RowLoader:
         return self.batches(0)
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """Micro-batches of ``epoch``, without the first ``skip``; the order is drawn at once, the rows when asked for."""
+        """Micro-batches of ``epoch``, without the first ``skip``; drawn in order now, read when asked for."""
         order = np.arange(len(self.dataset)) if self.order is None else self.order(epoch)
         return self._cut(order, skip)
 

@@ -101,14 +101,14 @@ class Evaluator:
             loss, entropy, correct, aux_loss = self._measure(params, inputs.arrays)
         finally:
             self.objective.slots.bind(params)
-        mx.eval(loss, entropy, correct, aux_loss)
+        values: list[float] = mx.stack([loss, entropy, correct, aux_loss]).tolist()  # pyright: ignore[reportAssignmentType]
         valid = max(inputs.valid, 1)
-        sums.losses.append(loss.item() / valid + self.objective.aux_coefficient * aux_loss.item())
+        sums.losses.append(values[0] / valid + self.objective.aux_coefficient * values[3])
         sums.tokens.append(inputs.valid)
-        sums.entropies.append(entropy.item() / valid)
-        sums.accuracies.append(correct.item() / valid)
+        sums.entropies.append(values[1] / valid)
+        sums.accuracies.append(values[2] / valid)
         if self.objective.routers is not None:
-            sums.aux_losses.append(aux_loss.item())
+            sums.aux_losses.append(values[3])
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
         _, sums = self.objective(params, arrays)
