@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from hf_mlx.checkpoints.files import replaced, replaced_folder, tidy
+from hf_mlx.atomic import replaced
+from hf_mlx.checkpoints.files import replaced_folder, tidy
 from hf_mlx.checkpoints.folders import list_checkpoints, rotate
 from hf_mlx.checkpoints.inspection import find_checkpoint
 from hf_mlx.checkpoints.manifest import MANIFEST, find_damage, write_manifest

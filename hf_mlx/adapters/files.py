@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..atomic import sync
 from ..errors import AdapterError
 
 
@@ -37,16 +38,16 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], None]
     try:
         for name, write in writers.items():
             write(temporary / name)
-            _sync(temporary / name)
+            sync(temporary / name)
         if folder.exists():
             for name in writers:
                 os.replace(temporary / name, folder / name)
-            _sync(folder)
+            sync(folder)
         else:
             # mkdtemp makes folders private; what is saved follows the user's umask like any other folder.
             temporary.chmod(0o777 & ~_umask())
             os.rename(temporary, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -54,14 +55,6 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], None]
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, line ends as given."""
     path.write_text(text, encoding="utf-8", newline="")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""Writing files and folders so that a reader never sees half of one."""
+"""Writing folders so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..atomic import sync
 from ..errors import CheckpointError, HFMLXError
 
 TEMPORARY = ".tmp-"
@@ -38,18 +39,6 @@ def check_output_dir(folder: str | os.PathLike[str]) -> Path:
             'SFTConfig(output_dir="runs/my-run", ...) with a folder you own',
         ) from error
     return path
-
-
-@contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place once it is complete and on disk."""
-    temporary = path.with_name(f".{path.stem}.tmp{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -115,15 +104,6 @@ def tidy(folder: Path) -> None:
     for pattern in (f"{TEMPORARY}checkpoint-*", f".{TEMPORARY}checkpoint-*"):
         for path in folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or a folder's list of names is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -6,8 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..atomic import replaced
 from ..version import installed_version
-from .files import replaced
 
 MANIFEST = "hf_mlx_manifest.json"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..atomic import replaced
 from ..errors import ModelError
 from .load import LoadedModel
 
@@ -43,11 +43,14 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
     weights |= loaded.names.load_untouched(loaded.path)
     # A pending read of the very file that is replaced below would read the new bytes.
     mx.eval(weights)
-    _replace(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2), encoding="utf-8"))
+    with replaced(folder / "config.json") as path:
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     source = loaded.path / "generation_config.json"
     if source.exists() and source.resolve() != (folder / source.name).resolve():
-        _replace(folder / source.name, lambda path: shutil.copyfile(source, path))
-    _replace(folder / WEIGHTS, lambda path: mx.save_safetensors(str(path), weights, metadata={"format": "pt"}))
+        with replaced(folder / source.name) as path:
+            shutil.copyfile(source, path)
+    with replaced(folder / WEIGHTS) as path:
+        mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
 
 
 def _check_whole(loaded: LoadedModel, folder: Path) -> None:
@@ -71,14 +74,3 @@ def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, A
     if len(dtypes) == 1:
         config["dtype"] = _DTYPES[dtypes.pop()]
     return config
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
