@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .load import LoadedModel
+from .load import LoadedModel, module_at
 
 Backbone = Callable[..., mx.array]
 
@@ -109,14 +109,6 @@ def embedding_path(model: nn.Module) -> str:
 def embed(model: nn.Module, input_ids: mx.array) -> mx.array:
     """The input embedding (B, T, H) of ids, before any scale the model applies to it."""
     return module_at(model, embedding_path(model))(input_ids)
-
-
-def module_at(model: nn.Module, path: str) -> Any:
-    """The module at a dotted path; the model itself for an empty one."""
-    node: Any = model
-    for part in path.split(".") if path else ():
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
 
 
 def _join(*parts: str) -> str:

@@ -65,7 +65,7 @@ class LoadedModel:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
         for path in self.buffers:
             owner, _, key = path.rpartition(".")
-            _module_at(self.model, owner).freeze(recurse=False, keys=key)
+            module_at(self.model, owner).freeze(recurse=False, keys=key)
 
 
 def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
@@ -200,7 +200,8 @@ def _cast(model: nn.Module, dtype: str) -> None:
     model.update(tree_map(lambda x: x.astype(target) if mx.issubdtype(x.dtype, mx.floating) else x, model.parameters()))
 
 
-def _module_at(model: nn.Module, path: str) -> Any:
+def module_at(model: nn.Module, path: str) -> Any:
+    """The module at a dotted path; the model itself for an empty one."""
     node: Any = model
     for part in path.split(".") if path else ():
         node = node[int(part)] if isinstance(node, list) else node[part]
