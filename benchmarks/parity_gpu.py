@@ -1,23 +1,28 @@
 """The same curve on a GPU: MLX's CUDA backend beside torch and TRL, one script, one checkpoint, the same rows.
 
-A Llama of about a billion parameters is made at random. Both trainers fine-tune it with LoRA in each precision, and
-both run from the same ``SFTConfig`` and ``LoraConfig``. PEFT then loads the adapter that MLX trained, its logits are
-compared with MLX's, and TRL goes on training it.
+A Llama of about a billion parameters is made at random, or ``--model`` names the folder of a real one. Both trainers
+fine-tune it with LoRA in each precision, and both run from the same ``SFTConfig`` and ``LoraConfig``. PEFT then loads
+the adapter that MLX trained, its logits are compared with MLX's, and TRL goes on training it.
 
     python benchmarks/parity_gpu.py --write docs/parity.md     # one CUDA GPU with 40 GiB, 4 minutes
     python benchmarks/parity_gpu.py --size tiny                # the same on any machine, in a minute
+    python benchmarks/parity_gpu.py --model FOLDER --part smollm2 --write docs/parity.md
 
-``--write`` replaces the part of the page between the two markers of that size.
+A random model learns a random chain of words. A real one reads text: the ``text`` of each line of ``--rows FILE``, or
+else the source of Python's own library. ``--write`` replaces the part of the page between the two markers of that name,
+which is the size unless ``--part`` says otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +33,6 @@ from typing import Any
 # hidden, mlp, layers, heads, key-value heads, vocabulary
 SIZES = {
     "1b": (2048, 8192, 16, 32, 8, 32000),
-    "smollm2": (576, 1536, 30, 9, 3, 49152),
     "tiny": (64, 128, 2, 4, 2, 1000),
 }
 # Shown as -> dtype of the weights, bf16=
@@ -40,12 +44,20 @@ PRECISIONS = {
 SHOWN = (1, 2, 3, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50)
 MARKERS = "<!-- parity_gpu {}: begin -->\n", "<!-- parity_gpu {}: end -->\n"
 COMPARED_TOKENS = 64
+MAX_LENGTH = 256
+# A real text is divided into what is trained on, evaluated on and compared; each part holds the rows of 50 steps.
+PARTS, PART_TOKENS = 3, 100_000
 
 
 def main() -> None:
     """Run both libraries, print the tables and, where asked for, write them into a page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="1b", help="tiny is for a CPU")
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint, instead of random weights")
+    parser.add_argument("--rows", type=Path, help="JSON lines with a text each, for --model")
+    parser.add_argument("--part", help="name of the markers in the page; the size unless given")
+    parser.add_argument("--cpu", action="store_true", help="run on a machine without a CUDA GPU, however long it takes")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a micro-batch; two make a step")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--write", type=Path, help="page to put the tables into")
@@ -54,12 +66,22 @@ def main() -> None:
     if options.worker:
         work(json.loads(options.worker))
         return
-    if options.size != "tiny" and not _has_cuda():
-        print("a CUDA GPU is needed; --size tiny runs the same comparison on this machine")
+    if options.size != "tiny" and not options.cpu and not _has_cuda():
+        print("a CUDA GPU is needed; --size tiny runs the same comparison on this machine, --cpu this one")
         return
     with tempfile.TemporaryDirectory() as folder:
-        job = {"folder": folder, "steps": options.steps, "size": options.size, "precisions": options.precisions}
-        _start({**job, "task": "model"}).communicate()
+        job = {
+            "folder": folder,
+            "steps": options.steps,
+            "batch": options.batch,
+            "size": options.size,
+            "model": str(options.model or Path(folder, "base")),
+            "precisions": options.precisions,
+        }
+        if options.model is not None:
+            tokenize(options.model, options.rows, folder)
+        elif _start({**job, "task": "model"}).wait():
+            sys.exit("no model was made; see above")
         # All at a time: numbers do not depend on who else computes.
         tasks = {task: _start({**job, "task": task}) for task in ("mlx", "trl", "load")}
         if tasks["mlx"].wait() or tasks["trl"].wait():
@@ -72,7 +94,7 @@ def main() -> None:
     print(page)
     if options.write:
         text = options.write.read_text(encoding="utf-8")
-        begin, end = (marker.format(options.size) for marker in MARKERS)
+        begin, end = (marker.format(options.part or options.size) for marker in MARKERS)
         if begin not in text or end not in text:
             sys.exit(f"{options.write} has no place for it: add the lines {begin!r} and {end!r}")
         before, after = text.split(begin)[0], text.split(end)[1]
@@ -127,21 +149,55 @@ def make_model(job: dict[str, Any]) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
-    model.save_pretrained(Path(job["folder"], "base"))
-    tokenizer.save_pretrained(Path(job["folder"], "base"))
+    model.save_pretrained(job["model"])
+    tokenizer.save_pretrained(job["model"])
+
+
+def tokenize(model: Path, file: Path | None, folder: str) -> None:
+    """Leave the token ids of a real text in ``folder``: the lines of ``file``, or Python's own library."""
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    if file is None:
+        library = Path(sysconfig.get_path("stdlib"))
+        texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("*.py"))]
+    else:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        texts = [json.loads(line)["text"] for line in lines if line.strip()]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids: list[int] = []
+    for text in texts:
+        ids += [*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id]
+        if len(ids) > PARTS * PART_TOKENS:
+            break
+    if len(ids) < PARTS * MAX_LENGTH * 16:
+        sys.exit(f"{file} holds {len(ids)} tokens; {PARTS * MAX_LENGTH * 16} are needed")
+    np.save(Path(folder, "ids.npy"), np.asarray(ids, np.int32))
 
 
 def rows(job: dict[str, Any], count: int, seed: int) -> list[dict[str, list[int]]]:
-    """Token ids with something to learn: each word has four successors. Lengths are uneven, in one bucket of 32."""
+    """Token ids in rows of uneven length, all in one bucket of 32; ``seed`` counts from 1 and gives other rows.
+
+    A real text is cut into rows, each seed a part of its own, read again from its start where it is too short. Else
+    there is a chain to learn: each word has four successors.
+    """
+    import numpy as np
+
+    draw = random.Random(seed)
+    if Path(job["folder"], "ids.npy").exists():
+        lengths = [draw.randint(MAX_LENGTH - 30, MAX_LENGTH) for _ in range(count)]
+        part = np.array_split(np.load(Path(job["folder"], "ids.npy")), PARTS)[seed - 1].tolist()
+        part *= -(-sum(lengths) // len(part))
+        ends = list(itertools.accumulate(lengths))
+        return [{"input_ids": part[end - length : end]} for end, length in zip(ends, lengths, strict=True)]
     chain = random.Random(0)
     words = SIZES[job["size"]][-1]
     alphabet = chain.sample(range(2, words), 200)
     follow = {word: chain.sample(alphabet, 4) for word in alphabet}
-    draw = random.Random(seed)
     made = []
     for _ in range(count):
         ids = [draw.choice(alphabet)]
-        length = draw.randint(226, 256)
+        length = draw.randint(MAX_LENGTH - 30, MAX_LENGTH)
         while len(ids) < length:
             ids.append(draw.choice(follow[ids[-1]]))
         made.append({"input_ids": ids})
@@ -159,7 +215,7 @@ def settings(job: dict[str, Any], precision: str, **changed: Any) -> Any:
             "model_init_kwargs": {"dtype": dtype},
             "bf16": autocast,
             "use_cpu": not _has_cuda(),
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": job["batch"],
             "gradient_accumulation_steps": 2,
             "max_steps": job["steps"],
             "learning_rate": 5e-4,
@@ -167,7 +223,7 @@ def settings(job: dict[str, Any], precision: str, **changed: Any) -> Any:
             "warmup_steps": 5,
             "weight_decay": 0.01,
             "logging_steps": 1,
-            "max_length": 256,
+            "max_length": MAX_LENGTH,
             "gradient_checkpointing": False,
             "seed": 7,
             "save_strategy": "no",
@@ -191,7 +247,7 @@ def train_all(job: dict[str, Any]) -> dict[str, Any]:
     result = {}
     for precision in job["precisions"]:
         trainer = Trainer(
-            str(Path(job["folder"], "base")),
+            job["model"],
             settings(job, precision),
             train_dataset=Dataset.from_list(rows(job, 300, seed=1)),
             eval_dataset=Dataset.from_list(rows(job, 16, seed=2)),
@@ -202,6 +258,7 @@ def train_all(job: dict[str, Any]) -> dict[str, Any]:
         result[precision] = {key: [entry[key] for entry in logged] for key in ("loss", "grad_norm")}
         result[precision]["eval_loss"] = trainer.evaluate()["eval_loss"]
         if job["task"] == "mlx":
+            print(f"{precision}: {trainer.session.describe_shapes()}", file=sys.stderr)
             folder = Path(job["folder"], precision.replace(" ", "-"))
             trainer.save_model(str(folder))
             logits = np.asarray(trainer.model(_probe(job)).logits, np.float32)
@@ -228,7 +285,7 @@ def load_all(job: dict[str, Any]) -> dict[str, Any]:
         folder = Path(job["folder"], precision.replace(" ", "-"))
         while not (folder / "logits.npy").exists():
             time.sleep(0.5)
-        base = AutoModelForCausalLM.from_pretrained(Path(job["folder"], "base"), dtype=getattr(torch, dtype)).to(device)
+        base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, dtype)).to(device)
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
         model.eval()
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
@@ -275,8 +332,11 @@ def _free(task: str) -> None:
 def report(results: dict[str, Any], options: argparse.Namespace) -> str:
     """The tables, as Markdown."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mlx", "torch", "transformers", "trl", "peft"))
-    run = f"LoRA r=16 on all linear layers, {options.steps} steps of 2 × 4 rows."
-    lines = [f"{_device()}; {versions}. {_describe(options.size)} {run}", ""]
+    run = f"LoRA r=16 on all linear layers, {options.steps} steps of 2 × {options.batch} rows."
+    what = (
+        _describe(options.size) if options.model is None else f"{options.model.name}, {_describe_text(options.rows)};"
+    )
+    lines = [f"{_device()}; {versions}. {what} {run}", ""]
     names = options.precisions
     head = ["step"] + [f"{name}: {part}" for name in names for part in ("TRL", "MLX", "difference")]
     lines += [_line(head), _line(["---:"] * len(head))]
@@ -307,6 +367,7 @@ Figure = Callable[[dict[str, Any], str], str]
 _FIGURES: dict[str, Figure] = {
     "loss: mean of the absolute difference": lambda r, name: f"{_mean(map(abs, _differences(r, name, 'loss'))):.1e}",
     "loss: mean of the signed difference": lambda r, name: f"{_mean(_differences(r, name, 'loss')):+.1e}",
+    "loss: steps where MLX is above TRL": lambda r, name: f"{sum(d > 0 for d in _differences(r, name, 'loss'))}",
     "loss: largest difference": lambda r, name: f"{max(map(abs, _differences(r, name, 'loss'))):.1e}",
     "grad_norm: largest difference": lambda r, name: f"{max(map(abs, _differences(r, name, 'grad_norm'))):.1e}",
     "eval_loss after training, TRL": lambda r, name: f"{r['trl'][name]['eval_loss']:.5f}",
@@ -334,7 +395,11 @@ def _describe(size: str) -> str:
     hidden, mlp, layers, heads, kv_heads, vocabulary = SIZES[size]
     attention = 2 * hidden * hidden * (1 + kv_heads / heads)
     total = layers * (attention + 3 * hidden * mlp) + 2 * vocabulary * hidden
-    return f"Llama with random weights, {total / 1e9:.2f} billion parameters;"
+    return f"Llama with random weights, {total / 1e6:,.1f} million parameters;"
+
+
+def _describe_text(file: Path | None) -> str:
+    return "on the source of Python's library" if file is None else f"on {file.name}"
 
 
 if __name__ == "__main__":

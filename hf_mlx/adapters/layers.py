@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..models.products import gather_mm, matmul
 from .dropout import KeyedDropout
 from .low_rank import add_low_rank, scaled
 
@@ -88,7 +89,7 @@ class LoRALinear(nn.Module):
 
     def _low_rank(self, x: mx.array) -> mx.array:
         dtype = self.compute_dtype
-        out = (x.astype(dtype) @ self.lora_A.astype(dtype).T) @ self.lora_B.astype(dtype).T
+        out = matmul(matmul(x.astype(dtype), self.lora_A.astype(dtype).T), self.lora_B.astype(dtype).T)
         return out + self.lora_B_bias.astype(dtype) if "lora_B_bias" in self else out
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -133,7 +134,7 @@ class DoRALinear(LoRALinear):
         """Row norms of W + scale·BA, (out,), fp32, outside the gradient."""
         # The product runs in the compute dtype, as PEFT's does under autocast.
         dtype = self.compute_dtype
-        delta = (self.lora_B.astype(dtype) @ self.lora_A.astype(dtype)).astype(mx.float32)
+        delta = matmul(self.lora_B.astype(dtype), self.lora_A.astype(dtype)).astype(mx.float32)
         return mx.stop_gradient(mx.linalg.norm(dense_weight(self.base_layer) + self.scale * delta, axis=1))
 
     def reset_magnitude(self) -> None:
@@ -179,7 +180,7 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         base = self.base_layer(x)
         dtype = self.compute_dtype
-        low = self.lora_embedding_A.T[x].astype(dtype) @ self.lora_embedding_B.astype(dtype).T
+        low = matmul(self.lora_embedding_A.T[x].astype(dtype), self.lora_embedding_B.astype(dtype).T)
         return (base + scaled(low, self.scale)).astype(base.dtype)
 
     def delta(self) -> mx.array:
@@ -214,7 +215,7 @@ class LoRASwitchLinear(nn.Module):
         dtype = self.compute_dtype
         low = x.astype(dtype)
         for factor in (self.lora_A, self.lora_B):
-            low = mx.gather_mm(
+            low = gather_mm(
                 low, factor.astype(dtype).swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
             )
         return (base + scaled(low, self.scale)).astype(base.dtype)

@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..models.products import addmm, matmul
+
 
 def scaled(x: mx.array, scale: float) -> mx.array:
     """``scale * x`` in float32, rounded once to the dtype of ``x``.
@@ -37,20 +39,23 @@ def add_low_rank(
         (..., out), differentiable in ``x``, ``a`` and ``b``.
     """
 
-    def forward(x: mx.array, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
-        inner = scaled(x @ a.T, scale)
-        return mx.addmm(layer(x), inner, b.T), inner
+    # An input of the function, so that the backward pass reads no output of it: one that is recomputed
+    # under a checkpoint then leaves the large product out.
+    inner = mx.stop_gradient(scaled(matmul(x, a.T), scale))
 
-    def backward(primals, cotangents, outputs):
-        x, a, b = primals
-        by_out, inner = cotangents[0], outputs[1]
-        by_inner = scaled(by_out @ b, scale)
+    def forward(x: mx.array, a: mx.array, b: mx.array, inner: mx.array) -> mx.array:
+        return addmm(layer(x), inner, b.T)
+
+    def backward(primals, by_out, _):
+        x, a, b, inner = primals
+        by_inner = scaled(matmul(by_out, b), scale)
         _, (by_x,) = mx.vjp(layer, [x], [by_out])
-        return mx.addmm(by_x, by_inner, a), _rows(by_inner).T @ _rows(x), _rows(by_out).T @ _rows(inner)
+        by_a, by_b = matmul(_rows(by_inner).T, _rows(x)), matmul(_rows(by_out).T, _rows(inner))
+        return addmm(by_x, by_inner, a), by_a, by_b, mx.zeros_like(inner)
 
     added: Any = mx.custom_function(forward)
     added.vjp(backward)
-    return added(x, a, b)[0]
+    return added(x, a, b, inner)
 
 
 def _rows(x: mx.array) -> mx.array:

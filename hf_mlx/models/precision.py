@@ -7,9 +7,17 @@ embedding in fp32. Here the same layers are replaced by subclasses that do the c
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlx_lm.models import rope_utils
+from mlx_lm.models.switch_layers import SwitchLinear
+
+from .overrides.rope import LongRope
+from .products import addmm, gather_mm, matmul, widens
 
 
 class CastLinear(nn.Linear):
@@ -26,8 +34,8 @@ class CastLinear(nn.Linear):
         dtype = self.compute_dtype
         x, weight = x.astype(dtype), self.weight.astype(dtype)
         if "bias" in self:
-            return mx.addmm(self.bias.astype(dtype), x, weight.T)
-        return x @ weight.T
+            return addmm(self.bias.astype(dtype), x, weight.T)
+        return matmul(x, weight.T)
 
 
 class CastQuantizedLinear(nn.QuantizedLinear):
@@ -53,14 +61,68 @@ class CastEmbedding(nn.Embedding):
         self.compute_dtype = compute_dtype
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return x.astype(self.compute_dtype) @ self.weight.astype(self.compute_dtype).T
+        return matmul(x.astype(self.compute_dtype), self.weight.astype(self.compute_dtype).T)
 
 
-_CAST = {nn.Linear: CastLinear, nn.QuantizedLinear: CastQuantizedLinear, nn.Embedding: CastEmbedding}
+class CastSwitchLinear(SwitchLinear):
+    """Stacked experts, computed in the dtype of their weights.
+
+    torch's autocast does not reach them: transformers 5.23 ``integrations.moe.grouped_mm_experts_forward``, its
+    default, casts the input to the weights' dtype and multiplies there.
+    """
+
+    def __init__(self, base: SwitchLinear, _: mx.Dtype) -> None:
+        nn.Module.__init__(self)
+        self.weight = base.weight
+        if "bias" in base:
+            self.bias = base.bias
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        weight = self.weight
+        x = gather_mm(
+            x.astype(weight.dtype), weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+        )
+        return x + self.bias[indices][..., None, :] if "bias" in self else x
+
+
+_CAST = {
+    nn.Linear: CastLinear,
+    nn.QuantizedLinear: CastQuantizedLinear,
+    nn.Embedding: CastEmbedding,
+    SwitchLinear: CastSwitchLinear,
+}
+
+
+_ROTARY = (
+    nn.RoPE,
+    rope_utils.Llama3RoPE,
+    rope_utils.ProportionalRoPE,
+    rope_utils.SuScaledRoPE,
+    rope_utils.YarnRoPE,
+    LongRope,
+)
+
+
+@cache
+def _widened(rotary: type[Any]) -> type[Any]:
+    """Rotates in fp32 and rounds once, as MLX's GPU kernels and torch's autocast do.
+
+    MLX's CPU backend rounds the sines, each product and the sum to bf16 instead, half as far again from the exact
+    values.
+    """
+
+    class Widened(rotary):
+        def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
+            if not widens(x):
+                return super().__call__(x, *args, **options)
+            return super().__call__(x.astype(mx.float32), *args, **options).astype(x.dtype)
+
+    Widened.__name__ = f"Widened{rotary.__name__}"
+    return Widened
 
 
 def apply_autocast(model: nn.Module, compute_dtype: mx.Dtype) -> None:
-    """Replace every Linear and Embedding of ``model`` by its casting subclass, in place.
+    """Replace the Linear, Embedding, expert and rotary layers of ``model`` by their casting subclasses, in place.
 
     Args:
         model: An mlx-lm model; its parameter names do not change.
@@ -72,6 +134,9 @@ def apply_autocast(model: nn.Module, compute_dtype: mx.Dtype) -> None:
         return module if replacement is None else replacement(module, compute_dtype)
 
     model.update_modules(tree_map_with_path(cast, model.leaf_modules(), is_leaf=nn.Module.is_module))
+    for module in model.modules():
+        if isinstance(module, _ROTARY):
+            module.__class__ = _widened(type(module))
 
 
 def store_frozen_weights(model: nn.Module, compute_dtype: mx.Dtype) -> None:
