@@ -1,0 +1,62 @@
+"""The order of the backward pass: a layer's own gradients before those of the layers below it.
+
+MLX orders the operations of a graph itself, and nothing in a backward pass asks for the gradient of a weight before
+the update does. Computed late, each one keeps its layer's input and its output's gradient alive until then. Here the
+gradient that goes on down waits for those of the weights, so both arrays are freed as the pass goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+
+def order_backward(blocks: Iterable[nn.Module]) -> None:
+    """Make the parts of ``blocks`` (attention, feed-forward network, norms) order their gradients.
+
+    No number changes: a part is the only reader of its input, so nothing is summed otherwise than before. The class
+    is left alone: the instances get a subclass.
+
+    Args:
+        blocks: With their trainable parameters chosen; names and parameters stay as they are.
+    """
+    for block in blocks:
+        for part in block.children().values():
+            if isinstance(part, nn.Module) and tree_flatten(part.trainable_parameters()):
+                part.__class__ = _ordered(type(part))
+
+
+def _together(x: mx.array, params: Any) -> tuple[mx.array, Any]:
+    """``x`` and the tree ``params`` as they are; the gradient of ``x`` is there only once those of ``params`` are."""
+    flat: Any = tree_flatten(params)
+    if not flat:
+        return x, params
+    names, values = zip(*flat, strict=True)
+    identity: Any = mx.custom_function(lambda *arrays: arrays)
+
+    @identity.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        by_x, *by_params = cotangents
+        return (*mx.depends([by_x], by_params), *by_params)
+
+    x, *values = identity(x, *values)
+    return x, tree_unflatten(list(zip(names, values, strict=True)))
+
+
+def _ordered(base: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and args and isinstance(args[0], mx.array)):
+            return base.__call__(self, *args, **kwargs)
+        trained = self.trainable_parameters()
+        x, ordered = _together(args[0], trained)
+        self.update(ordered)
+        try:
+            return base.__call__(self, x, *args[1:], **kwargs)
+        finally:
+            self.update(trained)
+
+    return type(f"Ordered{base.__name__}", (base,), {"__call__": call})
