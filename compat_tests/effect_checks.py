@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import warnings
@@ -22,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import ModelError, TrainingError
+from hf_mlx.surface.estimate import estimate_memory
 
 Check = Callable[..., None]
 ARGUMENTS: dict[str, Check] = {}
@@ -89,6 +91,24 @@ def _output_dir(scene: Scene) -> None:
     made = scene.trainer(output_dir=str(scene.folder / "here"))
     made.save_model()
     assert (scene.folder / "here" / "adapter_model.safetensors").is_file()
+
+
+@shows("auto_find_batch_size")
+def _pieces(scene: Scene) -> None:
+    rows = [{"input_ids": list(range(5, 37))}] * 12
+    curves, sizes = [], []
+    for value in (False, True):
+        made = scene.trainer(rows=rows, auto_find_batch_size=value)
+        earlier = mx.set_memory_limit(estimate_memory(made, 1).total)
+        try:
+            made.train()
+            batch = next(iter(made.data.train_loader(made.train_dataset)))
+            sizes.append([piece["input_ids"].shape[0] for piece in made.session.step.cut(made.data.inputs(batch))])
+        finally:
+            mx.set_memory_limit(earlier)
+        curves.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert sizes == [[2], [1, 1]]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-6)
 
 
 @shows("use_cpu")
@@ -228,6 +248,7 @@ def _read_by_integrations(scene: Scene) -> None:
 @shows("skip_memory_metrics")
 def _memory(scene: Scene) -> None:
     for value in (True, False):
+        gc.collect()  # what earlier trainers left would be freed in the middle of a stage
         made = scene.trainer(skip_memory_metrics=value, **EVALUATES)
         train, evaluated = made.train().metrics, made.evaluate()
         predicted = made.predict(made.eval_dataset).metrics

@@ -29,7 +29,6 @@ OTHER_OPTIMIZERS = [name.value for name in OptimizerNames if name.value not in A
 ARGUMENTS = [
     ("fp16", True, {}),
     ("fp16_full_eval", True, {}),
-    ("auto_find_batch_size", True, {}),
     ("train_sampling_strategy", "batch_rebalance", {}),
     ("optim_target_modules", "all-linear", {}),
     ("optim_target_modules", ["q_proj"], {}),

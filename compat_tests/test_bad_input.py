@@ -97,7 +97,7 @@ CASES = {
     "max_grad_norm NaN": (SettingError, ["max_grad_norm=nan"], {"max_grad_norm": float("nan")}, {}, ROWS, None),
     "max_grad_norm < 0": (SettingError, ["max_grad_norm=-1"], {"max_grad_norm": -1}, {}, ROWS, None),
     "unknown optimizer": (SettingError, ["optim", "galore_adamw"], {"optim": "galore_adamw"}, {}, ROWS, None),
-    "a refused argument": (SettingError, ["auto_find_batch_size"], {"auto_find_batch_size": True}, {}, ROWS, None),
+    "a refused argument": (SettingError, ["batch_eval_metrics"], {"batch_eval_metrics": True}, {}, ROWS, None),
     "a refused LoRA option": (SettingError, ["pissa"], {}, {"init_lora_weights": "pissa"}, ROWS, None),
     "a warmup that is ignored upstream": (
         SettingError,

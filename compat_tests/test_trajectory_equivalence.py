@@ -7,6 +7,10 @@ import numpy as np
 import pytest
 from pairs import Run, rows_of, run_mlx, tiny_model
 
+import hf_mlx.session
+from hf_mlx.data.fitting import fit_shapes
+from hf_mlx.data.shapes import Shapes
+
 # The same fp32 sums in another order: measured up to 6e-7 of the value, and nothing at all where no order changes
 # (checkpointed, eager). A wrong mask or denominator is 1e-2.
 RELATIVE = 3e-6
@@ -87,6 +91,35 @@ def test_packed_documents_do_not_see_each_other(family, options, tmp_path):
     whole = {**SETTINGS, "per_device_train_batch_size": len(ROWS), "num_train_epochs": 6}
     packed = {**whole, "packing": True, "packing_strategy": "bfd"}
     assert_one_curve(run_mlx(model, whole, ROWS, LORA), run_mlx(model, packed, ROWS, LORA), steps=6)
+
+
+LAYOUTS = {
+    "padded": {},
+    "packed": {"packing": True, "packing_strategy": "bfd_split", "max_length": 64},
+    "padding free": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16},
+}
+
+
+@pytest.mark.parametrize("rows", LAYOUTS)
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma3_text", {"sliding_window": 16})])
+def test_rows_that_documents_share(rows, family, options, tmp_path, monkeypatch):
+    model, chosen = tiny_model(family, tmp_path, **options), []
+
+    def watch(batches, *, share):
+        shapes = fit_shapes(batches, share=share)
+        chosen.extend(shapes.chosen)
+        return shapes
+
+    # Short and long ones, so that several short rows fit beside each other.
+    mixed = [row if number % 4 else {**row, "completion": row["completion"] * 3} for number, row in enumerate(ROWS)]
+    settings = {**SETTINGS, "num_train_epochs": 2, "eval_strategy": "epoch", **LAYOUTS[rows]}
+    runs = []
+    for fit in (watch, lambda batches, share: Shapes()):
+        monkeypatch.setattr(hf_mlx.session, "fit_shapes", fit)
+        runs.append(run_mlx(model, settings, mixed, LORA, eval_dataset=_rows(mixed[:9])))
+    assert any(shape.shared for shape in chosen)
+    assert_one_curve(*runs, steps=sum("loss" in entry for entry in runs[0].history))
+    assert sum("eval_loss" in entry for entry in runs[0].history) == 2
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all-weights"])

@@ -36,7 +36,6 @@ from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.adapters.start import start_as_mlx_lm
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import LossPlan, ModelPlan
-from hf_mlx.training.inputs import make_inputs
 from hf_mlx.training.objective import Objective
 
 SEEDS = range(15)
@@ -91,6 +90,7 @@ def run_ours(model: Path, folder: Path, seed: int, optim: str) -> tuple[list[flo
     first = _as_mlx_lm(params)
     loader = trainer.data.train_loader(trainer.train_dataset)
     batches = [batch for epoch in range(STEPS) for batch in loader.batches(epoch)][:STEPS]
+    batches = [(batch, trainer.data.inputs(batch)) for batch in batches]
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return losses, first, _as_mlx_lm(session.step.params), batches
@@ -131,13 +131,12 @@ def our_loss(loaded: Any, batches: Batches) -> tuple[Callable, Iterator]:
     def loss(_: Any, arrays: dict[str, mx.array], share: mx.array) -> tuple[mx.array, mx.array]:
         return objective({}, {**arrays, "key": key})[0] * share, mx.array(1)
 
-    inputs = (make_inputs(batch, pad_token_id=2) for batch in batches)
-    return loss, ((item.arrays, mx.array(1 / item.valid)) for item in inputs)
+    return loss, ((item.arrays, mx.array(1 / item.valid)) for _, item in batches)
 
 
 def mlx_lm_loss(_: Any, batches: Batches) -> tuple[Callable, Iterator]:
     """mlx-lm's own, with spans that end before the padding begins."""
-    return default_loss, (_shift(batch) for batch in batches)
+    return default_loss, (_shift(batch) for batch, _ in batches)
 
 
 def _shift(batch: Any) -> tuple[mx.array, mx.array]:

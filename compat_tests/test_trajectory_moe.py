@@ -101,7 +101,7 @@ def test_accumulation_and_checkpointing(model_type, checkpointing, accumulation,
     assert_balanced(theirs, ours, steps=5 if accumulation == 1 else 2)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "minimax_m2"])
 @pytest.mark.parametrize(
     "packing", [{"packing": True}, {"padding_free": True}, {"packing": True, "packing_strategy": "wrapped"}]
 )

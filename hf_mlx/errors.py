@@ -9,7 +9,7 @@ library needs, and the corrected line to write instead.
     ├── ModelError         a checkpoint, its config, its weights or its tokenizer        (ValueError)
     ├── AdapterError       a PEFT adapter coming in or going out                         (ValueError)
     ├── CheckpointError    a folder to resume from or to write                           (ValueError)
-    ├── TrainingError      the run itself: a loss that is NaN or infinite                (RuntimeError)
+    ├── TrainingError      the run itself: a loss that is NaN or infinite, no memory     (RuntimeError)
     └── MissingDependency  an optional library that the request needs                    (ImportError)
 
 Each also derives from the built-in exception that HF's own trainers raise for the
@@ -63,7 +63,7 @@ class CheckpointError(HFMLXError, ValueError):
 
 
 class TrainingError(HFMLXError, RuntimeError):
-    """The run went wrong: a NaN or infinite loss, with the step it happened at."""
+    """The run went wrong: a NaN or infinite loss, or no memory left, with the step it happened at."""
 
 
 class MissingDependency(HFMLXError, ImportError):

@@ -10,6 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Any, Protocol
@@ -25,8 +26,12 @@ from .data.order import Steps
 from .errors import TrainingError
 from .session import Data, Means, Progress, Session
 from .training.inputs import Inputs
+from .training.memory import show_bytes
 from .training.schedules.contract import Schedule
+from .training.shortage import describe_training, naming_shortage
+from .training.splitting import choose_computation
 from .training.step import StepMetrics
+from .training.wired_memory import wired_memory
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,8 @@ class Host(Protocol):
     control: Any
     callback_handler: Any
 
+    @property
+    def model(self) -> Any: ...
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
     def evaluate(self, *, ignore_keys: list[str] | None = None) -> dict[str, float]: ...
     def save_checkpoint(self) -> None: ...
@@ -82,6 +89,7 @@ class Loop:
         self.schedule = schedule
         self.plan = session.plan
         self.interrupt = interrupt or Interrupt()
+        self.compute = choose_computation(session.step, self.plan, host.model.config)
         self._resumed: Boundary | None = None
         self._offset = 0
         self._epoch = self._update = 0
@@ -123,12 +131,13 @@ class Loop:
         self._start_time = start_time
         model = self.session.loaded.model
         model.train()
-        try:
-            self._run_epochs()
-        finally:
-            model.eval()
-        self._drain()
-        logger.info(self.session.describe_shapes())
+        with wired_memory():
+            try:
+                self._run_epochs()
+            finally:
+                model.eval()
+            self._drain()
+        logger.info(f"{self.session.describe_shapes()}; at most {show_bytes(mx.get_peak_memory())} were held at once")
         return {"train_loss": self._total_loss / max(host.state.global_step - self.first_step, 0.001)}
 
     def _run_epochs(self) -> None:
@@ -241,7 +250,8 @@ class Loop:
             ran_out = len(window) < size and micro < self.steps.batches_per_epoch
             if trained < len(window) or ran_out:
                 # A callback stopped, or a stream ended, inside a window: upstream keeps the gradients for the next.
-                self.session.step.accumulate(inputs, trained)
+                with self._computing(inputs):
+                    self.compute.accumulate(inputs, trained)
                 if trained == len(window):
                     self._event("on_substep_end")
                 break
@@ -293,7 +303,8 @@ class Loop:
         self._learning_rate = self.schedule.lr(made)
         self._event("on_pre_optimizer_step")
         self.boundary = None
-        metrics = self.session.step(window, made + 1, self._learning_rate)
+        with self._computing(window):
+            metrics = self.compute(window, made + 1, self._learning_rate)
         self._event("on_optimizer_step")
         host.state.global_step += 1
         # One step behind, so that the device is never waited for between two steps.
@@ -302,6 +313,18 @@ class Loop:
         every = self.plan.clear_cache_steps
         if every and host.state.global_step % every == 0:
             mx.clear_cache()
+
+    @contextmanager
+    def _computing(self, window: list[Inputs]) -> Iterator[None]:
+        """Where work on ``window`` fails, nothing of it stays; out of memory is said as what to write."""
+        step, number, config = self.session.step, self.host.state.global_step + 1, self.host.model.config
+        held = step.hold()
+        try:
+            with naming_shortage(lambda: describe_training(step, self.plan, config, number, window)):
+                yield
+        except BaseException:
+            step.restore(held)
+            raise
 
     def _check(self, stop: int) -> None:
         """Look at the losses of pending steps up to ``stop``; say at once which one is not finite."""
@@ -349,6 +372,8 @@ class Loop:
         host = self.host
         self._mark(phase)
         self.interrupt.check()
+        if not any(getattr(host.control, f"should_{action}") for action in ACTIONS):
+            return
         if host.control.should_log and host.state.global_step > self._last_logged:
             norm, logs = self._pending[-1].grad_norm, {}
             logs["loss"] = self._drain() / (host.state.global_step - self._last_logged)

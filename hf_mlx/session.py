@@ -17,18 +17,23 @@ from .adapters.adapter import Adapter
 from .adapters.attach import attach
 from .adapters.origin import resolve_origin
 from .data.collate import Batch, collate, convert_batch
+from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.loader import RowLoader, StreamLoader, make_loader
 from .data.order import Steps, count_steps, epoch_order, group_by_length
 from .data.prepare import prepare, prepare_eval
+from .data.shapes import Shapes
 from .errors import ModelError
-from .models.architectures import check_packs
+from .models.architectures import can_pack, check_packs
+from .models.heads import layers
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
+from .training.backward_order import order_backward
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
+from .training.feed_forward import recompute_activations
 from .training.inputs import Inputs, make_inputs
 from .training.objective import Objective
 from .training.optim import decay_names, make_optimizer
@@ -93,6 +98,9 @@ class Data:
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
         vocab_size: Ids that the model can embed, which may be more than the tokenizer knows.
+
+    Attributes:
+        share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
     """
 
     def __init__(
@@ -112,6 +120,7 @@ class Data:
         self._keep_columns = keep_columns
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
+        self.share_rows = False
 
     def prepare_train(self, dataset: Any) -> Any:
         """Rows of ``dataset`` as token ids and labels, equal to TRL's ``train_dataset``."""
@@ -130,13 +139,18 @@ class Data:
             return {name: part.dataset for name, part in prepared.items()}
         return prepared.dataset
 
-    def train_loader(self, dataset: Any) -> RowLoader | StreamLoader:
-        """Micro-batches in the order of transformers' train dataloader."""
+    def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
+        """Micro-batches in the order of transformers' train dataloader.
+
+        Args:
+            dataset: A prepared one.
+            rng: Stands for torch's global generator; None takes the run's.
+        """
         plan = self.plan.batch
-        lengths = _row_lengths(dataset, plan.length_column_name) if plan.sampling == "group_by_length" else None
+        lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
 
         def order(epoch: int) -> Any:
-            return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=self.rng)
+            return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
 
         return make_loader(dataset, plan.train_batch_size, self._collate, order=order, drop_last=plan.drop_last)
 
@@ -146,7 +160,7 @@ class Data:
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
             return make_loader(dataset, plan.eval_batch_size, self._collate)
-        lengths = _row_lengths(dataset, plan.length_column_name)
+        lengths = self._row_lengths(dataset)
         seed = plan.seed if plan.data_seed is None else plan.data_seed
 
         def order(_: int) -> Any:
@@ -154,9 +168,33 @@ class Data:
 
         return make_loader(dataset, plan.eval_batch_size, self._collate, order=order)
 
-    def inputs(self, batch: Batch) -> Inputs:
-        """``batch`` as device arrays, in its length bucket."""
-        return make_inputs(batch, self.tokenizer.pad_token_id)
+    def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
+        """``batch`` as device arrays, in one of the run's shapes.
+
+        Args:
+            batch: Of one of the loaders.
+            keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
+        """
+        return make_inputs(batch, self.tokenizer.pad_token_id, None if keep_rows else self.shapes)
+
+    def _row_lengths(self, dataset: Any) -> list[int]:
+        # transformers looks for the column once it has removed those that the model does not take.
+        column = self.plan.batch.length_column_name
+        if self._keep_columns and column in dataset.column_names:
+            return list(dataset[column])
+        return _count_tokens(dataset)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
+        dataset = self._train.dataset
+        # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
+        if self._collator is not None or not hasattr(dataset, "__len__"):
+            return Shapes(share=self.share_rows)
+        # A generator of its own leaves the run's order alone.
+        loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
+        assert isinstance(loader, RowLoader)
+        return fit_shapes(loader.sample(SAMPLE), share=self.share_rows)
 
     def count_steps(self, dataset: Any) -> Steps:
         """Batches, updates and steps of a run over ``dataset``."""
@@ -175,10 +213,11 @@ class Data:
         )
 
 
-def _row_lengths(dataset: Any, column: str) -> list[int]:
-    if column in dataset.column_names:
-        return list(dataset[column])
-    return [len(ids) for ids in dataset["input_ids"]]
+def _count_tokens(dataset: Any) -> list[int]:
+    from pyarrow.compute import call_function
+
+    tables = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+    return [n for table in tables for n in call_function("list_value_length", [table["input_ids"]]).to_pylist()]
 
 
 class Session:
@@ -194,11 +233,13 @@ class Session:
         evaluator: The compiled evaluation.
         routers: The routers whose load is balanced; None where there is no such loss.
         progress: Counters of the run.
+        packs: Whether the model keeps documents that share a row apart.
     """
 
     def __init__(self, plan: TrainPlan, loaded: LoadedModel) -> None:
         self.plan = plan
         self.loaded = loaded
+        self.packs = can_pack(loaded.model_type)
         _check_packing(loaded, plan.data)
         precision = plan.model.precision
         if precision.autocast:
@@ -206,8 +247,11 @@ class Session:
         self.adapter, names = self._choose_trainable()
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
+        loaded.read_weights()
         self.routers = Routers.attach(loaded, plan.loss)
-        checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        kept = checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        recompute_activations(kept)
+        order_backward(layers(loaded.model))
         objective = Objective(loaded, names, plan.loss, self.routers)
         optimizer = make_optimizer(plan.optim, self._decayed(names))
         self.step = Step(

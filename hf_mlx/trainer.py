@@ -12,28 +12,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoints.boundary import make_layout
-from .checkpoints.callback_states import collect_states, restore_states
 from .checkpoints.files import check_output_dir, disk_errors
 from .checkpoints.folders import rotate
 from .checkpoints.inspection import ARGUMENTS, STATE
 from .checkpoints.interrupt import Interrupt
-from .checkpoints.store import CheckpointStore
 from .checkpoints.torch_files import has_torch, pickle_object
-from .checkpoints.trainer_state import load_trainer_state, write_trainer_state
+from .checkpoints.trainer_state import write_trainer_state
 from .data.prepare import prepare_tokenizer
-from .errors import CheckpointError, DataError, HFMLXError, SettingError
+from .errors import DataError, HFMLXError, SettingError
 from .loop import Loop
-from .models.load import load_model
-from .session import Data, Session
+from .session import Data
 from .settings.legacy import merge_trainer_keywords
-from .settings.resolve import resolve_plan
 from .surface import reporting
 from .surface.accelerator import Accelerator
+from .surface.bases import open_base
 from .surface.callbacks import make_handler, make_state
+from .surface.checkpoints import Checkpoints, no_step
+from .surface.estimate import estimate_memory
 from .surface.evaluation import Evaluation
-from .surface.facade import MLXCausalLM
-from .surface.handover import drop_init_kwargs, hand_over, keep_dtype, open_source, read_peft_config
 from .surface.hooks import check_overrides
 from .surface.hub import HubRepo, write_card
 from .surface.memory import MemoryMeter
@@ -43,10 +39,9 @@ from .surface.requests import (
     check_functions,
     check_optimizers,
     default_args,
-    find_tokenizer,
-    find_vocabulary_size,
 )
-from .training.command_buffers import limit_command_buffers
+from .surface.startup import StartClock, StartUp
+from .training.command_buffers import limit_pending_work, wait_for_memory
 from .training.schedule import make_schedule
 
 logger = logging.getLogger(__name__)
@@ -87,6 +82,7 @@ class MLXSFTTrainer:
         grad_clip: The clip in force.
         args, state, control, callback_handler: As in ``transformers.Trainer``.
         train_dataset, eval_dataset: The prepared rows.
+        startup: Seconds from launch to the first step, stage by stage.
 
     Raises:
         HFMLXError: One of its subclasses, before any training.
@@ -113,28 +109,24 @@ class MLXSFTTrainer:
         strict: bool = False,
         **keywords: Any,
     ) -> None:
+        self._clock = StartClock()
         check_overrides(type(self), MLXSFTTrainer)
         check_optimizers(optimizers)
         check_functions(keywords)
-        source = open_source(model)
+        self._base = base = open_base(model)
         overrides, tokenizer = merge_trainer_keywords({}, keywords)
-        self.args = args if args is not None else default_args(model if source is None else source.name)
+        self.args = args if args is not None else default_args(base.name)
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
-        if source is not None:
-            overrides = drop_init_kwargs(self.args, overrides)
-            quantization_config = quantization_config or source.quantization
-        self.plan, self.ledger = resolve_plan(
+        self.plan, self.ledger = base.resolve(
             self.args,
-            peft_config if source is None else read_peft_config(source, peft_config, finetune_last_n_layers),
+            peft_config,
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
             strict=strict,
             quantization_config=quantization_config,
             overrides=overrides,
         )
-        if source is not None:
-            self.plan = keep_dtype(self.plan, source)
         reporting.set_log_level(self.args.log_level)
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
@@ -143,31 +135,32 @@ class MLXSFTTrainer:
         check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
-        limit_command_buffers(self.plan)
-        self.processing_class = prepare_tokenizer(
-            processing_class or tokenizer or find_tokenizer(model, source, self.plan), self.plan.data
-        )
-        self.data = Data(
-            self.plan,
-            self.processing_class,
-            collator=data_collator,
-            formatting_func=formatting_func,
-            keep_columns=not self.args.remove_unused_columns,
-            vocab_size=find_vocabulary_size(model, source, self.plan),
-        )
-        self.train_dataset = self.data.prepare_train(train_dataset)
-        self.eval_dataset = self.data.prepare_eval(eval_dataset)
-        self.steps = self.data.count_steps(self.train_dataset)
-        if source is None:
-            self.session = Session(self.plan, load_model(model, self.plan.model))
-            self.handover = None
-            self._model = MLXCausalLM(self.session.loaded, self.session.adapter, peft_config, self.processing_class)
-        else:
-            self.session, self.handover = hand_over(
-                source, peft_config, self.plan, self.processing_class, self.args.device
+        limit_pending_work(self.plan)
+        self._clock.end("settings")
+        tokenizer = processing_class or tokenizer
+        base.find(tokenizer=tokenizer is None)
+        self._clock.end("files")
+        with base.reading_ahead():
+            if tokenizer is None:
+                tokenizer = base.read_tokenizer()
+            self.processing_class = prepare_tokenizer(tokenizer, self.plan.data)
+            self._clock.end("tokenizer")
+            self.data = Data(
+                self.plan,
+                self.processing_class,
+                collator=data_collator,
+                formatting_func=formatting_func,
+                keep_columns=not self.args.remove_unused_columns,
+                vocab_size=base.open(),
             )
-            self._model = source.model
-        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=self._write_back)
+            self.train_dataset = self.data.prepare_train(train_dataset)
+            self.eval_dataset = self.data.prepare_eval(eval_dataset)
+        self.steps = self.data.count_steps(self.train_dataset)
+        self._clock.end("data")
+        self.session, self._model = base.enter(self.args, peft_config, self.processing_class)
+        self._clock.end("model")
+        self.data.share_rows = self.session.packs
+        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
         if strict and adapter is not None and adapter.deviations:
@@ -179,7 +172,7 @@ class MLXSFTTrainer:
             callbacks,
             model=self.model,
             tokenizer=self.processing_class,
-            refresh=None if self.handover is None else self.handover.write_back,
+            refresh=base.write_back if base.is_copied else None,
         )
         self.state = make_state(self.callback_handler, self.control)
         self.accelerator = Accelerator(
@@ -197,6 +190,7 @@ class MLXSFTTrainer:
             aux_coefficient=self.plan.loss.router_aux_loss_coef,
         )
         self._memory.stop("init")
+        self._clock.end("callbacks")
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train to the end of the plan.
@@ -216,8 +210,8 @@ class MLXSFTTrainer:
         from transformers.trainer_utils import TrainOutput, align_special_tokens, speed_metrics
 
         self._memory.start("train")
-        store = self._store = self._make_store()
-        folder = store.find(resume_from_checkpoint)
+        checkpoints = self._checkpoints = Checkpoints(self)
+        folder = checkpoints.store.find(resume_from_checkpoint)
         self._reset_state()
         align_special_tokens(self.model, self.processing_class)
         logger.info(self.grad_clip.describe())
@@ -230,29 +224,33 @@ class MLXSFTTrainer:
             schedule,
             loader,
         )
-        loop = self._loop = self._make_loop(loader, schedule, folder)
+        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
         try:
-            with loop.interrupt.held_back():
+            with (
+                wait_for_memory(self.plan, lambda: estimate_memory(self).total),
+                self._clock.first_step(handler),
+                loop.interrupt.held_back(),
+            ):
                 result = loop.run(start)
         except BaseException as error:
             self.is_in_train = False
             self._memory.stop("train", {})
             if isinstance(error, KeyboardInterrupt):
-                self._save_interrupted()
+                checkpoints.save_interrupted(loop.boundary)
             # The user's object gets what there is; the reason for stopping is what must be seen.
             with suppress(HFMLXError):
-                self._write_back()
+                self._base.write_back()
             raise
-        self._write_back()
+        self._base.write_back()
         done = self.state.global_step - loop.first_step
         metrics = speed_metrics("train", start, self._trained_rows(done), done)
         metrics |= {"total_flos": self.state.total_flos, **result}
         self._memory.stop("train", metrics)
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            store.load_best(self.state.best_model_checkpoint)
-            self._write_back()
+            checkpoints.store.load_best(self.state.best_model_checkpoint)
+            self._base.write_back()
         if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
             # While training the last one is kept beside the best one, to resume from.
             rotate(self.args.output_dir, 1, keep=[self.state.best_model_checkpoint])
@@ -330,7 +328,7 @@ class MLXSFTTrainer:
         """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
         folder = check_output_dir(output_dir or self.args.output_dir)
         with disk_errors(folder):
-            self._write_back()
+            self._base.write_back()
             self._model.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
             if has_torch():
@@ -346,6 +344,11 @@ class MLXSFTTrainer:
     def adapter(self) -> Any:
         """The attached :class:`~hf_mlx.adapters.adapter.Adapter`, or None when all weights are trained."""
         return self.session.adapter
+
+    @property
+    def startup(self) -> StartUp:
+        """Seconds from launch to the first step, stage by stage; also said once in the log, at INFO."""
+        return self._clock.read()
 
     @property
     def hub_model_id(self) -> str | None:
@@ -422,27 +425,17 @@ class MLXSFTTrainer:
         Raises:
             CheckpointError: It cannot be written, or no step was made yet. Earlier checkpoints are as they were.
         """
-        if self._loop is None or self._store is None or self._loop.boundary is None:
-            raise CheckpointError(
-                "save_checkpoint() outside of training, or in the middle of a step",
-                "a step that was made, to go on from",
-                "trainer.save_model(dir) for the weights alone",
-            )
-        folder = self._store.save(
-            self.state,
-            self._loop.boundary,
-            self._loop.schedule,
-            collect_states(self.callback_handler, self.control),
-            lambda folder: self.save_model(str(folder), _internal_call=True),
-        )
+        if self._loop is None or self._checkpoints is None:
+            raise no_step()
+        folder = self._checkpoints.save(self._loop.boundary, self._loop.schedule)
         if self.args.push_to_hub:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
             self.hub.push_checkpoint(folder, self.state.global_step, self.state.epoch)
 
     def adopt_additions(self) -> None:
         """Take what callbacks put into the checkpoint just written for a part of it."""
-        if self._store is not None:
-            self._store.adopt_additions(self.state.global_step)
+        if self._checkpoints is not None:
+            self._checkpoints.store.adopt_additions(self.state.global_step)
 
     def save_state(self) -> None:
         """Write ``trainer_state.json`` into ``output_dir``."""
@@ -487,50 +480,16 @@ class MLXSFTTrainer:
     _tokens_before = 0
     _interrupt: Interrupt | None = None
     _loop: Loop | None = None
-    _store: CheckpointStore | None = None
+    _checkpoints: Checkpoints | None = None
 
-    def _make_store(self) -> CheckpointStore:
-        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
-        return CheckpointStore(self.args, self.session, self.data, rows, make_layout(self.steps, self.plan.batch))
-
-    def _make_loop(self, loader: Any, schedule: Any, folder: Path | None) -> Loop:
+    def _make_loop(self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None) -> Loop:
         """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
-        loaded = None
-        if folder is not None and self._store is not None:
-            state = load_trainer_state(folder, self.state)
-            loaded = self._store.load(folder)
-            if loaded.schedule is not None:
-                schedule.load_state_dict(loaded.schedule)
-            self.state = state
-            if self.args.restore_callback_states_from_checkpoint:
-                self.control = restore_states(self.callback_handler, self.control, state.stateful_callbacks)
-            self.session.step.load(loaded.weights, loaded.moments or self.session.step.state)
-            logger.info(f"Resuming from {folder} at step {state.global_step}.")
+        boundary = checkpoints.restore(folder, schedule) if folder is not None else None
         self._interrupt = Interrupt()
         loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt)
-        if loaded is not None:
-            loop.resume(loaded.boundary)
+        if boundary is not None:
+            loop.resume(boundary)
         return loop
-
-    def _save_interrupted(self) -> None:
-        """After Ctrl-C: keep what there is, and say how to go on."""
-        step, boundary = self.state.global_step, self._loop.boundary if self._loop else None
-        if step == 0 or boundary is None:
-            logger.warning("Interrupted before a step was whole: no checkpoint was written.")
-            return
-        try:
-            self.save_checkpoint()
-        except HFMLXError as error:
-            logger.error(f"Interrupted at step {step}; its checkpoint could not be written.\n{error}")
-            return
-        logger.warning(
-            f"Interrupted at step {step}, saved as checkpoint-{step}: "
-            "trainer.train(resume_from_checkpoint=True) goes on from there."
-        )
-
-    def _write_back(self) -> None:
-        if self.handover is not None:
-            self.handover.write_back()
 
     def _evaluation(self, dataset: Any, prefix: str, *, keep_logits: bool = False) -> Any:
         self.callback_handler.eval_dataloader = loader = self.data.eval_loader(dataset)

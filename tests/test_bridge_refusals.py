@@ -10,7 +10,7 @@ import pytest
 from hf_mlx.errors import SettingError
 from hf_mlx.models.bridge import is_torch_model
 from hf_mlx.stand_in import portable_kwargs
-from hf_mlx.surface.handover import open_source
+from hf_mlx.surface.bases import open_base
 from hf_mlx.surface.hooks import check_overrides
 
 
@@ -20,10 +20,10 @@ class Base:
 
 
 def test_a_name_is_no_torch_model_and_other_types_are_refused():
-    assert open_source("owner/name") is None
+    assert not open_base("owner/name").is_copied
     assert not is_torch_model("owner/name")
     with pytest.raises(SettingError, match="model of type int"):
-        open_source(3)
+        open_base(3)
 
 
 def test_the_bridge_asks_about_torch_without_importing_it():

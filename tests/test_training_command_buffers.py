@@ -1,4 +1,4 @@
-"""The limit on MLX's command buffers: set for the device's start only, and never against the user."""
+"""The limits on MLX's pending work: given at the start only, and never against the user."""
 
 import os
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from hf_mlx.training.command_buffers import VARIABLES, limit_command_buffers
+from hf_mlx.training.command_buffers import BUFFERS, WIDTH, limit_pending_work, wait_for_memory
 
 
 def plan(*, checkpointing=False, use_cpu=False):
@@ -17,26 +17,66 @@ def plan(*, checkpointing=False, use_cpu=False):
 def cuda(monkeypatch):
     """A machine with a CUDA device, as far as the function can see, and a user who has set nothing."""
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    for name in VARIABLES:
+    for name in (*BUFFERS, WIDTH):
         monkeypatch.delenv(name, raising=False)
 
 
 def test_a_run_with_checkpointing_gets_smaller_buffers_and_the_environment_stays(cuda):
     before = dict(os.environ)
+    recomputed, kept = (limit_pending_work(plan(checkpointing=enabled)) for enabled in (True, False))
 
-    assert limit_command_buffers(plan(checkpointing=True)) < limit_command_buffers(plan())
+    assert int(recomputed["MLX_MAX_MB_PER_BUFFER"]) < int(kept["MLX_MAX_MB_PER_BUFFER"])
     assert dict(os.environ) == before
 
 
-@pytest.mark.parametrize("name", VARIABLES)
+@pytest.mark.parametrize("name", BUFFERS)
 def test_what_the_user_has_set_stays(cuda, monkeypatch, name):
     monkeypatch.setenv(name, "7")
+    monkeypatch.setenv(WIDTH, "3")
 
-    assert limit_command_buffers(plan()) is None
-    assert os.environ[name] == "7"
+    assert limit_pending_work(plan()) == {}
+    assert (os.environ[name], os.environ[WIDTH]) == ("7", "3")
 
 
-def test_nothing_is_done_on_a_cpu(cuda, monkeypatch):
-    assert limit_command_buffers(plan(use_cpu=True)) is None
+def test_buffers_are_left_alone_on_a_cpu(cuda, monkeypatch):
+    assert set(limit_pending_work(plan(use_cpu=True))) == {WIDTH}
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
-    assert limit_command_buffers(plan()) is None
+    assert set(limit_pending_work(plan())) == {WIDTH}
+
+
+class Backend:
+    """What the limit asks of ``mlx.core``, with a CUDA device or without."""
+
+    gpu = "gpu"
+
+    def __init__(self, *, cuda):
+        self.cuda = SimpleNamespace(is_available=lambda: cuda)
+        self.limit = 1000
+
+    def default_device(self):
+        return self.gpu
+
+    def get_memory_limit(self):
+        return self.limit
+
+    def set_memory_limit(self, limit):
+        earlier, self.limit = self.limit, limit
+        return earlier
+
+
+@pytest.mark.parametrize(("need", "during"), [(400, 400), (4000, 1000)])
+def test_a_run_with_checkpointing_waits_for_memory_and_puts_the_limit_back(need, during):
+    backend = Backend(cuda=True)
+
+    with pytest.raises(KeyError), wait_for_memory(plan(checkpointing=True), lambda: need, backend):
+        assert backend.limit == during
+        raise KeyError
+    assert backend.limit == 1000
+
+
+@pytest.mark.parametrize(("cuda", "checkpointing"), [(True, False), (False, True)])
+def test_other_runs_keep_mlxs_limit(cuda, checkpointing):
+    backend = Backend(cuda=cuda)
+
+    with wait_for_memory(plan(checkpointing=checkpointing), lambda: pytest.fail("not needed"), backend):
+        assert backend.limit == 1000

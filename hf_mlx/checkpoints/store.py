@@ -146,6 +146,7 @@ class CheckpointStore:
             self._compare_runs(folder, run)
             boundary = Boundary.from_tree(run["boundary"], random)
         else:
+            self._check_batch(folder, state.get("train_batch_size"))
             boundary = Boundary.from_hf(state, self.layout, random)
         if run is not None and boundary.layout != self.layout:
             # The position counts in steps of another size; upstream's arithmetic is the best there is.
@@ -223,6 +224,16 @@ class CheckpointStore:
         if changed:
             logger.warning(
                 f"Changed since {folder.name}, so the run goes on but not as it would have: {', '.join(changed)}."
+            )
+
+    def _check_batch(self, folder: Path, found: int | None) -> None:
+        # transformers 5.23 Trainer.train: with auto_find_batch_size the checkpoint's batch is the one to go on with.
+        rows = self.plan.batch.train_batch_size
+        if self.plan.auto_find_batch_size and found not in (None, rows):
+            raise CheckpointError(
+                f"{folder}: a run of transformers that auto_find_batch_size had brought to {found} rows a micro-batch",
+                f"per_device_train_batch_size={found}, in which its steps are counted, not {rows}",
+                f"per_device_train_batch_size={found}; it is computed in pieces where it does not fit",
             )
 
     def _compare_schedules(self, folder: Path, schedule: dict[str, Any], updates: int | None) -> None:

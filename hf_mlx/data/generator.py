@@ -139,7 +139,7 @@ class TorchGenerator:
         state = self._engine.state["state"]
         return {
             "initial_seed": self.initial_seed,
-            "key": [int(word) for word in state["key"]],
+            "key": state["key"].tolist(),
             "pos": int(state["pos"]),
             "next_normal": self._next_normal,
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -46,10 +46,16 @@ class RowLoader:
     def batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """Micro-batches of ``epoch``, without the first ``skip``; drawn in order now, read when asked for."""
         order = np.arange(len(self.dataset)) if self.order is None else self.order(epoch)
-        return self._cut(order, skip)
+        return self._cut(order, range(skip, len(self)))
 
-    def _cut(self, order: np.ndarray, skip: int) -> Iterator[Batch]:
-        for batch in range(skip, len(self)):
+    def sample(self, count: int) -> Iterator[Batch]:
+        """Up to ``count`` micro-batches, spread evenly over the first epoch, in an order that any part of is, too."""
+        order = np.arange(len(self.dataset)) if self.order is None else self.order(0)
+        numbers = np.unique(np.linspace(0, len(self) - 1, count).astype(int))
+        return self._cut(order, np.random.default_rng(0).permutation(numbers).tolist())
+
+    def _cut(self, order: np.ndarray, numbers: Iterable[int]) -> Iterator[Batch]:
+        for batch in numbers:
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             columns = self.dataset[chosen.tolist()]
             rows = zip(*columns.values(), strict=True)

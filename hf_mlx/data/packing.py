@@ -52,7 +52,7 @@ def pack_best_fit(table: Any, length: int, split: bool) -> Any:
     starts, sizes, columns = _read_lists(table)
     starts, sizes = _split_long(starts, sizes, length) if split else (starts, np.minimum(sizes, length))
     starts, sizes = starts[sizes > 0], sizes[sizes > 0]
-    bins = _fill_bins(sizes, length)
+    bins = fill_bins(sizes, length)
     order = np.fromiter((document for bin in bins for document in bin), np.int64)
     counts = np.fromiter(map(len, bins), np.int64, len(bins))
     taken = _gather(starts[order], sizes[order])
@@ -93,7 +93,7 @@ def _split_long(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.
     return np.repeat(starts, pieces) + within, np.minimum(np.repeat(sizes, pieces) - within, length)
 
 
-def _fill_bins(sizes: np.ndarray, length: int) -> list[list[int]]:
+def fill_bins(sizes: np.ndarray, length: int) -> list[list[int]]:
     """Document numbers of each bin: longest first, each into the fullest open bin it fits, the oldest on a tie."""
     bins: list[list[int]] = []
     open_bins: defaultdict[int, deque[list[int]]] = defaultdict(deque)

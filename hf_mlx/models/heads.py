@@ -84,9 +84,10 @@ def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
         model: nn.Module, input_ids: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         module = module_at(model, path)
+        # By name: in some of mlx-lm's models the second argument is a mask that nothing reads.
         if input_embeddings is None:
-            return module(input_ids, cache)
-        return module(input_ids, cache, input_embeddings)
+            return module(input_ids, cache=cache)
+        return module(input_ids, cache=cache, input_embeddings=input_embeddings)
 
     return backbone, head
 

@@ -67,6 +67,11 @@ class LoadedModel:
             owner, _, key = path.rpartition(".")
             module_at(self.model, owner).freeze(recurse=False, keys=key)
 
+    def read_weights(self) -> None:
+        """Reads what is still on disk, a module at a time: of what is cast or quantised no more is there twice."""
+        for module in self.model.modules():
+            mx.eval([value for value in module.values() if isinstance(value, mx.array)])
+
 
 def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
     """Loads a model that ``save_pretrained`` wrote, or that mlx-lm converted.
@@ -78,14 +83,31 @@ def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
     Raises:
         ModelError: A folder, config, weight file or architecture that would not load right.
     """
-    folder = resolve_folder(path_or_id, plan)
+    loaded = open_model(resolve_folder(path_or_id, plan), plan)
+    loaded.read_weights()
+    return loaded
+
+
+def open_model(folder: Path, plan: ModelPlan) -> LoadedModel:
+    """Like :func:`load_model`, with the weights left on disk until something needs them.
+
+    Every check is made, in milliseconds. Each weight is then read straight into what it becomes: cast or quantised
+    further before it is first evaluated, it never exists in the dtypes between. The files have to stay until then.
+
+    Args:
+        folder: Local.
+        plan: dtype and quantisation.
+
+    Raises:
+        ModelError: As for :func:`load_model`.
+    """
     return assemble(folder, read_config(folder), lambda: (inspect_checkpoint(folder), None), plan)
 
 
 def assemble(
     folder: Path, config: Config, read: Callable[[], tuple[Checkpoint, dict[str, mx.array] | None]], plan: ModelPlan
 ) -> LoadedModel:
-    """The stages of loading, wherever the weights come from.
+    """The stages of loading, wherever the weights come from; none of them evaluates the weights.
 
     Args:
         folder: Where the model came from.
@@ -110,7 +132,6 @@ def assemble(
     _cast(model, plan.precision.dtype)
     notes = quantize_base(model, plan, config)
     model.eval()
-    mx.eval(model.parameters())
     params: Any = tree_flatten(model.parameters())
     shapes = {k: tuple(v.shape) for k, v in params}
     names = NameMap(steps, module_renames(model_type), shapes, checkpoint)

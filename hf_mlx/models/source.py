@@ -9,23 +9,18 @@ from ..errors import ModelError
 from ..settings.plan import ModelPlan
 
 # What a model and its tokenizer need; never pickles, never code.
-_PATTERNS = [
-    "*.json",
-    "model*.safetensors",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
-    "*.jinja",
-]
+_SMALL = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_WEIGHTS = ["model*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def resolve_folder(path_or_id: str | Path, plan: ModelPlan) -> Path:
-    """Gives the local folder of a model.
+def resolve_folder(path_or_id: str | Path, plan: ModelPlan, *, weights: bool = True) -> Path:
+    """Gives the local folder of a model. For a hub id each call asks the hub, so it is called once a run.
 
     Args:
         path_or_id: A folder, or a hub id (``owner/name``), which is downloaded into HF's own cache.
         plan: ``revision`` and ``token`` for the hub.
+        weights: False fetches the config and the tokenizer alone.
 
     Raises:
         ModelError: No such folder, or the hub does not give the repository.
@@ -44,15 +39,15 @@ def resolve_folder(path_or_id: str | Path, plan: ModelPlan) -> Path:
             "an existing folder, or a hub id owner/name",
             'model="/path/to/folder" with config.json in it, or model="HuggingFaceTB/SmolLM2-135M"',
         )
-    return _download(name, plan)
+    return _download(name, plan, [*_SMALL, *_WEIGHTS] if weights else _SMALL)
 
 
-def _download(repo: str, plan: ModelPlan) -> Path:
+def _download(repo: str, plan: ModelPlan, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=plan.revision, token=plan.token, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(repo, revision=plan.revision, token=plan.token, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"model={repo!r}: no such folder here, and the hub has no such repository (or it is private or gated)",

@@ -166,3 +166,4 @@ class TrainPlan:
     use_cpu: bool = False
     full_eval_dtype: Literal["bfloat16"] | None = None
     nan_inf_filter: bool = True
+    auto_find_batch_size: bool = False

@@ -74,6 +74,7 @@ def resolve_plan(
             "torch_empty_cache_steps", values["torch_empty_cache_steps"], "torch_empty_cache_steps=10"
         ),
         nan_inf_filter=check_flag("logging_nan_inf_filter", values["logging_nan_inf_filter"]),
+        auto_find_batch_size=check_flag("auto_find_batch_size", values["auto_find_batch_size"]),
         use_cpu=check_flag("use_cpu", values["use_cpu"]),
         full_eval_dtype="bfloat16" if check_flag("bf16_full_eval", values["bf16_full_eval"]) else None,
     )

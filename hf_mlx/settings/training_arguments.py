@@ -55,7 +55,11 @@ RUN = (
     honour("seed", 42, "data order and LoRA start equal torch's"),
     honour("data_seed", None, "seed of the data order alone"),
     honour("dataloader_drop_last", False, "drops a last micro-batch that is not full"),
-    honour("length_column_name", "length", "lengths for group_by_length, when the column exists"),
+    honour(
+        "length_column_name",
+        "length",
+        "lengths for group_by_length, where the column exists and remove_unused_columns=False keeps it",
+    ),
     cases(
         "train_sampling_strategy",
         "random",
@@ -69,11 +73,11 @@ RUN = (
     honour("do_predict", False, "for the script; transformers never reads it"),
     honour("use_cache", False, "written to the model's config only"),
     adapt("full_determinism", False, "seeds every generator; MLX has no nondeterministic kernels to switch off"),
-    refuse(
+    adapt(
         "auto_find_batch_size",
         False,
-        "halves the batch when memory runs out, which changes the curve",
-        write="auto_find_batch_size=False with a smaller per_device_train_batch_size and more accumulation",
+        "computes a micro-batch that does not fit in pieces of its rows: batch, order, steps and curve stay as "
+        "written; upstream halves the batch and starts again",
     ),
 )
 

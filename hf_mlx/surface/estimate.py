@@ -7,10 +7,11 @@ from dataclasses import fields
 from typing import Any
 
 from ..data.buckets import bucket_length
-from ..training.memory import MemoryEstimate, estimate
+from ..training.memory import MemoryEstimate, estimate_step, planned_limit, show_bytes
+from ..training.splitting import halve
 
 
-def estimate_memory(trainer: Any) -> MemoryEstimate:
+def estimate_memory(trainer: Any, rows: int | None = None) -> MemoryEstimate:
     """Peak memory of one training step, from shapes alone; see :func:`hf_mlx.training.memory.estimate`.
 
     Allocator caches, command buffers that wait on a GPU and, for a torch object, the torch weights themselves come
@@ -18,19 +19,11 @@ def estimate_memory(trainer: Any) -> MemoryEstimate:
 
     Args:
         trainer: An :class:`~hf_mlx.MLXSFTTrainer`.
+        rows: That are computed at once; None for a whole micro-batch.
     """
-    session, plan = trainer.session, trainer.plan
-    step = session.step
-    return estimate(
-        session.loaded.model,
-        step.params,
-        step.optimizer,
-        plan,
-        head=step.objective.head,
-        attention_heads=trainer.model.config.get_text_config().num_attention_heads,
-        rows=plan.batch.train_batch_size,
-        tokens=longest_row(trainer),
-    )
+    plan = trainer.plan
+    computed = plan.batch.train_batch_size if rows is None else rows
+    return estimate_step(trainer.session.step, plan, trainer.model.config, computed, longest_row(trainer))
 
 
 def longest_row(trainer: Any) -> int:
@@ -47,17 +40,23 @@ def describe_run(trainer: Any) -> str:
     trained = sum(value.size for value in trainer.session.step.params.values())
     held = trainer.model.num_parameters()
     memory = estimate_memory(trainer)
-    sizes = ", ".join(f"{field.name} {_show(getattr(memory, field.name))}" for field in fields(memory))
+    sizes = ", ".join(f"{field.name} {show_bytes(getattr(memory, field.name))}" for field in fields(memory))
     parts = "\n".join(f"  {field.name}: {getattr(plan, field.name)}" for field in fields(plan))
     return (
         f"plan\n{parts}\n"
         f"trainable params: {trained:,d} || all params: {held:,d} || trainable%: {100 * trained / held:.4f}\n"
         f"steps: {steps.total_steps} ({steps.updates_per_epoch} an epoch, {steps.epochs} epoch(s), "
         f"{math.prod((plan.batch.train_batch_size, plan.batch.gradient_accumulation_steps))} rows each)\n"
-        f"peak memory, estimated: {_show(memory.total)} ({sizes})\n"
+        f"peak memory, estimated: {show_bytes(memory.total)} ({sizes})\n"
+        f"{_describe_pieces(trainer)}"
         "dry run: nothing was trained"
     )
 
 
-def _show(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def _describe_pieces(trainer: Any) -> str:
+    if not trainer.plan.auto_find_batch_size or trainer.session.routers is not None:
+        return ""
+    rows, limit = trainer.plan.batch.train_batch_size, planned_limit()
+    pieces = halve(rows, lambda most: estimate_memory(trainer, most).total <= limit)
+    size = show_bytes(estimate_memory(trainer, math.ceil(rows / pieces)).total)
+    return f"auto_find_batch_size: {pieces} piece(s) a micro-batch, {size} of {show_bytes(limit)}\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from ..data.loader import RowLoader, StreamLoader
@@ -56,8 +57,9 @@ class Evaluation:
         plan, session = self._session.plan, self._session
         wanted = keep_logits or compute_metrics is not None
         sink = reporting.PredictionSink(preprocess_logits) if wanted else None
+        make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
         with session.evaluation(in_train=in_train) as (evaluator, params):
-            sums = evaluator.run(params, loader, self._data.inputs, on_batch=on_batch, logits_to=sink)
+            sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         session.progress.mode, self._sums = "eval", sums
         predictions: Any = None
         labels: Any = None

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 
@@ -16,92 +12,9 @@ from ..adapters.export import peft_tensors
 from ..adapters.layers import LoRAEmbedding
 from ..adapters.slots import Slot, list_slots
 from ..errors import AdapterError, SettingError
-from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype, to_mlx
+from ..models.bridge import TorchModel, to_mlx
 from ..models.heads import module_at
 from ..session import Session
-from ..settings.plan import TrainPlan
-
-logger = logging.getLogger(__name__)
-
-
-def open_source(model: Any) -> TorchModel | None:
-    """The torch model that was handed over; None for a hub id or a folder.
-
-    Raises:
-        SettingError: Neither of these.
-    """
-    if is_torch_model(model):
-        return TorchModel(model)
-    if isinstance(model, (str, Path)):
-        return None
-    raise SettingError(
-        f"model of type {type(model).__name__}",
-        "a hub id, the path of a model folder, a transformers model or a PeftModel",
-        'MLXSFTTrainer(model="HuggingFaceTB/SmolLM2-135M-Instruct", ...)',
-    )
-
-
-def drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Set ``model_init_kwargs`` aside: they load a model by name, and this one is loaded already (trl ignores them)."""
-    given = overrides.get("model_init_kwargs") or getattr(args, "model_init_kwargs", None)
-    if not given:
-        return dict(overrides)
-    logger.warning("model_init_kwargs=%r is not used: the model was loaded by the script itself", given)
-    return {**overrides, "model_init_kwargs": None}
-
-
-def keep_dtype(plan: TrainPlan, source: TorchModel) -> TrainPlan:
-    """The plan with the object's own dtype, which is trl's rule."""
-    precision = replace(plan.model.precision, dtype=cast(Any, model_dtype(source)))
-    return replace(plan, model=replace(plan.model, precision=precision))
-
-
-def hand_over(
-    source: TorchModel, peft_config: Any, plan: TrainPlan, tokenizer: Any, device: Any
-) -> tuple[Session, Handover]:
-    """Attach the adapter as PEFT does, take the weights over and tie the two models together.
-
-    Args:
-        source: The user's model.
-        peft_config: The adapter to put on it, or None.
-        plan: Of the run.
-        tokenizer: Its pad (and, where set, eos) id becomes the model's.
-        device: ``args.device``: where transformers' trainer puts a model.
-    """
-    if peft_config is not None:
-        source.attach(peft_config, plan.batch.seed)
-    source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
-    session = Session(plan, load_torch_model(source, plan.model))
-    source.place(device)
-    return session, Handover(source, session)
-
-
-def read_peft_config(source: TorchModel, peft_config: Any, last_n_layers: int | None) -> Any:
-    """The LoraConfig to resolve: the trainer's own, or the one inside a PeftModel.
-
-    Raises:
-        SettingError: Both are given, or the layers are to be chosen after the fact.
-    """
-    if source.adapter is not None and peft_config is not None:
-        raise SettingError(
-            "a PeftModel together with peft_config",
-            "one adapter (trl.SFTTrainer raises too)",
-            "MLXSFTTrainer(model=peft_model, ...) without peft_config, or model=peft_model.merge_and_unload()",
-        )
-    if last_n_layers is not None and (source.adapter is not None or peft_config is not None):
-        count = source.base.config.get_text_config().num_hidden_layers
-        layers = list(range(count))[-last_n_layers:]
-        raise SettingError(
-            f"finetune_last_n_layers={last_n_layers} with a torch model",
-            "layers that PEFT can put its own adapter on as well",
-            f"LoraConfig(..., layers_to_transform={layers})",
-        )
-    if source.adapter is None:
-        return peft_config
-    config = copy.copy(source.peft_config)
-    # The object's weights are the start; how they once came about says nothing any more.
-    config.init_lora_weights = True
-    return config
 
 
 class Handover:

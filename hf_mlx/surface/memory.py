@@ -11,6 +11,8 @@ class MemoryMeter:
     Source: transformers 5.23 ``TrainerMemoryTracker``: its ``*_mem_gpu_*`` keys, with what ``__init__`` took reported
     by the first stage after it. Memory is unified here, so there are no ``*_mem_cpu_*`` keys.
 
+    ``train_mem_gpu_peak`` is added to upstream's keys: the most that MLX held at once.
+
     Args:
         enabled: ``not args.skip_memory_metrics``.
     """
@@ -23,10 +25,12 @@ class MemoryMeter:
 
     def start(self, stage: str) -> None:
         """Begin ``"init"``, ``"train"``, ``"eval"`` or ``"test"``; an evaluation within training counts as training."""
-        if not self._enabled or self._stage is not None:
+        if self._stage is not None:
             return
-        self._stage, self._before = stage, mx.get_active_memory()
-        mx.reset_peak_memory()
+        if self._enabled:
+            self._stage, self._before = stage, mx.get_active_memory()
+        if self._enabled or stage == "train":
+            mx.reset_peak_memory()
 
     def stop(self, stage: str, metrics: dict[str, float] | None = None) -> None:
         """End the stage that ``start`` began, and add what it measured to ``metrics``."""
@@ -38,6 +42,8 @@ class MemoryMeter:
             f"{stage}_mem_gpu_alloc_delta": now - self._before,
             f"{stage}_mem_gpu_peaked_delta": max(0, peak - now),
         }
+        if stage == "train":
+            measured["train_mem_gpu_peak"] = peak
         if metrics is None:
             self._init = {**measured, "before_init_mem_gpu": self._before}
         else:

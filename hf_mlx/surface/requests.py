@@ -5,11 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import SettingError
-from ..models.bridge import TorchModel
-from ..models.config import read_config
-from ..models.source import resolve_folder
-from ..models.tokenizer import load_tokenizer
-from ..settings.plan import TrainPlan
 
 
 def default_args(model: str) -> Any:
@@ -20,18 +15,6 @@ def default_args(model: str) -> Any:
     except ImportError:
         from transformers import TrainingArguments as Arguments
     return Arguments(name)
-
-
-def find_tokenizer(model: Any, source: TorchModel | None, plan: TrainPlan) -> Any:
-    """The model's own tokenizer."""
-    folder = resolve_folder(model if source is None else source.name, plan.model)
-    return load_tokenizer(folder, plan.model)
-
-
-def find_vocabulary_size(model: Any, source: TorchModel | None, plan: TrainPlan) -> int | None:
-    """Ids the model can embed, read from its config before its weights."""
-    config = source.base.config.to_dict() if source else read_config(resolve_folder(model, plan.model))
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
 def check_functions(keywords: dict[str, Any]) -> None:

@@ -1,41 +1,71 @@
-"""How much work MLX hands to a CUDA device at once.
+"""How far MLX works ahead of itself, which sets the peak memory of a step.
 
-Temporaries live until the command buffer that uses them has run, and MLX lets ten buffers wait, so their size sets
-the peak memory of a step. Metal's own limits are small already.
+MLX orders a graph depth-first, but up to MLX_BFS_MAX_WIDTH operations wide: a wider front begins more than it ends.
+On CUDA, temporaries live until the command buffer that uses them has run, and ten buffers may wait, so their size is
+memory too. Metal's own buffers are small.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 
 from ..settings.plan import TrainPlan
 
-VARIABLES = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+WIDTH = "MLX_BFS_MAX_WIDTH"
+BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 # MiB of arrays in a buffer: measured in docs/performance.md.
-MEGABYTES = 200
-MEGABYTES_CHECKPOINTED = 100
+MEGABYTES = 400
+MEGABYTES_CHECKPOINTED = 20
 
 
-def limit_command_buffers(plan: TrainPlan) -> int | None:
-    """Make MLX's CUDA device commit early, for less peak memory.
+def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
+    """Make MLX end, and free, what it has begun before it begins more.
 
-    MLX reads the limits once, when its device starts: nothing changes where the process has used the GPU already.
-    The environment is left as it was, and a limit that the user has set stays.
+    MLX reads the limits once, at the first evaluation of a process and when its device starts: nothing changes where
+    MLX has been used already. The environment is left as it was, and a limit that the user has set stays.
 
     Args:
         plan: A run that recomputes its activations asked for less memory, and gets smaller buffers.
 
     Returns:
-        The limit in MiB, or None where nothing was done.
+        The variables that MLX was given.
     """
-    if plan.use_cpu or not mx.cuda.is_available() or any(name in os.environ for name in VARIABLES):
-        return None
-    limit = MEGABYTES_CHECKPOINTED if plan.checkpointing.enabled else MEGABYTES
-    os.environ["MLX_MAX_MB_PER_BUFFER"] = str(limit)
+    limits = {} if WIDTH in os.environ else {WIDTH: "1"}
+    if not plan.use_cpu and mx.cuda.is_available() and not any(name in os.environ for name in BUFFERS):
+        limits[BUFFERS[1]] = str(MEGABYTES_CHECKPOINTED if plan.checkpointing.enabled else MEGABYTES)
+    os.environ.update(limits)
     try:
         mx.eval(mx.zeros(1) + 1)
     finally:
-        del os.environ["MLX_MAX_MB_PER_BUFFER"]
-    return limit
+        for name in limits:
+            del os.environ[name]
+    return limits
+
+
+@contextmanager
+def wait_for_memory(plan: TrainPlan, need: Callable[[], int], backend: Any = mx) -> Iterator[None]:
+    """On CUDA, a run with checkpointing waits for pending work rather than take more memory than its steps need.
+
+    MLX goes over its limit where it must: a ``need`` that is too low costs time, never an error. The earlier limit is
+    put back.
+
+    Args:
+        plan: Without checkpointing nothing is done.
+        need: Bytes of a step; called only where the limit is set.
+        backend: ``mlx.core``.
+    """
+    on_cuda = backend.cuda.is_available() and backend.default_device() == backend.gpu
+    if not (plan.checkpointing.enabled and on_cuda):
+        yield
+        return
+    earlier = backend.get_memory_limit()
+    backend.set_memory_limit(min(need(), earlier))
+    try:
+        yield
+    finally:
+        backend.set_memory_limit(earlier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..data.collate import Batch
 from .inputs import Inputs
 from .objective import Objective
+from .shortage import describe_evaluation, naming_shortage
 
 # Receives the logits (B, T, V) and the labels (B, T) of one batch, as numpy arrays.
 LogitsSink = Callable[[np.ndarray, np.ndarray], None]
@@ -87,10 +89,14 @@ class Evaluator:
         try:
             for batch in batches:
                 inputs = make_inputs(batch)
-                self._add(params, inputs, sums)
-                if logits_to is not None:
-                    logits = self.objective.logits(inputs.arrays)[:, : batch.input_ids.shape[1]]
-                    logits_to(np.array(logits.astype(mx.float32)), batch.labels)
+                logits = None
+                with naming_shortage(partial(describe_evaluation, *inputs.arrays["input_ids"].shape)):
+                    self._add(params, inputs, sums)
+                    if logits_to is not None:
+                        kept = self.objective.logits(inputs.arrays)[:, : batch.input_ids.shape[1]]
+                        logits = np.array(kept.astype(mx.float32))
+                if logits_to is not None and logits is not None:
+                    logits_to(logits, batch.labels)
                 on_batch()
         finally:
             model.train(training)

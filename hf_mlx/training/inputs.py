@@ -9,13 +9,10 @@ import numpy as np
 
 from ..data.buckets import bucket_length, pad_batch
 from ..data.collate import Batch
+from ..data.documents import counted_lengths
+from ..data.layout import Rows, lay_out, shift_labels
+from ..data.shapes import Shape, Shapes
 from .loss import IGNORED
-
-# Trained positions are gathered before the vocabulary projection when they are fewer than this share of
-# the batch; above it the gather costs more than the logits it saves.
-GATHER_BELOW = 0.75
-# Gathered counts are rounded up to this many levels of B*T, which bounds the number of traces.
-GATHER_LEVELS = 8
 
 
 @dataclass(frozen=True)
@@ -23,13 +20,14 @@ class Inputs:
     """One micro-batch, ready for the device.
 
     Attributes:
-        arrays: ``input_ids`` (B, T) int32; ``targets`` (N,) int32, the next token of each scored position or
-            -100; ``positions`` (N,) int32 into the flattened B*T (absent when N = B*T); ``segments`` (B, T)
-            int32 (absent unless packed); ``width`` float32 scalar, the row length before bucketing; ``lengths`` (B,)
-            int32, the positions of each row that upstream's attention mask lets through.
+        arrays: ``input_ids`` (R, W) int32; ``targets`` (N,) int32, the next token of each scored position or
+            -100; ``positions`` (N,) int32 into the flattened R*W (absent when N = R*W); ``segments`` (R, W)
+            int32 (absent unless rows hold several documents); ``width`` float32 scalar, the row length that the
+            collator made; ``lengths`` (R,) int32, the positions of each row that upstream's attention mask lets
+            through.
         valid: Number of scored tokens, ``(labels[:, 1:] != -100).sum()``.
         tokens: What counts towards ``num_tokens``.
-        padding: Positions added by padding and bucketing.
+        padding: Positions that hold no token of the dataset.
         labelled: ``(labels != -100).sum()``, the first label of each row included, which nothing predicts.
     """
 
@@ -40,34 +38,59 @@ class Inputs:
     labelled: int = 0
 
 
-def make_inputs(batch: Batch, pad_token_id: int, *, max_length: int | None = None) -> Inputs:
-    """Pad ``batch`` to its length bucket and shift its labels.
+def make_inputs(
+    batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, max_length: int | None = None
+) -> Inputs:
+    """Shift the labels of ``batch`` and lay its documents into rows of one of the shapes.
 
-    Labels are shifted instead of inputs, so matmul shapes stay aligned; the last position of a row scores nothing.
+    Labels are shifted instead of inputs, so matmul shapes stay aligned; the last token of a document scores nothing.
+
+    Args:
+        batch: Of a collator.
+        pad_token_id: Fills what is padding.
+        shapes: Those of the run. None keeps the rows as they are and pads them to their length bucket.
+        max_length: The longest bucket; only without ``shapes``.
     """
-    width = batch.input_ids.shape[1]
-    padded = pad_batch(batch, bucket_length(width, max_length), pad_token_id)
-    rows, length = padded.input_ids.shape
-    targets = np.full((rows, length), IGNORED, np.int32)
-    targets[:, :-1] = padded.labels[:, 1:]
+    placed = None if shapes is None else shapes.place(batch)
+    if placed is None:
+        rows, shape = _keep_rows(batch, pad_token_id, max_length), None
+    else:
+        shape = placed.shape
+        rows = lay_out(batch, placed, pad_token_id)
+    arrays = {
+        "input_ids": mx.array(rows.input_ids),
+        "width": mx.array(float(batch.input_ids.shape[1])),
+        "lengths": mx.array(rows.lengths),
+    }
+    arrays |= gather_scored(rows.targets, shape)
+    if rows.segments is not None:
+        arrays["segments"] = mx.array(rows.segments)
+    valid, labelled = int((rows.targets != IGNORED).sum()), int((batch.labels != IGNORED).sum())
+    padding = rows.input_ids.size - int(batch.lengths.sum())
+    return Inputs(arrays, valid, batch.num_tokens, padding, labelled)
+
+
+def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, mx.array]:
+    """The targets (R, W) int32 as a step takes them: of few positions, where projecting those alone is cheaper.
+
+    Args:
+        targets: The next token of each position, or -100.
+        shape: Says how many are gathered; None takes the fixed table's counts.
+
+    Returns:
+        ``targets`` (N,) and, where N < R*W, ``positions`` (N,); see :class:`Inputs`.
+    """
     flat = targets.reshape(-1)
     scored = np.flatnonzero(flat != IGNORED)
-    # A padding-free row has no mask: its padding counts.
-    lengths = batch.lengths if rows > 1 else np.array([batch.num_tokens], np.int32)
-    arrays = {
-        "input_ids": mx.array(padded.input_ids),
-        "width": mx.array(float(width)),
-        "lengths": mx.array(lengths),
-    }
-    if len(scored) < GATHER_BELOW * flat.size:
-        level = max(flat.size // GATHER_LEVELS, 1)
-        count = min(max(-(-len(scored) // level), 1) * level, flat.size)
-        positions = np.zeros(count, np.int32)
-        positions[: len(scored)] = scored
-        flat = np.concatenate([flat[scored], np.full(count - len(scored), IGNORED, np.int32)])
-        arrays["positions"] = mx.array(positions)
-    arrays["targets"] = mx.array(flat)
-    if padded.segments is not None:
-        arrays["segments"] = mx.array(padded.segments)
-    labelled = int((batch.labels != IGNORED).sum())
-    return Inputs(arrays, len(scored), batch.num_tokens, rows * length - int(batch.lengths.sum()), labelled)
+    count = (shape or Shape(targets.shape[0], targets.shape[1], False)).gathered(len(scored))
+    if count is None:
+        return {"targets": mx.array(flat)}
+    positions = np.zeros(count, np.int32)
+    positions[: len(scored)] = scored
+    flat = np.concatenate([flat[scored], np.full(count - len(scored), IGNORED, np.int32)])
+    return {"positions": mx.array(positions), "targets": mx.array(flat)}
+
+
+def _keep_rows(batch: Batch, pad_token_id: int, max_length: int | None) -> Rows:
+    padded = pad_batch(batch, bucket_length(batch.input_ids.shape[1], max_length), pad_token_id)
+    return Rows(padded.input_ids, shift_labels(padded.labels), padded.segments, counted_lengths(batch))

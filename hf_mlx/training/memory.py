@@ -1,4 +1,4 @@
-"""What a training step will need, before it runs."""
+"""What a training step will need, before it runs, and what there is."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..adapters.layers import layer_dims
 from ..models.heads import Head, layers
 from ..settings.plan import TrainPlan
+from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
 from .optim import Optimizer
+from .step import Step
 
+# The estimate is within this factor of what MLX measures (docs/performance.md).
+ACCURACY = 1.5
 # float32 copies of a block of logits that are alive together: exponentials, their product, the gradient.
 LOGIT_COPIES = 3
-# A recomputed block holds its activations, and their gradients while both passes of the next operation run.
-RECOMPUTED = 3
+# A recomputed block holds its activations, and while it goes back about as much in gradients and products.
+RECOMPUTED = 2
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
 
@@ -36,6 +40,7 @@ class MemoryEstimate:
         optimizer: Its state.
         gradients: One gradient of every trained array.
         activations: What the forward pass keeps for the backward pass.
+        recomputed: What one checkpointed block holds while it is recomputed and goes back.
         logits: Logits and what is computed from them, of one block of tokens.
     """
 
@@ -43,6 +48,7 @@ class MemoryEstimate:
     optimizer: int
     gradients: int
     activations: int
+    recomputed: int
     logits: int
 
     @property
@@ -51,7 +57,7 @@ class MemoryEstimate:
 
         MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
         """
-        backward = self.activations + max(self.logits, self.gradients)
+        backward = self.activations + max(self.logits, self.recomputed + self.gradients)
         return self.weights + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
 
 
@@ -68,8 +74,9 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
-    Counts, for each block, the inputs and outputs of its linear layers, and the attention matrix where MLX has no fused
-    backward pass for it: everywhere but on CUDA in half precision. Command buffers that wait on a GPU come on top.
+    Counts, for each block, the inputs and outputs of its linear layers, of feed-forward networks only those that
+    :mod:`~hf_mlx.training.feed_forward` keeps, and the attention matrix where MLX has no fused backward pass for it:
+    everywhere but on CUDA in half precision. Command buffers that wait on a GPU come on top.
 
     Args:
         model: With adapters attached; its arrays may still be unread files.
@@ -88,29 +95,87 @@ def estimate(
     fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
     attention = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions * tokens
     blocks = [positions * size * sum(_features(block)) + attention for block in layers(model)]
-    kept = sum(blocks)
+    kept, recomputed = sum(blocks), 0
     if plan.checkpointing.enabled:
-        recomputed = blocks[:: plan.checkpointing.every_n_layers]
+        forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
-        kept += len(recomputed) * positions * hidden * stored - sum(recomputed) + RECOMPUTED * max(recomputed)
+        kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
+        recomputed = RECOMPUTED * max(forgotten)
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=_bytes(params.values()),
         optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
         activations=kept,
+        recomputed=recomputed,
         logits=_logit_bytes(model, head, positions),
     )
 
 
+def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: int) -> MemoryEstimate:
+    """:func:`estimate` for a micro-batch of a step.
+
+    Args:
+        step: Model, parameters and optimizer.
+        plan: Checkpointing and precision.
+        config: The model's, as transformers has it.
+        rows: Rows of the micro-batch.
+        tokens: Padded length of a row.
+    """
+    return estimate(
+        step.objective.model,
+        step.params,
+        step.optimizer,
+        plan,
+        head=step.objective.head,
+        # A model without attention has no heads.
+        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0),
+        rows=rows,
+        tokens=tokens,
+    )
+
+
+def memory_limit(backend: Any = mx) -> int:
+    """Bytes that MLX may use: its own limit, on Metal what macOS recommends to keep resident, on CUDA what is free.
+
+    ``mx.set_memory_limit`` lowers it.
+
+    Args:
+        backend: The module that is asked.
+    """
+    info, limits = backend.device_info(), [backend.get_memory_limit()]
+    if "max_recommended_working_set_size" in info:
+        limits.append(info["max_recommended_working_set_size"])
+    if "free_memory" in info:
+        limits.append(info["free_memory"] + backend.get_active_memory() + backend.get_cache_memory())
+    return min(limits)
+
+
+def planned_limit(backend: Any = mx) -> float:
+    """Bytes that an estimate must stay below.
+
+    CUDA says when memory runs out, and the work can be cut then. On Metal and on the CPU the process ends without an
+    exception (mlx 0.32.4), so an estimate has to fit with all that it may be wrong by.
+    """
+    recoverable = backend.cuda.is_available() and backend.default_device() == backend.gpu
+    return memory_limit(backend) / (1 if recoverable else ACCURACY)
+
+
+def show_bytes(size: float) -> str:
+    """A size for people, in GiB or MiB."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
 def _features(block: nn.Module) -> list[int]:
-    """Inputs and outputs per token of every projection in a block, adapted or quantised or not."""
+    """What a block keeps of every projection, adapted or quantised or not: inputs and outputs, by token."""
     experts = next((module.top_k for module in block.modules() if isinstance(getattr(module, "top_k", None), int)), 1)
     found = []
+    recomputed = {id(layer) for module in block.modules() for layer in recomputed_inputs(module)}
     for module in block.modules():
         if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
             found += [experts * features for features in layer_dims(module)]
         elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            found += layer_dims(module)
+            inputs, outputs = layer_dims(module)
+            found += [outputs] if id(module) in recomputed else [inputs, outputs]
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.draws import draw_by_row
 from ..models.heads import embedding_path, module_at
 from ..models.load import LoadedModel
 
@@ -17,13 +18,13 @@ class NoisyEmbedding:
 
     Attributes:
         width: L of the batch at hand as a scalar array, bound before each micro-batch.
-        key: What the noise is drawn from.
+        keys: What the noise is drawn from, (B, 2) uint32: one for each row.
     """
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
         self.width: mx.array | None = None
-        self.key: mx.array | None = None
+        self.keys: mx.array | None = None
 
     @classmethod
     def attach(cls, loaded: LoadedModel, alpha: float) -> NoisyEmbedding:
@@ -41,8 +42,8 @@ class NoisyEmbedding:
 
     def add(self, output: mx.array) -> mx.array:
         """``output`` (B, T, d) plus noise, in its own dtype."""
-        if self.width is None:
-            raise RuntimeError("NEFTune needs the row length and a key of the batch at hand")
+        if self.width is None or self.keys is None:
+            raise RuntimeError("NEFTune needs the row length and the keys of the batch at hand")
         magnitude = self.alpha / mx.sqrt(self.width * output.shape[-1])
-        noise = mx.random.uniform(-1.0, 1.0, output.shape, key=self.key) * magnitude
-        return output + noise.astype(output.dtype)
+        noise = draw_by_row(lambda shape, key: mx.random.uniform(-1.0, 1.0, shape, key=key), output.shape, self.keys)
+        return output + (noise * magnitude).astype(output.dtype)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
 from ..models.architectures import check_packs
 from ..models.heads import Head, split_head
@@ -96,8 +97,8 @@ class Objective:
 
         Args:
             params: Flat {MLX name: array}.
-            arrays: :attr:`hf_mlx.training.inputs.Inputs.arrays`; in training also ``key`` (2,) uint32, what
-                dropout and NEFTune draw from.
+            arrays: :attr:`hf_mlx.training.inputs.Inputs.arrays`; in training also ``key`` (3,) uint32, what
+                dropout and NEFTune draw from: seed, number of the micro-batch, and of the first row in it.
         """
         self.slots.bind(params)
         if self.model.training:
@@ -112,15 +113,18 @@ class Objective:
         return sums.loss, MicroSums(*sums, aux_loss)
 
     def _bind_keys(self, arrays: dict[str, mx.array]) -> None:
-        keys = mx.random.split(arrays["key"], len(self._dropouts) + 1)
+        if not self._dropouts and self._noise is None:
+            return
+        keys = mx.random.split(arrays["key"][:2], len(self._dropouts) + 1)
+        rows = arrays["key"][2] + mx.arange(arrays["input_ids"].shape[0]).astype(mx.uint32)
         for index, dropout in enumerate(self._dropouts):
-            dropout.bind(keys[index + 1])
+            dropout.bind(row_keys(keys[index + 1], rows))
         if self._noise is not None:
-            self._noise.key, self._noise.width = keys[0], arrays["width"]
+            self._noise.keys, self._noise.width = row_keys(keys[0], rows), arrays["width"]
 
     def logits(self, arrays: dict[str, mx.array]) -> mx.array:
         """All logits, (B, T, V), of the model as it stands."""
-        return self.model(arrays["input_ids"], self._cache(arrays))
+        return self.model(arrays["input_ids"], cache=self._cache(arrays))
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> TokenSums:
         targets = arrays["targets"]

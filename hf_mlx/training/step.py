@@ -1,7 +1,8 @@
 """One optimizer step as pure, compiled functions.
 
-A window of micro-batches accumulates token-weighted gradients; the last one also clips and updates. Nothing
-in a window waits for the device: every value that a log needs comes back as a lazy scalar.
+A window of micro-batches accumulates token-weighted gradients; the last one also clips and updates. A micro-batch may
+be computed in pieces of rows, which share its denominators. Nothing in a window waits for the device: every value that
+a log needs comes back as a lazy scalar.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .optim import Optimizer
 from .sums import blocked_sum
 
 Arrays = dict[str, mx.array]
+# Divides the arrays of a micro-batch into pieces of rows, first to last.
+Cut = Callable[[Inputs], Sequence[Arrays]]
 
 # torch 2.13, torch.nn.utils.clip_grads_with_norm_
 CLIP_EPS = 1e-6
@@ -45,6 +48,21 @@ class StepMetrics:
     aux_loss: mx.array
 
 
+@dataclass(frozen=True)
+class Held:
+    """All that an optimizer step changes, as it was at one moment."""
+
+    params: Arrays
+    state: Any
+    carry: Any
+    draws: int
+
+
+def keep_whole(micro: Inputs) -> Sequence[Arrays]:
+    """The :data:`Cut` that makes no pieces."""
+    return (micro.arrays,)
+
+
 class Step:
     """The training step of one run; owns the trainable arrays and the optimizer's state.
 
@@ -64,6 +82,7 @@ class Step:
         draws: Micro-batches trained so far; with ``seed`` it is the whole random state of training.
         carry: Gradients and metrics accumulated towards the next update: (dict, dict), or None.
         traces: How many distinct shapes were traced so far.
+        cut: How a micro-batch is divided; no number depends on it but by rounding.
     """
 
     def __init__(
@@ -85,6 +104,7 @@ class Step:
         self.seed = seed % 2**32
         self.draws = 0
         self.traces = 0
+        self.cut: Cut = keep_whole
         self.params = objective.slots.read()
         self.state = optimizer.init(self.params)
         self.carry: Any = None
@@ -102,13 +122,11 @@ class Step:
             step: Counts from 1; enters the bias corrections.
             lr: Learning rate of this step.
         """
-        weights = self._weights(window)
         hyper = {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
-        self._accumulate_all(window[:-1], weights)
+        pieces = self._pieces(window, len(window))
+        self._accumulate_all(pieces[:-1])
         try:
-            self.params, self.state, sums = self._update(
-                self.params, self.state, self.carry, self._keyed(window[-1]), weights[-1], hyper
-            )
+            self.params, self.state, sums = self._update(self.params, self.state, self.carry, *pieces[-1], hyper)
         finally:
             # Tracing leaves placeholders in the model; put arrays back whatever happened.
             self.objective.slots.bind(self.params)
@@ -118,7 +136,7 @@ class Step:
 
     def accumulate(self, window: Sequence[Inputs], count: int) -> None:
         """Add the gradients of the first ``count`` micro-batches to the carry, without an update."""
-        self._accumulate_all(window[:count], self._weights(window))
+        self._accumulate_all(self._pieces(window, count))
 
     def take_carried(self) -> StepMetrics | None:
         """What the carry measured since it was last taken; its gradients stay. None when nothing is carried."""
@@ -128,11 +146,11 @@ class Step:
         self.carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
         return StepMetrics(**sums, grad_norm=None)
 
-    def _accumulate_all(self, window: Sequence[Inputs], weights: Sequence[Arrays]) -> None:
+    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
         try:
-            for micro, weight in zip(window, weights, strict=False):
-                self.carry = self._accumulate(self.params, self.carry, self._keyed(micro), weight)
-                # Starts the device on this micro-batch without waiting for it.
+            for arrays, weights in pieces:
+                self.carry = self._accumulate(self.params, self.carry, arrays, weights)
+                # Starts the device on this piece without waiting for it.
                 mx.async_eval(self.carry)
         finally:
             self.objective.slots.bind(self.params)
@@ -141,6 +159,15 @@ class Step:
         """Replace parameters and optimizer state, e.g. by those of a checkpoint."""
         self.params, self.state = params, state
         self.objective.slots.bind(params)
+
+    def hold(self) -> Held:
+        """What :meth:`restore` goes back to."""
+        return Held(self.params, self.state, self.carry, self.draws)
+
+    def restore(self, held: Held) -> None:
+        """Undo what was done since ``held``."""
+        self.load(held.params, held.state)
+        self.carry, self.draws = held.carry, held.draws
 
     def _weights(self, window: Sequence[Inputs]) -> list[Arrays]:
         items = max(sum(micro.labelled if self.counts_every_label else micro.valid for micro in window), 1)
@@ -157,10 +184,18 @@ class Step:
             for micro in window
         ]
 
-    def _keyed(self, micro: Inputs) -> Arrays:
-        key = mx.array([self.seed, self.draws], mx.uint32)
-        self.draws += 1
-        return {**micro.arrays, "key": key}
+    def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Arrays]]:
+        """Arrays and weights of each piece of the first ``count`` micro-batches; all pieces weigh as the whole."""
+        made = []
+        for micro, weights in zip(window[:count], self._weights(window), strict=False):
+            first_row = 0
+            for piece in self.cut(micro):
+                counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
+                key = mx.array([self.seed, self.draws, first_row], mx.uint32)
+                made.append(({**piece, "key": key}, counted))
+                first_row += piece["input_ids"].shape[0]
+            self.draws += 1
+        return made
 
     def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
@@ -177,7 +212,7 @@ class Step:
             "loss": loss,
             "entropy": sums.entropy * weights["metric"],
             "accuracy": sums.correct * weights["metric"],
-            "micro_batches": mx.array(1.0),
+            "micro_batches": weights["micro_batch"],
             "aux_loss": sums.aux_loss,
         }
         if carry is None:

@@ -1,0 +1,34 @@
+"""Memory that macOS keeps resident while a run is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+
+@contextmanager
+def wired_memory(backend: Any = mx) -> Iterator[None]:
+    """On Metal, let MLX wire all that the device recommends, and put the earlier limit back; elsewhere do nothing.
+
+    Source: mlx-lm 0.32.2 ``tuner.trainer.train`` and ``generate.wired_limit``.
+
+    Args:
+        backend: ``mlx.core``.
+    """
+    on_metal = backend.metal.is_available() and backend.default_device() == backend.gpu
+    recommended = backend.device_info().get("max_recommended_working_set_size") if on_metal else None
+    if recommended is None:
+        yield
+        return
+    earlier = backend.set_wired_limit(recommended)
+    try:
+        yield
+    finally:
+        try:
+            # The limit must not change under work that is still going on.
+            backend.synchronize()
+        finally:
+            backend.set_wired_limit(earlier)
