@@ -16,12 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from sft_step import PRESETS, versions
+from sft_step import PRESETS, run_peer, versions
 
 MODES = ("padded", "grouped", "packed")
 PEERS = ("hf_mlx", "before", "trl")
@@ -34,11 +32,17 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         job = vars(options) | {"folder": folder, "model": PRESETS[options.preset]}
-        run_peer({**job, "peer": "make-model"}, folder)
+        run_peer({**job, "peer": "make-model"}, folder, WORKER)
         for mode in options.modes:
             for peer in options.peers:
-                if peer != "before" or options.before:
-                    results += best(run_peer({**job, "peer": peer, "mode": mode}, folder) for _ in range(options.best))
+                if peer == "before" and not options.before:
+                    continue
+                path = [options.before] if peer == "before" else []
+                variables = {
+                    "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+                }
+                work = {**job, "peer": peer, "mode": mode}
+                results += best(run_peer(work, folder, WORKER, **variables) for _ in range(options.best))
     print(table(options, results))
     if options.json:
         report = {"versions": versions(), "options": vars(options), "results": results}
@@ -69,23 +73,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="processor time, where the machine is shared")
     parser.add_argument("--json", metavar="FILE", help="write every figure, with versions and device")
     return parser.parse_args()
-
-
-def run_peer(job: dict, folder: str) -> dict | None:
-    """Run one peer in its own process; what it measured, or None once it said why there is nothing."""
-    output = Path(folder, "result.json")
-    output.unlink(missing_ok=True)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    if job["peer"] == "before":
-        environment["PYTHONPATH"] = os.pathsep.join([job["before"], environment.get("PYTHONPATH", "")]).rstrip(
-            os.pathsep
-        )
-    command = [sys.executable, str(WORKER), json.dumps(job), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(f"{job['peer']} {job.get('mode', '')} stopped: {reason}", file=sys.stderr)
-    return json.loads(output.read_text(encoding="utf-8")) if output.exists() else None
 
 
 def best(runs: object) -> list[dict]:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PRESETS = {
     # hidden, mlp, layers, heads, key-value heads, vocabulary
@@ -77,17 +78,24 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_peer(job: dict, folder: str) -> list[dict]:
-    """Run one peer in its own process; its results, or one entry that says why there are none."""
+def run_peer(job: dict, folder: str, worker: Path = WORKER, **variables: str) -> Any:
+    """Run one peer in a process of its own; what it wrote, or an empty list once it was said why there is nothing.
+
+    Args:
+        job: What ``worker`` does; ``peer`` and ``mode`` name it in a message.
+        folder: For the result.
+        worker: Script that takes the job and the file to write.
+        variables: Of its environment, beside this one's.
+    """
     output = Path(folder, "result.json")
     output.unlink(missing_ok=True)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(WORKER), json.dumps(job), str(output)]
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | variables
+    command = [sys.executable, str(worker), json.dumps(job), str(output)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(f"{job['peer']} stopped: {reason}", file=sys.stderr)
+        print(f"{job['peer']} {job.get('mode', '')}".strip() + f" stopped: {reason}", file=sys.stderr)
     return results
 
 

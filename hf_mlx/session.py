@@ -20,7 +20,7 @@ from .data.collate import Batch, collate, convert_batch
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.loader import RowLoader, StreamLoader, make_loader
-from .data.order import Steps, count_steps, epoch_order, group_by_length
+from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
 from .data.prepare import prepare, prepare_eval
 from .data.shapes import Shapes
 from .errors import ModelError
@@ -182,7 +182,7 @@ class Data:
         column = self.plan.batch.length_column_name
         if self._keep_columns and column in dataset.column_names:
             return list(dataset[column])
-        return _count_tokens(dataset)
+        return count_tokens(dataset)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -211,13 +211,6 @@ class Data:
             padding_free=self._train.padding_free,
             pad_to_multiple_of=self.plan.data.pad_to_multiple_of,
         )
-
-
-def _count_tokens(dataset: Any) -> list[int]:
-    from pyarrow.compute import call_function
-
-    tables = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    return [n for table in tables for n in call_function("list_value_length", [table["input_ids"]]).to_pylist()]
 
 
 class Session:

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..data.buckets import bucket_length
+from ..data.order import count_tokens
 from ..training.memory import MemoryEstimate, estimate_step, planned_limit, show_bytes
 from ..training.splitting import halve
 
@@ -30,7 +31,7 @@ def longest_row(trainer: Any) -> int:
     """Length in tokens of the longest training row, in its bucket; ``max_length`` for a stream."""
     dataset = trainer.train_dataset
     if hasattr(dataset, "__len__"):
-        return bucket_length(max((len(ids) for ids in dataset["input_ids"]), default=1), None)
+        return bucket_length(max(count_tokens(dataset), default=1))
     return trainer.plan.data.max_length or 1024
 
 

@@ -47,6 +47,11 @@ def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
     return limits
 
 
+def on_cuda(backend: Any = mx) -> bool:
+    """Whether MLX computes on a CUDA device."""
+    return backend.cuda.is_available() and backend.default_device() == backend.gpu
+
+
 @contextmanager
 def wait_for_memory(plan: TrainPlan, need: Callable[[], int], backend: Any = mx) -> Iterator[None]:
     """On CUDA, a run with checkpointing waits for pending work rather than take more memory than its steps need.
@@ -59,8 +64,7 @@ def wait_for_memory(plan: TrainPlan, need: Callable[[], int], backend: Any = mx)
         need: Bytes of a step; called only where the limit is set.
         backend: ``mlx.core``.
     """
-    on_cuda = backend.cuda.is_available() and backend.default_device() == backend.gpu
-    if not (plan.checkpointing.enabled and on_cuda):
+    if not (plan.checkpointing.enabled and on_cuda(backend)):
         yield
         return
     earlier = backend.get_memory_limit()

@@ -38,9 +38,7 @@ class Inputs:
     labelled: int = 0
 
 
-def make_inputs(
-    batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, max_length: int | None = None
-) -> Inputs:
+def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -> Inputs:
     """Shift the labels of ``batch`` and lay its documents into rows of one of the shapes.
 
     Labels are shifted instead of inputs, so matmul shapes stay aligned; the last token of a document scores nothing.
@@ -49,11 +47,10 @@ def make_inputs(
         batch: Of a collator.
         pad_token_id: Fills what is padding.
         shapes: Those of the run. None keeps the rows as they are and pads them to their length bucket.
-        max_length: The longest bucket; only without ``shapes``.
     """
     placed = None if shapes is None else shapes.place(batch)
     if placed is None:
-        rows, shape = _keep_rows(batch, pad_token_id, max_length), None
+        rows, shape = _keep_rows(batch, pad_token_id), None
     else:
         shape = placed.shape
         rows = lay_out(batch, placed, pad_token_id)
@@ -91,6 +88,6 @@ def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, 
     return {"positions": mx.array(positions), "targets": mx.array(flat)}
 
 
-def _keep_rows(batch: Batch, pad_token_id: int, max_length: int | None) -> Rows:
-    padded = pad_batch(batch, bucket_length(batch.input_ids.shape[1], max_length), pad_token_id)
+def _keep_rows(batch: Batch, pad_token_id: int) -> Rows:
+    padded = pad_batch(batch, bucket_length(batch.input_ids.shape[1]), pad_token_id)
     return Rows(padded.input_ids, shift_labels(padded.labels), padded.segments, counted_lengths(batch))

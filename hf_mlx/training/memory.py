@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..adapters.layers import layer_dims
 from ..models.heads import Head, layers
 from ..settings.plan import TrainPlan
+from .command_buffers import on_cuda
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
 from .optim import Optimizer
@@ -156,8 +157,7 @@ def planned_limit(backend: Any = mx) -> float:
     CUDA says when memory runs out, and the work can be cut then. On Metal and on the CPU the process ends without an
     exception (mlx 0.32.4), so an estimate has to fit with all that it may be wrong by.
     """
-    recoverable = backend.cuda.is_available() and backend.default_device() == backend.gpu
-    return memory_limit(backend) / (1 if recoverable else ACCURACY)
+    return memory_limit(backend) / (1 if on_cuda(backend) else ACCURACY)
 
 
 def show_bytes(size: float) -> str:
