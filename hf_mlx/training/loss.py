@@ -7,6 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..settings.plan import LossPlan
+from .exponential import exponential
 from .sums import blocked_sum
 
 IGNORED = -100
@@ -37,7 +38,7 @@ def token_sums(logits: mx.array, targets: mx.array, plan: LossPlan, *, metrics: 
     counted = targets != IGNORED
     safe = mx.where(counted, targets, 0)
     top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    exponentials = mx.exp(logits - top)
+    exponentials = exponential(logits - top)
     total = blocked_sum(exponentials)
     normaliser = mx.log(total) + top.squeeze(-1)
     log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1) - normaliser
@@ -74,7 +75,7 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
     safe = mx.where(counted, targets, 0)
     best = mx.argmax(logits, axis=-1)
     top = mx.take_along_axis(wide, best[:, None], axis=-1)
-    exponentials = mx.exp(wide - top)
+    exponentials = exponential(wide - top)
     total = blocked_sum(exponentials)
     normaliser = mx.log(total) + top.squeeze(-1)
     log_p = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1) - normaliser
