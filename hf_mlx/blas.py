@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -57,6 +59,26 @@ def load_openblas() -> str | None:
         if _Once.library is None:
             logger.warning(_HINT)
     return _Once.library
+
+
+def blas_threads() -> int | None:
+    """Threads that OpenBLAS computes a product with; None where it was not loaded here."""
+    return None if _Once.library is None else ctypes.CDLL(_Once.library).openblas_get_num_threads()
+
+
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """Products on one thread each inside the block, so that several can be computed side by side."""
+    threads = blas_threads()
+    if _Once.library is None or threads is None:
+        yield
+        return
+    set_threads = ctypes.CDLL(_Once.library).openblas_set_num_threads
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(threads)
 
 
 def _wants_openblas() -> bool:

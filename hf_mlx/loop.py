@@ -11,7 +11,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from itertools import islice
 from typing import Any, Protocol
 
@@ -25,7 +24,7 @@ from .data.loader import RowLoader, StreamLoader
 from .data.order import Steps
 from .errors import TrainingError
 from .session import Data, Means, Progress, Session
-from .training.inputs import Inputs
+from .training.inputs import HostInputs, Inputs
 from .training.memory import show_bytes
 from .training.schedules.contract import Schedule
 from .training.shortage import describe_training, naming_shortage
@@ -172,7 +171,7 @@ class Loop:
         self._catch_up(resumed)
         return resumed.epoch + 1
 
-    def _open_epoch(self, epoch: int, done: int) -> Iterator[Batch]:
+    def _open_epoch(self, epoch: int, done: int) -> Iterator[tuple[Batch, HostInputs]]:
         """The epoch's micro-batches from update ``done`` on, with the random states of that moment."""
         rng, resumed = self.data.rng, self._resumed
         self._epoch, self._update = epoch, done
@@ -181,7 +180,8 @@ class Loop:
         elif resumed is not None and resumed.epoch_order is not None:
             rng.set_state(resumed.epoch_order)
         self._epoch_order = rng.get_state()
-        batches = self.loader.batches(epoch, skip=done * self.plan.batch.gradient_accumulation_steps)
+        skip = done * self.plan.batch.gradient_accumulation_steps
+        batches = self.data.train_batches(self.loader, epoch, skip)
         if resumed is not None and done > 0:
             resumed.random.restore(rng)
         return batches
@@ -215,7 +215,7 @@ class Loop:
             last_logged=self._last_logged,
             learning_rate=self._learning_rate,
             pending=[(m.loss, m.grad_norm, m.entropy, m.accuracy, m.micro_batches, m.aux_loss) for m in self._pending],
-            progress=asdict(session.progress),
+            progress=session.progress.to_dict(),
             seen={"num_input_tokens_seen": state.num_input_tokens_seen, "total_flos": state.total_flos},
             draws=session.step.draws,
             history=len(state.log_history),
@@ -240,7 +240,7 @@ class Loop:
                 break
             last = update == self.steps.updates_per_epoch - 1
             size = (self.steps.batches_per_epoch - 1) % accumulation + 1 if last else accumulation
-            window = [(batch, self.data.inputs(batch)) for batch in islice(batches, size)]
+            window = [(batch, laid.to_device()) for batch, laid in islice(batches, size)]
             if not window:
                 break
             micro += len(window)

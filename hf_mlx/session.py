@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +15,12 @@ from mlx.utils import tree_flatten
 
 from .adapters.adapter import Adapter
 from .adapters.attach import attach
+from .adapters.layers import LoRALinear
 from .adapters.origin import resolve_origin
 from .data.collate import Batch, collate, convert_batch
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
-from .data.loader import RowLoader, StreamLoader, make_loader
+from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
 from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
 from .data.prepare import prepare, prepare_eval
 from .data.shapes import Shapes
@@ -34,11 +35,12 @@ from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
 from .training.feed_forward import recompute_activations
-from .training.inputs import Inputs, make_inputs
+from .training.inputs import HostInputs, Inputs, make_host_inputs, make_inputs
+from .training.lanes import make_step
 from .training.objective import Objective
 from .training.optim import decay_names, make_optimizer
 from .training.router import Routers
-from .training.step import Step, trainable_arrays
+from .training.step import trainable_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,10 @@ class Progress:
     padding: int = 0
     positions: int = 0
     means: Means = field(default_factory=Means)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy as plain values."""
+        return vars(self) | {"means": dict(vars(self.means))}
 
 
 class Data:
@@ -177,6 +183,21 @@ class Data:
         """
         return make_inputs(batch, self.tokenizer.pad_token_id, None if keep_rows else self.shapes)
 
+    def train_batches(
+        self, loader: RowLoader | StreamLoader, epoch: int, skip: int
+    ) -> Iterator[tuple[Batch, HostInputs]]:
+        """The micro-batches of an epoch without the first ``skip``, laid into rows.
+
+        They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
+        those of a stream, nor of a user's collator, which may draw random numbers.
+        """
+        pad_token_id = self.tokenizer.pad_token_id
+        batches = loader.batches(epoch, skip=skip)
+        laid = ((batch, make_host_inputs(batch, pad_token_id, self.shapes)) for batch in batches)
+        if self._collator is not None or not isinstance(loader, RowLoader):
+            return laid
+        return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
+
     def _row_lengths(self, dataset: Any) -> list[int]:
         # transformers looks for the column once it has removed those that the model does not take.
         column = self.plan.batch.length_column_name
@@ -242,18 +263,19 @@ class Session:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         loaded.read_weights()
         self.routers = Routers.attach(loaded, plan.loss)
-        kept = checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
-        recompute_activations(kept)
+        checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
         objective = Objective(loaded, names, plan.loss, self.routers)
         optimizer = make_optimizer(plan.optim, self._decayed(names))
-        self.step = Step(
+        self.step = make_step(
             objective,
             optimizer,
             plan.clip,
             seed=plan.batch.seed,
             accepts_loss_kwargs=loaded.accepts_loss_kwargs,
             counts_every_label=loaded.counts_every_label,
+            computed_in=partial(_computed_in, loaded.model),
         )
         self.evaluator = Evaluator(objective)
         self.progress = Progress()
@@ -313,6 +335,11 @@ class Session:
         to_hf = self.loaded.names.to_hf_modules
         norms = [to_hf(path)[0] for path, m in self.loaded.model.named_modules() if isinstance(m, nn.LayerNorm)]
         return frozenset(by_hf_name[hf_name] for hf_name in decay_names(by_hf_name, norms))
+
+
+def _computed_in(model: nn.Module) -> dict[str, mx.Dtype]:
+    adapted = ((path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear))
+    return {f"{path}.{name}": dtype for path, module in adapted for name, dtype in module.computed_in().items()}
 
 
 def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:

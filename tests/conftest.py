@@ -1,8 +1,10 @@
-"""Set up before any test module is imported: a fast BLAS for MLX, and no hub."""
+"""Set up before any test module is imported: a fast BLAS for MLX on one thread, and no hub."""
 
 import os
 
 from hf_mlx.blas import load_openblas
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As `make test` does: how many cores a machine has must not decide what a test sees.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()

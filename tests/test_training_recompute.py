@@ -32,6 +32,25 @@ class TwoLayers(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class Fused(nn.Module):
+    """One product for gate and value, as in Phi-3."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Linear(WIDTH, 2 * WIDE), nn.Linear(WIDE, WIDTH)
+
+    def __call__(self, x):
+        gate, x = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(nn.silu(gate) * x)
+
+
+class AddsItsInput(Gated):
+    """Reads its input between its products."""
+
+    def __call__(self, x):
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x) + mx.tile(x, WIDE // WIDTH))
+
+
 class ReadsItsInputAgain(Gated):
     def __call__(self, x):
         return super().__call__(x) * mx.sigmoid(x) + x
@@ -81,10 +100,15 @@ def gradients(blocks, x, *, compiled):
     return {"value": value, "x": by_x, **dict(tree_flatten(by_params))}
 
 
+FIRST, LAST = ("gate_proj", "fc1", "gate_up_proj"), ("down_proj", "fc2")
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
-@pytest.mark.parametrize("frozen", [(), ("gate_proj", "fc1"), ("down_proj", "fc2")], ids=["all", "first", "last"])
-@pytest.mark.parametrize("network", [Gated, TwoLayers, ReadsItsInputAgain, AsksTwice, Deep])
-def test_the_gradients_are_those_of_the_plain_network(network, frozen, compiled):
+@pytest.mark.parametrize("frozen", [(), FIRST, LAST], ids=["all", "first", "last"])
+@pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep])
+def test_the_gradients_are_those_of_the_plain_network(network, frozen, compiled, on_cpu, monkeypatch):
+    monkeypatch.setattr("hf_mlx.training.feed_forward._on_cpu", lambda: on_cpu)
     plain, changed = (make_blocks(network, 3) for _ in range(2))
     for blocks in (plain, changed):
         for layer in blocks.layers:

@@ -81,6 +81,11 @@ class LoRALinear(nn.Module):
         if bias:
             self.lora_B_bias = mx.zeros((outputs,))
 
+    def computed_in(self) -> dict[str, mx.Dtype]:
+        """The arrays that a forward pass only reads cast, and their dtype then."""
+        # Dropout looks at the adapter's own dtype.
+        return {} if "lora_dropout" in self else dict.fromkeys(("lora_A", "lora_B"), self.compute_dtype)
+
     def _dropped(self, x: mx.array) -> mx.array:
         if "lora_dropout" not in self or not self.training:
             return x

@@ -32,6 +32,8 @@ class TorchGenerator:
     def __init__(self, seed: int = 0) -> None:
         self._engine = np.random.MT19937(0)
         self._draw = np.random.Generator(self._engine)
+        # The key as numpy has it, and as the list that a state holds.
+        self._listed: tuple[Any, list[int]] = None, []
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> TorchGenerator:
@@ -137,9 +139,12 @@ class TorchGenerator:
     def get_state(self) -> dict[str, Any]:
         """Everything needed to go on from here: ``initial_seed``, ``key`` (624 ints), ``pos``, ``next_normal``."""
         state = self._engine.state["state"]
+        # Asked for at every step, while the key changes once in 624 draws.
+        if not np.array_equal(state["key"], self._listed[0]):
+            self._listed = state["key"], state["key"].tolist()
         return {
             "initial_seed": self.initial_seed,
-            "key": state["key"].tolist(),
+            "key": list(self._listed[1]),
             "pos": int(state["pos"]),
             "next_normal": self._next_normal,
         }

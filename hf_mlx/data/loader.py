@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .collate import Batch
 
+Item = TypeVar("Item")
 Rows = list[dict[str, Any]]
 Collate = Callable[[Rows], Batch]
 # Row indices of an epoch, counted from 0.
@@ -91,3 +94,19 @@ def make_loader(
     if hasattr(dataset, "__len__"):
         return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last)
     return StreamLoader(dataset, batch_size, collate, drop_last=drop_last)
+
+
+def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
+    """``items`` in their order, up to ``count`` of them made on another thread before they are asked for.
+
+    What making one raises is raised when that one is asked for.
+    """
+    end: Any = object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
+    made = deque(pool.submit(next, items, end) for _ in range(count))
+    try:
+        while (item := made.popleft().result()) is not end:
+            made.append(pool.submit(next, items, end))
+            yield item
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

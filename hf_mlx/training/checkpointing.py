@@ -10,7 +10,7 @@ from ..settings.plan import CheckpointingPlan
 from .router import RouterLog
 
 
-def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan, log: RouterLog | None = None) -> list[nn.Module]:
+def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan, log: RouterLog | None = None) -> None:
     """Make every ``plan.every_n_layers``-th block of ``model`` recompute itself; no number changes.
 
     The class of each block is left alone: its instances get a subclass.
@@ -19,20 +19,12 @@ def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan, log: RouterLog 
         model: An mlx-lm model.
         plan: Which blocks.
         log: Where the routers inside the blocks record their logits, if they do.
-
-    Returns:
-        The other blocks: those that keep their activations.
     """
     if not plan.enabled:
-        return list(layers(model))
+        return
     log = log or RouterLog()
-    kept = []
-    for index, layer in enumerate(layers(model)):
-        if index % plan.every_n_layers == 0:
-            layer.__class__ = _checkpointed(type(layer), log)
-        else:
-            kept.append(layer)
-    return kept
+    for layer in layers(model)[:: plan.every_n_layers]:
+        layer.__class__ = _checkpointed(type(layer), log)
 
 
 def _checkpointed(base: type[nn.Module], log: RouterLog) -> type[nn.Module]:

@@ -6,12 +6,13 @@ those that the derivative needs, are as large as the products themselves, and co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.layers import LoRALinear, layer_dims
 
@@ -26,7 +27,7 @@ def recompute_activations(blocks: Iterable[nn.Module]) -> None:
     results under a checkpoint. The class is left alone: the instances get a subclass.
 
     Args:
-        blocks: Blocks that keep their activations; one that is recomputed as a whole gains nothing here.
+        blocks: Recomputed as a whole or not: that decides when the products are computed, not what follows from them.
     """
     for block in blocks:
         for module in block.modules():
@@ -59,18 +60,27 @@ def _holds_arrays(value: Any) -> bool:
 
 
 class _Observed:
-    """A linear layer that keeps what it makes of ``x`` itself, if it is called for that once and for nothing else."""
+    """A linear layer that notes what it was called with.
 
-    def __init__(self, layer: Any, x: mx.array) -> None:
-        self.layer, self.x = layer, x
+    Attributes:
+        calls: How often.
+        input, output: Of the last call.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
         self.calls = 0
-        self.product: mx.array | None = None
+        self.input: mx.array | None = None
+        self.output: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        product = self.layer(x)
         self.calls += 1
-        self.product = product if self.calls == 1 and x is self.x else None
-        return product
+        output = self.layer(x)
+        self.input, self.output = x, output
+        return output
+
+    def is_called_once_with(self, x: mx.array) -> bool:
+        return self.calls == 1 and self.input is x
 
 
 def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
@@ -83,21 +93,93 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
         if not self.training or kwargs or len(args) != 1:
             return base.__call__(self, *args, **kwargs)
         (x,) = args
-        observed = {name: _Observed(child, x) for name, child in self.children().items() if isinstance(child, _LINEAR)}
+        observed = {name: _Observed(child) for name, child in self.children().items() if isinstance(child, _LINEAR)}
         output = run_with(self, x, observed)
-        products = {name: layer.product for name, layer in observed.items() if layer.product is not None}
-        if not products or len(products) == len(observed):
+        first = {name: layer.output for name, layer in observed.items() if layer.is_called_once_with(x)}
+        rest = [name for name in observed if name not in first]
+        if not first or not rest:
             return output
 
-        def rest(x: mx.array, products: dict[str, mx.array], params: dict[str, Any]) -> mx.array:
+        def with_products(x: Any, products: Sequence[mx.array], others: Mapping[str, Any]) -> mx.array:
+            known = dict(zip(first, products, strict=True))
+            return run_with(self, x, {**{name: lambda _, name=name: known[name] for name in known}, **others})
+
+        products: list[Any] = list(first.values())
+        last = observed[rest[-1]]
+        if len(rest) == 1 and last.calls == 1 and last.output is output:
+            others = {rest[0]: lambda hidden: hidden}
+            if _works(lambda: with_products(None, products, others)):
+                return _close(self[rest[0]], lambda *read: with_products(None, read, others), products)
+            return _close(self[rest[0]], lambda x, *read: with_products(x, read, others), [x, *products])
+
+        def remainder(x: mx.array, products: list[mx.array], params: dict[str, Any]) -> mx.array:
             self.update(params)
-            return run_with(self, x, {name: lambda _, name=name: products[name] for name in products})
+            return with_products(x, products, {})
 
         # Gradients flow only through explicit arguments, so the parameters of the other layers must be among them.
-        params = {name: self[name].trainable_parameters() for name in observed if name not in products}
+        params = {name: self[name].trainable_parameters() for name in rest}
         try:
-            return mx.checkpoint(rest)(x, products, params)
+            return mx.checkpoint(remainder)(x, products, params)
         finally:
             self.update(params)
 
     return type(f"Recomputing{base.__name__}", (base,), {"__call__": call})
+
+
+def _works(call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx.array]) -> mx.array:
+    """``layer(between(*read))``, of which the backward pass keeps ``read`` alone.
+
+    On the way back what lies between is computed anew for the layer's own gradients and for each derivative: the
+    compiler makes one kernel of each, and what two of them shared would be written to memory instead. On a CPU that
+    is cheaper than another exponential.
+    """
+    trained = layer.trainable_parameters()
+    flat: Any = tree_flatten(trained)
+    count = len(read)
+
+    def project(hidden: mx.array, *params: mx.array) -> mx.array:
+        names = (name for name, _ in flat)
+        layer.update(tree_unflatten(list(zip(names, params, strict=True))))
+        return layer(hidden)
+
+    def forward(*primals: mx.array) -> mx.array:
+        return project(between(*primals[:count]), *primals[count:])
+
+    def backward(primals: Any, by_output: mx.array, _: Any) -> tuple[mx.array, ...]:
+        # MLX hands over a single primal as it is.
+        primals = [primals] if isinstance(primals, mx.array) else list(primals)
+        read, params = primals[:count], primals[count:]
+        # Not before the gradient is there, or it would be kept after all.
+        ready = mx.depends(read, [by_output])
+        if _on_cpu():
+            return tuple(mx.vjp(forward, [*ready, *params], [by_output])[1])
+        _, (by_hidden, *by_params) = mx.vjp(project, [between(*ready), *params], [by_output])
+        # Its own copies for each, or the compiler would find out what they share.
+        done = [by_hidden, *by_params]
+        by_read = [_derive(between, mx.depends(read, done), index, by_hidden) for index in range(count)]
+        return (*by_read, *by_params)
+
+    closed: Any = mx.custom_function(forward)
+    closed.vjp(backward)
+    try:
+        return closed(*read, *(value for _, value in flat))
+    finally:
+        layer.update(trained)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def _derive(function: Callable[..., mx.array], args: list[mx.array], index: int, cotangent: mx.array) -> mx.array:
+    """The vector-Jacobian product of ``function`` by ``args[index]`` alone."""
+    _, (by_arg,) = mx.vjp(lambda arg: function(*args[:index], arg, *args[index + 1 :]), [args[index]], [cotangent])
+    return by_arg

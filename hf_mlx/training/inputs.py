@@ -38,8 +38,29 @@ class Inputs:
     labelled: int = 0
 
 
+@dataclass(frozen=True)
+class HostInputs:
+    """:class:`Inputs` before they go to the device; ``arrays`` are numpy's."""
+
+    arrays: dict[str, np.ndarray]
+    valid: int
+    tokens: int
+    padding: int
+    labelled: int
+
+    def to_device(self) -> Inputs:
+        """The same as MLX arrays."""
+        arrays = {name: mx.array(array) for name, array in self.arrays.items()}
+        return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled)
+
+
 def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -> Inputs:
-    """Shift the labels of ``batch`` and lay its documents into rows of one of the shapes.
+    """:func:`make_host_inputs`, on the device."""
+    return make_host_inputs(batch, pad_token_id, shapes).to_device()
+
+
+def make_host_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -> HostInputs:
+    """Shift the labels of ``batch`` and lay its documents into rows of one of the shapes. MLX has no part in it.
 
     Labels are shifted instead of inputs, so matmul shapes stay aligned; the last token of a document scores nothing.
 
@@ -55,19 +76,19 @@ def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -
         shape = placed.shape
         rows = lay_out(batch, placed, pad_token_id)
     arrays = {
-        "input_ids": mx.array(rows.input_ids),
-        "width": mx.array(float(batch.input_ids.shape[1])),
-        "lengths": mx.array(rows.lengths),
+        "input_ids": rows.input_ids,
+        "width": np.array(batch.input_ids.shape[1], np.float32),
+        "lengths": rows.lengths,
     }
     arrays |= gather_scored(rows.targets, shape)
     if rows.segments is not None:
-        arrays["segments"] = mx.array(rows.segments)
+        arrays["segments"] = rows.segments
     valid, labelled = int((rows.targets != IGNORED).sum()), int((batch.labels != IGNORED).sum())
     padding = rows.input_ids.size - int(batch.lengths.sum())
-    return Inputs(arrays, valid, batch.num_tokens, padding, labelled)
+    return HostInputs(arrays, valid, batch.num_tokens, padding, labelled)
 
 
-def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, mx.array]:
+def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, np.ndarray]:
     """The targets (R, W) int32 as a step takes them: of few positions, where projecting those alone is cheaper.
 
     Args:
@@ -81,11 +102,11 @@ def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, 
     scored = np.flatnonzero(flat != IGNORED)
     count = (shape or Shape(targets.shape[0], targets.shape[1], False)).gathered(len(scored))
     if count is None:
-        return {"targets": mx.array(flat)}
+        return {"targets": flat}
     positions = np.zeros(count, np.int32)
     positions[: len(scored)] = scored
     flat = np.concatenate([flat[scored], np.full(count - len(scored), IGNORED, np.int32)])
-    return {"positions": mx.array(positions), "targets": mx.array(flat)}
+    return {"positions": positions, "targets": flat}
 
 
 def _keep_rows(batch: Batch, pad_token_id: int) -> Rows:

@@ -152,9 +152,8 @@ def split_arrays(arrays: Arrays, pieces: int) -> Sequence[Arrays]:
     by_row = {k: np.array(v) for k, v in arrays.items() if k not in _REMADE and v.ndim > 1}
     whole = {k: v for k, v in arrays.items() if v.ndim == 0}
     parts = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(len(targets)), pieces)]
-    return [
-        {**{k: mx.array(v[part]) for k, v in by_row.items()}, **whole, **gather_scored(targets[part])} for part in parts
-    ]
+    made = ({k: v[part] for k, v in by_row.items()} | gather_scored(targets[part]) for part in parts)
+    return [{k: mx.array(v) for k, v in piece.items()} | whole for piece in made]
 
 
 def scatter_targets(arrays: Arrays) -> np.ndarray:

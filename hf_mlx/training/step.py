@@ -7,7 +7,7 @@ a log needs comes back as a lazy scalar.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..settings.clipping import GradClip
+from .bundles import LARGEST, Bundles
 from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
@@ -50,11 +51,11 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Held:
-    """All that an optimizer step changes, as it was at one moment."""
+    """All that an optimizer step changes, as it was at one moment; arrays as they are kept."""
 
     params: Arrays
-    state: Any
-    carry: Any
+    state: dict[str, Arrays]
+    carry: tuple[Arrays, Arrays] | None
     draws: int
 
 
@@ -74,13 +75,11 @@ class Step:
         accepts_loss_kwargs: True normalises by the tokens of the whole window; False (some HF classes) takes
             each micro-batch's own mean, divided by the number of micro-batches.
         counts_every_label: Those tokens are all that are labelled, not the targets alone.
+        computed_in: Says which trained arrays the model only reads cast, and to which dtype: those are cast together.
         compiled: False runs the same functions eagerly, for debugging.
 
     Attributes:
-        params: Flat {MLX name: array}; replaced by each update.
-        state: The optimizer's state; replaced by each update.
         draws: Micro-batches trained so far; with ``seed`` it is the whole random state of training.
-        carry: Gradients and metrics accumulated towards the next update: (dict, dict), or None.
         traces: How many distinct shapes were traced so far.
         cut: How a micro-batch is divided; no number depends on it but by rounding.
     """
@@ -94,6 +93,7 @@ class Step:
         seed: int = 42,
         accepts_loss_kwargs: bool = True,
         counts_every_label: bool = False,
+        computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
@@ -105,14 +105,36 @@ class Step:
         self.draws = 0
         self.traces = 0
         self.cut: Cut = keep_whole
-        self.params = objective.slots.read()
-        self.state = optimizer.init(self.params)
-        self.carry: Any = None
+        self._computed_in = computed_in
+        self._carry: tuple[Arrays, Arrays] | None = None
+        params = objective.slots.read()
+        self.load(params, optimizer.init(params))
         # Weights are constants of the trace, so they must be data by then, not a pending read from disk.
-        mx.eval(objective.model.parameters(), self.params, self.state)
-        wrap: Callable = mx.compile if compiled else (lambda function: function)
+        mx.eval(objective.model.parameters(), self._params, self._state)
+        wrap = self._wrap = mx.compile if compiled else _as_it_is
         self._accumulate = wrap(self._accumulate_micro)
         self._update = wrap(self._update_micro)
+
+    @property
+    def params(self) -> Arrays:
+        """Flat {MLX name: array}: views of what is kept; another dict after each update."""
+        if self._views is None:
+            self._views = self._bundles.unpack(self._params)
+        return self._views
+
+    @property
+    def state(self) -> dict[str, Arrays]:
+        """The optimizer's state, {torch's name: {MLX name: array}}: views of what is kept."""
+        return {slot: self._bundles.unpack(arrays) for slot, arrays in self._state.items()}
+
+    @property
+    def carry(self) -> tuple[Arrays, Arrays] | None:
+        """Gradients by MLX name and metrics that are accumulated towards the next update, or None."""
+        return None if self._carry is None else (self._bundles.unpack(self._carry[0]), self._carry[1])
+
+    @carry.setter
+    def carry(self, carry: tuple[Arrays, Arrays] | None) -> None:
+        self._carry = None if carry is None else (self._bundles.pack(carry[0]), carry[1])
 
     def __call__(self, window: Sequence[Inputs], step: int, lr: float) -> StepMetrics:
         """Run one window and update the parameters.
@@ -123,51 +145,67 @@ class Step:
             lr: Learning rate of this step.
         """
         hyper = {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
-        pieces = self._pieces(window, len(window))
-        self._accumulate_all(pieces[:-1])
         try:
-            self.params, self.state, sums = self._update(self.params, self.state, self.carry, *pieces[-1], hyper)
+            sums = self._train(self._pieces(window, len(window)), hyper)
         finally:
-            # Tracing leaves placeholders in the model; put arrays back whatever happened.
-            self.objective.slots.bind(self.params)
-        self.carry = None
-        mx.async_eval(self.params, self.state, sums)
+            self._bind()
+        self._carry = None
         return StepMetrics(**sums)
 
     def accumulate(self, window: Sequence[Inputs], count: int) -> None:
         """Add the gradients of the first ``count`` micro-batches to the carry, without an update."""
-        self._accumulate_all(self._pieces(window, count))
+        try:
+            self._accumulate_all(self._pieces(window, count))
+        finally:
+            self._bind()
 
     def take_carried(self) -> StepMetrics | None:
         """What the carry measured since it was last taken; its gradients stay. None when nothing is carried."""
-        if self.carry is None:
+        if self._carry is None:
             return None
-        grads, sums = self.carry
-        self.carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
+        grads, sums = self._carry
+        self._carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
         return StepMetrics(**sums, grad_norm=None)
 
-    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
-        try:
-            for arrays, weights in pieces:
-                self.carry = self._accumulate(self.params, self.carry, arrays, weights)
-                # Starts the device on this piece without waiting for it.
-                mx.async_eval(self.carry)
-        finally:
-            self.objective.slots.bind(self.params)
+    def load(self, params: Arrays, state: dict[str, Arrays]) -> None:
+        """Replace parameters and optimizer state, e.g. by those of a checkpoint.
 
-    def load(self, params: Arrays, state: Any) -> None:
-        """Replace parameters and optimizer state, e.g. by those of a checkpoint."""
-        self.params, self.state = params, state
-        self.objective.slots.bind(params)
+        Args:
+            params: Flat {MLX name: array}.
+            state: {torch's name: {MLX name: array}}.
+        """
+        largest = LARGEST if self.optimizer.elementwise else 0
+        self._bundles = Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+        self._params = self._bundles.pack(params)
+        self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
+        self._bind()
 
     def hold(self) -> Held:
         """What :meth:`restore` goes back to."""
-        return Held(self.params, self.state, self.carry, self.draws)
+        return Held(self._params, self._state, self._carry, self.draws)
 
     def restore(self, held: Held) -> None:
         """Undo what was done since ``held``."""
-        self.load(held.params, held.state)
-        self.carry, self.draws = held.carry, held.draws
+        self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
+        self._bind()
+
+    def _bind(self) -> None:
+        # Tracing leaves placeholders in the model; put arrays back whatever happened.
+        self._views = None
+        self.objective.slots.bind(self.params)
+
+    def _train(self, pieces: Sequence[tuple[Arrays, Arrays]], hyper: Arrays) -> Arrays:
+        """Accumulate ``pieces``, the last of a window, and update; what it measured."""
+        self._accumulate_all(pieces[:-1])
+        self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
+        mx.async_eval(self._params, self._state, sums)
+        return sums
+
+    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
+        for arrays, weights in pieces:
+            self._carry = self._accumulate(self._params, self._carry, arrays, weights)
+            # Starts the device on this piece without waiting for it.
+            mx.async_eval(self._carry)
 
     def _weights(self, window: Sequence[Inputs]) -> list[Arrays]:
         items = max(sum(micro.labelled if self.counts_every_label else micro.valid for micro in window), 1)
@@ -189,13 +227,16 @@ class Step:
         made = []
         for micro, weights in zip(window[:count], self._weights(window), strict=False):
             first_row = 0
-            for piece in self.cut(micro):
+            for piece in self._cut(micro):
                 counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
                 key = mx.array([self.seed, self.draws, first_row], mx.uint32)
                 made.append(({**piece, "key": key}, counted))
                 first_row += piece["input_ids"].shape[0]
             self.draws += 1
         return made
+
+    def _cut(self, micro: Inputs) -> Sequence[Arrays]:
+        return self.cut(micro)
 
     def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
@@ -207,7 +248,8 @@ class Step:
                 loss = loss + self.objective.aux_coefficient * sums.aux_loss * weights["aux_loss"]
             return loss, sums
 
-        (loss, sums), grads = mx.value_and_grad(weighted)(params)
+        (loss, sums), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
+        grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
         metrics = {
             "loss": loss,
             "entropy": sums.entropy * weights["metric"],
@@ -217,12 +259,16 @@ class Step:
         }
         if carry is None:
             return grads, metrics
-        return _add(carry[0], grads), _add(carry[1], metrics)
+        return add(carry[0], grads), add(carry[1], metrics)
 
     def _update_micro(
         self, params: Arrays, state: Any, carry: Any, arrays: Arrays, weights: Arrays, hyper: Arrays
     ) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics = self._accumulate_micro(params, carry, arrays, weights)
+        carry = self._accumulate_micro(params, carry, arrays, weights)
+        return self._update_carried(params, state, carry, hyper)
+
+    def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
+        grads, metrics = carry
         grads, scale, norm = clip_gradients(grads, self.clip)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
@@ -249,5 +295,10 @@ def trainable_arrays(model: Any) -> Arrays:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def _add(a: Arrays, b: Arrays) -> Arrays:
+def _as_it_is(function: Callable) -> Callable:
+    return function
+
+
+def add(a: Arrays, b: Arrays) -> Arrays:
+    """The sums of two dicts of the same keys."""
     return {key: a[key] + b[key] for key in a}

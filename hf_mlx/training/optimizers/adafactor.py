@@ -21,6 +21,8 @@ class Adafactor(Optimizer):
     whatever the parameter's dtype.
     """
 
+    elementwise = False
+
     def slots(self, param: mx.array) -> Mapping[str, tuple[int, ...]]:
         shape = param.shape
         if len(shape) < 2:

@@ -34,6 +34,8 @@ class Optimizer(ABC):
 
     #: What ``plan.options`` may hold, with torch's defaults.
     defaults: Mapping[str, Any] = {}
+    #: Whether each element is updated by itself, so that arrays may be updated end to end.
+    elementwise: bool = True
 
     def __init__(self, plan: OptimPlan, decay: frozenset[str]) -> None:
         self.plan = plan

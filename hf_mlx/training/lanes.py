@@ -1,0 +1,109 @@
+"""A step whose rows go over the cores of a Linux CPU.
+
+MLX's CPU backend runs all but matrix products on one core. Rows do not depend on each other, so here each core takes
+some of them through the whole step, with products on one thread, and the gradients are added up.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, reduce
+from typing import Any
+
+import mlx.core as mx
+
+from ..blas import blas_threads, single_threaded_blas
+from ..settings.clipping import GradClip
+from .inputs import Inputs
+from .objective import Objective
+from .optim import Optimizer
+from .splitting import split_arrays
+from .step import Arrays, Step, add
+
+
+class LanedStep(Step):
+    """:class:`~hf_mlx.training.step.Step` with the rows of a micro-batch in lanes; rounding apart its numbers.
+
+    Args:
+        lanes: Cores to use.
+        options: Those of the base class.
+    """
+
+    def __init__(self, *args: Any, lanes: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lanes = lanes
+        self._streams = [_stream(lane) for lane in range(lanes)]
+        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
+        self._finish = self._wrap(self._update_carried)
+
+    def _cut(self, micro: Inputs) -> Sequence[Arrays]:
+        return [part for piece in super()._cut(micro) for part in split_arrays(piece, self._count(piece))]
+
+    def _count(self, piece: Arrays) -> int:
+        """Lanes for ``piece``: one where the rows would leave most cores idle, which its products then use."""
+        rows = piece["input_ids"].shape[0]
+        return min(rows, self.lanes) if 2 * rows > self.lanes else 1
+
+    def _train(self, pieces: Sequence[tuple[Arrays, Arrays]], hyper: Arrays) -> Arrays:
+        if len(pieces) == 1:
+            return super()._train(pieces, hyper)
+        self._accumulate_all(pieces)
+        self._params, self._state, sums = self._finish(self._params, self._state, self._carry, hyper)
+        mx.async_eval(self._params, self._state, sums)
+        return sums
+
+    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
+        if len(pieces) < 2:
+            super()._accumulate_all(pieces)
+            return
+        # The lanes wait for nothing that is still under way on this thread.
+        mx.eval(self._params)
+        carries: list[Any] = [None] * self.lanes
+        with single_threaded_blas():
+            for first in range(0, len(pieces), self.lanes):
+                self._run(pieces[first : first + self.lanes], carries)
+        grads, sums = zip(*filter(None, (self._carry, *carries)), strict=True)
+        self._carry = reduce(add, grads), reduce(add, sums)
+
+    def _run(self, pieces: Sequence[tuple[Arrays, Arrays]], carries: list[Any]) -> None:
+        """Add a piece to the carry of each lane, side by side."""
+        under_way = []
+        try:
+            for lane, (arrays, weights) in enumerate(pieces):
+                with mx.stream(self._streams[lane]):
+                    carries[lane] = self._accumulate(self._params, carries[lane], arrays, weights)
+                under_way.append(self._pool.submit(mx.eval, carries[lane]))
+        finally:
+            wait(under_way)
+        for lane in under_way:
+            lane.result()
+
+
+@cache
+def _stream(lane: int) -> mx.Stream:
+    """A stream for graphs that this thread makes and another evaluates, which MLX's plain ones do not allow."""
+    return mx.new_thread_unsafe_stream(mx.cpu)
+
+
+def count_lanes() -> int:
+    """Cores that a step may spread over: on the Linux CPU those that OpenBLAS uses, elsewhere one.
+
+    ``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` limit them, as they limit OpenBLAS.
+    """
+    if sys.platform != "linux" or mx.default_device() != mx.Device(mx.cpu) or mx.cuda.is_available():
+        return 1
+    return blas_threads() or len(os.sched_getaffinity(0))
+
+
+def make_step(objective: Objective, optimizer: Optimizer, clip: GradClip, **options: Any) -> Step:
+    """The step for this device, in lanes where there is more than one core for them.
+
+    Experts that are balanced over a micro-batch keep it whole.
+    """
+    lanes = count_lanes()
+    if lanes == 1 or objective.routers is not None:
+        return Step(objective, optimizer, clip, **options)
+    return LanedStep(objective, optimizer, clip, lanes=lanes, **options)
