@@ -9,8 +9,13 @@ import pytest
 from hf_mlx.training.command_buffers import BUFFERS, WIDTH, limit_pending_work, wait_for_memory
 
 
-def plan(*, checkpointing=False, use_cpu=False):
-    return SimpleNamespace(use_cpu=use_cpu, checkpointing=SimpleNamespace(enabled=checkpointing))
+def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024):
+    return SimpleNamespace(
+        use_cpu=use_cpu,
+        checkpointing=SimpleNamespace(enabled=checkpointing),
+        batch=SimpleNamespace(train_batch_size=rows),
+        data=SimpleNamespace(max_length=tokens),
+    )
 
 
 @pytest.fixture
@@ -27,6 +32,14 @@ def test_a_run_with_checkpointing_gets_smaller_buffers_and_the_environment_stays
 
     assert int(recomputed["MLX_MAX_MB_PER_BUFFER"]) < int(kept["MLX_MAX_MB_PER_BUFFER"])
     assert dict(os.environ) == before
+
+
+def test_smaller_micro_batches_get_smaller_buffers(cuda):
+    sizes = [(64, 1024), (8, 1024), (1, None), (4, 1024), (2, 1024), (1, 16)]
+    given = [int(limit_pending_work(plan(rows=r, tokens=t))["MLX_MAX_MB_PER_BUFFER"]) for r, t in sizes]
+
+    assert given == sorted(given, reverse=True)
+    assert given[0] == given[1] == given[2] > given[3] > given[4] >= given[5] > 0
 
 
 @pytest.mark.parametrize("name", BUFFERS)

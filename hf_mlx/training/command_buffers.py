@@ -18,8 +18,10 @@ from ..settings.plan import TrainPlan
 
 WIDTH = "MLX_BFS_MAX_WIDTH"
 BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
-# MiB of arrays in a buffer: measured in docs/performance.md.
-MEGABYTES = 400
+# MiB of arrays in a buffer, measured in docs/performance.md: for micro-batches of 8,192 tokens and more, in proportion
+# for smaller ones, and the least.
+MEGABYTES, TOKENS = 400, 8192
+LEAST_MEGABYTES = 100
 MEGABYTES_CHECKPOINTED = 20
 
 
@@ -37,7 +39,7 @@ def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
     """
     limits = {} if WIDTH in os.environ else {WIDTH: "1"}
     if not plan.use_cpu and mx.cuda.is_available() and not any(name in os.environ for name in BUFFERS):
-        limits[BUFFERS[1]] = str(MEGABYTES_CHECKPOINTED if plan.checkpointing.enabled else MEGABYTES)
+        limits[BUFFERS[1]] = str(_choose_megabytes(plan))
     os.environ.update(limits)
     try:
         mx.eval(mx.zeros(1) + 1)
@@ -45,6 +47,15 @@ def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
         for name in limits:
             del os.environ[name]
     return limits
+
+
+def _choose_megabytes(plan: TrainPlan) -> int:
+    if plan.checkpointing.enabled:
+        return MEGABYTES_CHECKPOINTED
+    if plan.data.max_length is None:
+        return MEGABYTES
+    tokens = plan.batch.train_batch_size * plan.data.max_length
+    return min(max(MEGABYTES * tokens // TOKENS, LEAST_MEGABYTES), MEGABYTES)
 
 
 def on_cuda(backend: Any = mx) -> bool:
