@@ -2,8 +2,8 @@
 
 Each runs as its users run it: MLXSFTTrainer and SFTTrainer from the same script with logging, callbacks and norm
 clipping, mlx-lm from its own LoRA layers and train(). The model is built at random from a configuration, so nothing is
-downloaded. Every peer runs in a process of its own, so that its peak memory is its own; the peak counts the steps after
-warm-up, without loading.
+downloaded. Every peer runs each shape in a process of its own, so that its peak memory is its own; the peak counts the
+steps after warm-up, without loading.
 
     python benchmarks/sft_step.py                    # a small model, what a CPU can do
     python benchmarks/sft_step.py --preset llama-1b --dtype bfloat16 --checkpointing off on --json out.json
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def main() -> None:
         job = vars(options) | {"folder": folder, "model": PRESETS[options.preset]}
         run_peer({**job, "peer": "make-model"}, folder)
         for checkpointing in options.checkpointing:
-            for peer in options.peers:
-                job |= {"peer": peer, "on": checkpointing == "on"}
+            for peer, shape in product(options.peers, options.shapes):
+                job |= {"peer": peer, "on": checkpointing == "on", "shapes": [shape]}
                 results += run_peer(job, folder)
     report = {"versions": versions(), "preset": options.preset, "dtype": options.dtype, "results": results}
     print(table(options, results))
@@ -115,8 +116,8 @@ def table(options: argparse.Namespace, results: list[dict]) -> str:
             f"{r['peak'] / 2**30:9.2f} {r['peak'] / base['peak']:7.2f}"
         )
         if "bare" in r:
-            overhead = r["seconds"] / r["bare"] - 1
-            lines.append(f"{'':15}the trainer over its bare compiled step: {100 * overhead:+.1f}%")
+            overhead = r["median"] / r["bare"] - 1
+            lines.append(f"{'':15}the trainer over its bare compiled step, medians: {100 * overhead:+.1f}%")
     return "\n".join(lines)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import resource
+import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +100,10 @@ class Clock:
             self.ends.append(time.perf_counter())
 
     def result(self) -> dict[str, Any]:
-        """Mean seconds of a step, each interval's end, and the peak in bytes."""
-        seconds = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
-        return {"seconds": seconds, "ends": [e - self.ends[0] for e in self.ends], "peak": self.memory.peak()}
+        """Mean and median seconds of a step, each interval's end, and the peak in bytes."""
+        ends = [end - self.ends[0] for end in self.ends]
+        median = statistics.median(after - before for before, after in pairwise(ends))
+        return {"seconds": ends[-1] / (len(ends) - 1), "median": median, "ends": ends, "peak": self.memory.peak()}
 
 
 class MLXMemory:
@@ -194,24 +197,33 @@ def run_hf_mlx(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
 
     clock = Clock(job, MLXMemory())
     trainer = make_trainer(MLXSFTTrainer, job, rows, tokens, clock)
+    before = time_bare_step(trainer, job)
     trainer.train()
     result = clock.result() | {"windows": job["accumulate"], "losses": losses(trainer)}
-    return result | {"traces": trainer.session.step.traces, "bare": time_bare_step(trainer, job)}
+    after = time_bare_step(trainer, job)
+    # On both sides of the run, since a device is not as fast cold as it is warm.
+    return result | {"traces": trainer.session.step.traces, "bare": (before + after) / 2, "bare_each": [before, after]}
 
 
 def time_bare_step(trainer: Any, job: dict[str, Any]) -> float:
-    """Seconds of the trainer's compiled step alone, on one batch that is already on the device."""
+    """Median seconds of the trainer's compiled step alone, on one batch that is already on the device."""
+    from hf_mlx.data.generator import TorchGenerator
+    from hf_mlx.surface.estimate import estimate_memory
+    from hf_mlx.training.command_buffers import wait_for_memory
+
     session, clock = trainer.session, Clock(job, MLXMemory())
-    loader = iter(trainer.data.train_loader(trainer.train_dataset))
+    loader = iter(trainer.data.train_loader(trainer.train_dataset, TorchGenerator(0)))
     window = [trainer.data.inputs(next(loader)) for _ in range(job["accumulate"])]
     session.loaded.model.train()
-    metrics = None
-    for step in range(clock.last):
-        before, metrics = metrics, session.step(window, step + 1, 1e-5)
-        if before is not None:
-            before.loss.item()  # keeps one step in flight, as the trainer does
-        clock.tick()
-    return clock.result()["seconds"]
+    held, metrics = session.step.hold(), None
+    with wait_for_memory(trainer.plan, lambda: estimate_memory(trainer).total):
+        for step in range(clock.last):
+            before, metrics = metrics, session.step(window, step + 1, 1e-5)
+            if before is not None:
+                before.loss.item()  # keeps one step in flight, as the trainer does
+            clock.tick()
+    session.step.restore(held)
+    return clock.result()["median"]
 
 
 def losses(trainer: Any) -> list[float]:
