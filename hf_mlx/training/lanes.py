@@ -17,7 +17,6 @@ import mlx.core as mx
 
 from ..blas import blas_threads, single_threaded_blas
 from ..settings.clipping import GradClip
-from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
 from .splitting import split_arrays
@@ -39,16 +38,13 @@ class LanedStep(Step):
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
         self._finish = self._wrap(self._update_carried)
 
-    def _cut(self, micro: Inputs) -> Sequence[Arrays]:
-        return [part for piece in super()._cut(micro) for part in split_arrays(piece, self._count(piece))]
-
-    def _count(self, piece: Arrays) -> int:
-        """Lanes for ``piece``: one where the rows would leave most cores idle, which its products then use."""
-        rows = piece["input_ids"].shape[0]
+    def _count(self, arrays: Arrays) -> int:
+        """Lanes for a piece: one where its rows would leave most cores idle, which its products then use."""
+        rows = arrays["input_ids"].shape[0]
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
     def _train(self, pieces: Sequence[tuple[Arrays, Arrays]], hyper: Arrays) -> Arrays:
-        if len(pieces) == 1:
+        if all(self._count(arrays) == 1 for arrays, _ in pieces):
             return super()._train(pieces, hyper)
         self._accumulate_all(pieces)
         self._params, self._state, sums = self._finish(self._params, self._state, self._carry, hyper)
@@ -56,30 +52,36 @@ class LanedStep(Step):
         return sums
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
-        if len(pieces) < 2:
-            super()._accumulate_all(pieces)
-            return
+        # One piece after the other: no more rows are under way than without lanes.
+        for arrays, weights in pieces:
+            count = self._count(arrays)
+            if count == 1:
+                super()._accumulate_all([(arrays, weights)])
+                continue
+            grads, sums = zip(*filter(None, (self._carry, *self._run(arrays, weights, count))), strict=True)
+            self._carry = reduce(add, grads), reduce(add, sums)
+            mx.async_eval(self._carry)
+
+    def _run(self, arrays: Arrays, weights: Arrays, count: int) -> list[Any]:
+        """What each of ``count`` lanes makes of its rows of a piece, evaluated."""
         # The lanes wait for nothing that is still under way on this thread.
         mx.eval(self._params)
-        carries: list[Any] = [None] * self.lanes
+        carries, under_way, first_row = [], [], 0
         with single_threaded_blas():
-            for first in range(0, len(pieces), self.lanes):
-                self._run(pieces[first : first + self.lanes], carries)
-        grads, sums = zip(*filter(None, (self._carry, *carries)), strict=True)
-        self._carry = reduce(add, grads), reduce(add, sums)
-
-    def _run(self, pieces: Sequence[tuple[Arrays, Arrays]], carries: list[Any]) -> None:
-        """Add a piece to the carry of each lane, side by side."""
-        under_way = []
-        try:
-            for lane, (arrays, weights) in enumerate(pieces):
-                with mx.stream(self._streams[lane]):
-                    carries[lane] = self._accumulate(self._params, carries[lane], arrays, weights)
-                under_way.append(self._pool.submit(mx.eval, carries[lane]))
-        finally:
-            wait(under_way)
+            try:
+                for lane, part in enumerate(split_arrays(arrays, count)):
+                    part |= {"key": arrays["key"] + mx.array([0, 0, first_row], mx.uint32)}
+                    counted = weights if lane == 0 else {**weights, "micro_batch": mx.array(0.0)}
+                    mx.eval(part)
+                    with mx.stream(self._streams[lane]):
+                        carries.append(self._accumulate(self._params, None, part, counted))
+                    under_way.append(self._pool.submit(mx.eval, carries[-1]))
+                    first_row += part["input_ids"].shape[0]
+            finally:
+                wait(under_way)
         for lane in under_way:
             lane.result()
+        return carries
 
 
 @cache

@@ -227,16 +227,13 @@ class Step:
         made = []
         for micro, weights in zip(window[:count], self._weights(window), strict=False):
             first_row = 0
-            for piece in self._cut(micro):
+            for piece in self.cut(micro):
                 counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
                 key = mx.array([self.seed, self.draws, first_row], mx.uint32)
                 made.append(({**piece, "key": key}, counted))
                 first_row += piece["input_ids"].shape[0]
             self.draws += 1
         return made
-
-    def _cut(self, micro: Inputs) -> Sequence[Arrays]:
-        return self.cut(micro)
 
     def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
