@@ -63,22 +63,27 @@ def load_openblas() -> str | None:
 
 def blas_threads() -> int | None:
     """Threads that OpenBLAS computes a product with; None where it was not loaded here."""
-    return None if _Once.library is None else ctypes.CDLL(_Once.library).openblas_get_num_threads()
+    library = _openblas()
+    return None if library is None else library.openblas_get_num_threads()
 
 
 @contextmanager
 def single_threaded_blas() -> Iterator[None]:
     """Products on one thread each inside the block, so that several can be computed side by side."""
-    threads = blas_threads()
-    if _Once.library is None or threads is None:
+    library = _openblas()
+    if library is None:
         yield
         return
-    set_threads = ctypes.CDLL(_Once.library).openblas_set_num_threads
-    set_threads(1)
+    threads = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(1)
     try:
         yield
     finally:
-        set_threads(threads)
+        library.openblas_set_num_threads(threads)
+
+
+def _openblas() -> ctypes.CDLL | None:
+    return None if _Once.library is None else ctypes.CDLL(_Once.library)
 
 
 def _wants_openblas() -> bool:

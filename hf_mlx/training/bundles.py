@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-Arrays = dict[str, mx.array]
+from .optimizers.contract import Arrays
 
 #: Elements above which an array stays alone: starting its kernels is then little, and copying its gradient is not.
 LARGEST = 1 << 20
