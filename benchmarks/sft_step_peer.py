@@ -99,11 +99,18 @@ class Clock:
         if self.step >= self.first:
             self.ends.append(time.perf_counter())
 
+    def restart(self) -> None:
+        """Time another run."""
+        self.ends, self.step = [], 0
+
+    def intervals(self) -> list[float]:
+        """Seconds of each timed step."""
+        return [after - before for before, after in pairwise(self.ends)]
+
     def result(self) -> dict[str, Any]:
-        """Mean and median seconds of a step, each interval's end, and the peak in bytes."""
-        ends = [end - self.ends[0] for end in self.ends]
-        median = statistics.median(after - before for before, after in pairwise(ends))
-        return {"seconds": ends[-1] / (len(ends) - 1), "median": median, "ends": ends, "peak": self.memory.peak()}
+        """Mean seconds of a step, those of each, and the peak in bytes."""
+        each = self.intervals()
+        return {"seconds": statistics.mean(each), "each": each, "peak": self.memory.peak()}
 
 
 class MLXMemory:
@@ -197,16 +204,20 @@ def run_hf_mlx(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
 
     clock = Clock(job, MLXMemory())
     trainer = make_trainer(MLXSFTTrainer, job, rows, tokens, clock)
-    before = time_bare_step(trainer, job)
     trainer.train()
     result = clock.result() | {"windows": job["accumulate"], "losses": losses(trainer)}
-    after = time_bare_step(trainer, job)
-    # On both sides of the run, since a device is not as fast cold as it is warm.
-    return result | {"traces": trainer.session.step.traces, "bare": (before + after) / 2, "bare_each": [before, after]}
+    # In turn, since a GPU at its power limit is not as fast from one second to the next.
+    alone, whole = [], []
+    for _ in range(job["rounds"]):
+        alone += time_bare_step(trainer, job)
+        clock.restart()
+        trainer.train()
+        whole += clock.intervals()
+    return result | {"traces": trainer.session.step.traces, "alone": alone, "whole": whole}
 
 
-def time_bare_step(trainer: Any, job: dict[str, Any]) -> float:
-    """Median seconds of the trainer's compiled step alone, on one batch that is already on the device."""
+def time_bare_step(trainer: Any, job: dict[str, Any]) -> list[float]:
+    """Seconds of each step of the trainer's compiled step alone, on one batch that is already on the device."""
     from hf_mlx.data.generator import TorchGenerator
     from hf_mlx.surface.estimate import estimate_memory
     from hf_mlx.training.command_buffers import wait_for_memory
@@ -223,7 +234,7 @@ def time_bare_step(trainer: Any, job: dict[str, Any]) -> float:
                 before.loss.item()  # keeps one step in flight, as the trainer does
             clock.tick()
     session.step.restore(held)
-    return clock.result()["median"]
+    return clock.intervals()
 
 
 def losses(trainer: Any) -> list[float]:
