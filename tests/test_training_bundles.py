@@ -133,3 +133,31 @@ def test_gradients_that_wait_for_an_update_go_out_and_come_back_by_name():
 
     assert all(mx.array_equal(value, resumed.params[name]) for name, value in whole.params.items())
     assert whole.carry is None
+
+
+@pytest.mark.parametrize("arrange", [reversed, sorted], ids=["reversed", "sorted"])
+def test_arrays_that_are_loaded_in_another_order_are_the_same(arrange):
+    plain, loaded = make_step(OPTIMIZERS["adamw"]), make_step(OPTIMIZERS["adamw"])
+    for step in (plain, loaded):
+        run(step, steps=2)
+    traces = loaded.traces
+    loaded.load(
+        {name: loaded.params[name] for name in arrange(list(SHAPES))},
+        {slot: {name: arrays[name] for name in arrange(list(SHAPES))} for slot, arrays in loaded.state.items()},
+    )
+    norms = [run(step, steps=2) for step in (plain, loaded)]
+
+    assert norms[0] == norms[1] and list(loaded.params) == list(SHAPES)
+    assert all(mx.array_equal(value, loaded.params[name]) for name, value in plain.params.items())
+    assert loaded.traces == traces
+
+
+def test_arrays_of_another_dtype_are_traced_anew():
+    step, lowered = make_step(OPTIMIZERS["adamw"]), make_step(OPTIMIZERS["adamw"], mx.bfloat16)
+    run(step)
+    params = {name: value.astype(mx.bfloat16) for name, value in make_arrays().items()}
+    step.load(params, step.optimizer.init(params))
+    step.draws = 0
+
+    assert run(step) == run(lowered)
+    assert all(mx.array_equal(value, step.params[name]) for name, value in lowered.params.items())

@@ -108,7 +108,7 @@ FIRST, LAST = ("gate_proj", "fc1", "gate_up_proj"), ("down_proj", "fc2")
 @pytest.mark.parametrize("frozen", [(), FIRST, LAST], ids=["all", "first", "last"])
 @pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep])
 def test_the_gradients_are_those_of_the_plain_network(network, frozen, compiled, on_cpu, monkeypatch):
-    monkeypatch.setattr("hf_mlx.training.feed_forward._on_cpu", lambda: on_cpu)
+    monkeypatch.setattr("hf_mlx.training.feed_forward.on_cpu", lambda: on_cpu)
     plain, changed = (make_blocks(network, 3) for _ in range(2))
     for blocks in (plain, changed):
         for layer in blocks.layers:

@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_cpu
+
 _HALF = (mx.bfloat16, mx.float16)
 
 
@@ -61,4 +63,4 @@ def gather_mm(a: mx.array, b: mx.array, **options: Any) -> mx.array:
 
 def widens(a: mx.array) -> bool:
     """Whether what is computed from ``a`` goes through fp32 here: half precision on the CPU backend."""
-    return a.dtype in _HALF and mx.default_device().type == mx.cpu
+    return a.dtype in _HALF and on_cpu()

@@ -83,6 +83,10 @@ class Bundles:
         bundled = {name for bundle in self._bundles.values() for name in bundle.shapes}
         self._alone = [name for name in params if name not in bundled]
 
+    def __eq__(self, other: object) -> bool:
+        """Whether every array lies where it does in ``other``."""
+        return isinstance(other, Bundles) and (self._names, self._bundles) == (other._names, other._bundles)
+
     def pack(self, arrays: Mapping[str, mx.array]) -> Arrays:
         """Arrays as they are kept: of each bundle one, flat.
 

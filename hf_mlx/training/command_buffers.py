@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_cuda
 from ..settings.plan import TrainPlan
 
 WIDTH = "MLX_BFS_MAX_WIDTH"
@@ -56,11 +57,6 @@ def _choose_megabytes(plan: TrainPlan) -> int:
         return MEGABYTES
     tokens = plan.batch.train_batch_size * plan.data.max_length
     return min(max(MEGABYTES * tokens // TOKENS, LEAST_MEGABYTES), MEGABYTES)
-
-
-def on_cuda(backend: Any = mx) -> bool:
-    """Whether MLX computes on a CUDA device."""
-    return backend.cuda.is_available() and backend.default_device() == backend.gpu
 
 
 @contextmanager

@@ -6,6 +6,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_cpu
+
 # Cephes expf: exp(x) = 2^k exp(r), with r = x - k ln 2 in two parts of ln 2, and a polynomial for exp(r).
 _LOG2_E = 1.44269504088896341
 _LN2 = (0.693359375, -2.12194440e-4)
@@ -24,7 +26,7 @@ def exponential(x: mx.array) -> mx.array:
     Args:
         x: float32, <= 0; NaN stays NaN.
     """
-    if mx.default_device().type != mx.cpu:
+    if not on_cpu():
         return mx.exp(x)
     function: Any = mx.custom_function(_expand)
     function.vjp(lambda _, cotangent, output: cotangent * output)

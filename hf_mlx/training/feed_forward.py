@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.layers import LoRALinear, layer_dims
+from ..device import on_cpu
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, LoRALinear)
 
@@ -159,7 +160,7 @@ def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx
         read, params = primals[:count], primals[count:]
         # Not before the gradient is there, or it would be kept after all.
         ready = mx.depends(read, [by_output])
-        if _on_cpu():
+        if on_cpu():
             return tuple(mx.vjp(forward, [*ready, *params], [by_output])[1])
         _, (by_hidden, *by_params) = mx.vjp(project, [between(*ready), *params], [by_output])
         # Its own copies for each, or the compiler would find out what they share.
@@ -173,10 +174,6 @@ def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx
         return closed(*read, *(value for _, value in flat))
     finally:
         layer.update(trained)
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def _derive(function: Callable[..., mx.array], args: list[mx.array], index: int, cotangent: mx.array) -> mx.array:

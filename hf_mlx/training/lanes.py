@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..blas import blas_threads, single_threaded_blas
+from ..device import on_cpu
 from ..settings.clipping import GradClip
 from .objective import Objective
 from .optim import Optimizer
@@ -36,6 +37,9 @@ class LanedStep(Step):
         self.lanes = lanes
         self._streams = [_stream(lane) for lane in range(lanes)]
         self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
+
+    def _compile(self) -> None:
+        super()._compile()
         self._finish = self._wrap(self._update_carried)
 
     def _count(self, arrays: Arrays) -> int:
@@ -95,7 +99,7 @@ def count_lanes() -> int:
 
     ``OPENBLAS_NUM_THREADS`` and ``OMP_NUM_THREADS`` limit them, as they limit OpenBLAS.
     """
-    if sys.platform != "linux" or mx.default_device() != mx.Device(mx.cpu) or mx.cuda.is_available():
+    if sys.platform != "linux" or not on_cpu() or mx.cuda.is_available():
         return 1
     return blas_threads() or len(os.sched_getaffinity(0))
 

@@ -14,9 +14,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
+from ..device import on_cuda
 from ..models.heads import Head, layers
 from ..settings.plan import TrainPlan
-from .command_buffers import on_cuda
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
 from .optim import Optimizer

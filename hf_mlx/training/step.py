@@ -107,13 +107,14 @@ class Step:
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
+        self._wrap = mx.compile if compiled else _as_it_is
         params = objective.slots.read()
+        self._names = list(params)
+        self._bundles = self._arrange(params)
+        self._compile()
         self.load(params, optimizer.init(params))
         # Weights are constants of the trace, so they must be data by then, not a pending read from disk.
         mx.eval(objective.model.parameters(), self._params, self._state)
-        wrap = self._wrap = mx.compile if compiled else _as_it_is
-        self._accumulate = wrap(self._accumulate_micro)
-        self._update = wrap(self._update_micro)
 
     @property
     def params(self) -> Arrays:
@@ -171,11 +172,16 @@ class Step:
         """Replace parameters and optimizer state, e.g. by those of a checkpoint.
 
         Args:
-            params: Flat {MLX name: array}.
+            params: Flat {MLX name: array}, in any order.
             state: {torch's name: {MLX name: array}}.
         """
-        largest = LARGEST if self.optimizer.elementwise else 0
-        self._bundles = Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+        params = {name: params[name] for name in self._names}
+        bundles = self._arrange(params)
+        if bundles != self._bundles:
+            # A trace holds where each array lies.
+            carry, self._bundles = self.carry, bundles
+            self.carry = carry
+            self._compile()
         self._params = self._bundles.pack(params)
         self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
         self._bind()
@@ -188,6 +194,14 @@ class Step:
         """Undo what was done since ``held``."""
         self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
         self._bind()
+
+    def _arrange(self, params: Arrays) -> Bundles:
+        largest = LARGEST if self.optimizer.elementwise else 0
+        return Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+
+    def _compile(self) -> None:
+        self._accumulate = self._wrap(self._accumulate_micro)
+        self._update = self._wrap(self._update_micro)
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..device import on_cpu
+
 BLOCK = 256
 
 
@@ -19,7 +21,7 @@ def blocked_sum(x: mx.array) -> mx.array:
     Returns:
         (...) float32.
     """
-    if mx.default_device().type != mx.cpu:
+    if not on_cpu():
         return x.sum(axis=-1)
     while x.shape[-1] > BLOCK:
         short = -x.shape[-1] % BLOCK

@@ -8,6 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_metal
+
 
 @contextmanager
 def wired_memory(backend: Any = mx) -> Iterator[None]:
@@ -18,8 +20,7 @@ def wired_memory(backend: Any = mx) -> Iterator[None]:
     Args:
         backend: ``mlx.core``.
     """
-    on_metal = backend.metal.is_available() and backend.default_device() == backend.gpu
-    recommended = backend.device_info().get("max_recommended_working_set_size") if on_metal else None
+    recommended = backend.device_info().get("max_recommended_working_set_size") if on_metal(backend) else None
     if recommended is None:
         yield
         return
