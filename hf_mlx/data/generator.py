@@ -32,8 +32,8 @@ class TorchGenerator:
     def __init__(self, seed: int = 0) -> None:
         self._engine = np.random.MT19937(0)
         self._draw = np.random.Generator(self._engine)
-        # The key as numpy has it, and as the list that a state holds.
-        self._listed: tuple[Any, list[int]] = None, []
+        # Key and position of the engine, until the next draw: a state is asked for at every step.
+        self._known: tuple[list[int], int] | None = None
         self.manual_seed(seed)
 
     def manual_seed(self, seed: int) -> TorchGenerator:
@@ -43,10 +43,12 @@ class TorchGenerator:
         legacy = np.random.RandomState(self.initial_seed & 0xFFFFFFFF).get_state(legacy=False)
         self._engine.state = {"bit_generator": "MT19937", "state": legacy["state"]}
         self._next_normal: float | None = None
+        self._known = None
         return self
 
     def random(self, n: int) -> np.ndarray:
         """The next ``n`` raw 32-bit draws of the engine: uint32, shape [n]."""
+        self._known = None
         return self._draw.integers(0, 2**32, n, dtype=np.uint32)
 
     def random64(self, n: int) -> np.ndarray:
@@ -138,21 +140,17 @@ class TorchGenerator:
 
     def get_state(self) -> dict[str, Any]:
         """Everything needed to go on from here: ``initial_seed``, ``key`` (624 ints), ``pos``, ``next_normal``."""
-        state = self._engine.state["state"]
-        # Asked for at every step, while the key changes once in 624 draws.
-        if not np.array_equal(state["key"], self._listed[0]):
-            self._listed = state["key"], state["key"].tolist()
-        return {
-            "initial_seed": self.initial_seed,
-            "key": list(self._listed[1]),
-            "pos": int(state["pos"]),
-            "next_normal": self._next_normal,
-        }
+        if self._known is None:
+            state = self._engine.state["state"]
+            self._known = state["key"].tolist(), int(state["pos"])
+        key, pos = self._known
+        return {"initial_seed": self.initial_seed, "key": list(key), "pos": pos, "next_normal": self._next_normal}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state that :meth:`get_state` returned."""
         key = np.array(state["key"], dtype=np.uint32)
         self._engine.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": state["pos"]}}
+        self._known = None
         self.initial_seed = state["initial_seed"]
         self._next_normal = state["next_normal"]
 

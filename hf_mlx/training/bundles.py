@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -32,6 +33,18 @@ class Bundle:
     shapes: Mapping[str, tuple[int, ...]]
     computed_in: mx.Dtype | None
 
+    @cached_property
+    def _cuts(self) -> tuple[list[int], list[int]]:
+        """Where a bundle is cut, and which of the pieces are arrays: the others are gaps."""
+        cuts, arrays, at, pieces = [], [], 0, 0
+        for shape in self.shapes.values():
+            arrays.append(pieces)
+            size = math.prod(shape)
+            for length in filter(None, (size, -size % ALIGNMENT)):
+                at, pieces = at + length, pieces + 1
+                cuts.append(at)
+        return cuts[:-1], arrays
+
     def pack(self, arrays: Mapping[str, mx.array]) -> mx.array:
         """All arrays end to end; gaps are zero."""
         pieces = []
@@ -44,13 +57,11 @@ class Bundle:
 
     def unpack(self, flat: mx.array) -> Arrays:
         """Views of the arrays in ``flat``."""
-        bounds, at = [], 0
-        for shape in self.shapes.values():
-            size = math.prod(shape)
-            bounds += [at + size, at + size + -size % ALIGNMENT]
-            at = bounds[-1]
-        pieces = mx.split(flat, bounds[:-1])[::2]
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        cuts, arrays = self._cuts
+        pieces = mx.split(flat, cuts)
+        return {
+            name: pieces[index].reshape(shape) for (name, shape), index in zip(self.shapes.items(), arrays, strict=True)
+        }
 
 
 class Bundles:
