@@ -50,15 +50,15 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed  ## side by side with mlx-lm and TRL: prints ratios
-	$(BIN)/python benchmarks/sft_step.py
+bench: $(VENV)/.installed  ## side by side with mlx-lm and TRL: prints ratios, keeps figures and a chart in bench-output
+	$(BIN)/python benchmarks/sft_step.py --json bench-output/sft_step.json --chart bench-output/sft_step.png
 
 docs: $(VENV)/.docs  ## build the pages into docs/_build
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 	@echo "docs/_build/index.html"
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build demo-output *.egg-info
+	rm -rf $(VENV) build dist docs/_build demo-output bench-output *.egg-info
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.system
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"

@@ -40,7 +40,10 @@ WORKER = Path(__file__).with_name("sft_step_peer.py")
 def main() -> None:
     """Run every peer on every shape and print the table."""
     options = parse()
-    results = []
+    for file in filter(None, (options.json, options.chart)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = []
+    report = {"versions": versions(), "preset": options.preset, "dtype": options.dtype, "results": results}
     with tempfile.TemporaryDirectory() as folder:
         job = vars(options) | {"folder": folder, "model": PRESETS[options.preset]}
         run_peer({**job, "peer": "make-model"}, folder)
@@ -48,10 +51,10 @@ def main() -> None:
             for peer, shape in product(options.peers, options.shapes):
                 job |= {"peer": peer, "on": checkpointing == "on", "shapes": [shape]}
                 results += run_peer(job, folder)
-    report = {"versions": versions(), "preset": options.preset, "dtype": options.dtype, "results": results}
+                # After each peer: what is measured stays, whatever comes next.
+                if options.json:
+                    Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(table(options, results))
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
     if options.chart:
         draw(results, options.chart)
 

@@ -1,0 +1,33 @@
+"""The benchmarks run as they stand: every peer trains, and figures, versions and chart are kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def test_a_step_beside_the_peers(tmp_path):
+    kept, chart = tmp_path / "out" / "step.json", tmp_path / "out" / "step.png"
+    words = ["--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1", "--json", kept, "--chart", chart]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "sft_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    report = json.loads(kept.read_text())
+    found = {result["peer"]: result for result in report["results"]}
+    assert list(found) == ["hf_mlx", "mlx-lm", "mlx-lm +1", "trl"]
+    assert all(result["seconds"] > 0 and result["peak"] > 0 and result["tokens"] == 16 for result in found.values())
+    # One round of the bare step and of the trainer.
+    assert len(found["hf_mlx"]["alone"]) == len(found["hf_mlx"]["whole"]) == 9
+    # The same script, rows and model have the same loss, logged once in ten steps.
+    assert len(found["trl"]["losses"]) == 1
+    assert found["hf_mlx"]["losses"] == pytest.approx(found["trl"]["losses"], rel=1e-4)
+    assert report["versions"]["mlx"] and report["versions"]["device"]
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
+    assert [row[2] for row in rows] == ["hf_mlx", "mlx-lm", "mlx-lm", "trl"]
+    assert chart.stat().st_size > 10_000
