@@ -82,7 +82,6 @@ class MLXSFTTrainer:
         grad_clip: The clip in force.
         args, state, control, callback_handler: As in ``transformers.Trainer``.
         train_dataset, eval_dataset: The prepared rows.
-        startup: Seconds from launch to the first step, stage by stage.
 
     Raises:
         HFMLXError: One of its subclasses, before any training.
