@@ -19,9 +19,9 @@ from .bundles import LARGEST, Bundles
 from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
+from .optimizers.contract import Arrays
 from .sums import blocked_sum
 
-Arrays = dict[str, mx.array]
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
 
