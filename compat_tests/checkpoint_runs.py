@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 # Modules that a child process finds imported already; none of them computes anything at import.
-PRELOAD = ["hf_mlx.trainer", "trl", "peft", "datasets", "transformers.trainer_callback"]
+PRELOAD = ["hf_mlx.trainers.sft", "trl", "peft", "datasets", "transformers.trainer_callback"]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 2,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pairs import Run, rows_of, run_mlx, tiny_model
 
-import hf_mlx.session
+import hf_mlx.feed
 from hf_mlx.data.fitting import fit_shapes
 from hf_mlx.data.shapes import Shapes
 
@@ -115,7 +115,7 @@ def test_rows_that_documents_share(rows, family, options, tmp_path, monkeypatch)
     settings = {**SETTINGS, "num_train_epochs": 2, "eval_strategy": "epoch", **LAYOUTS[rows]}
     runs = []
     for fit in (watch, lambda batches, share: Shapes()):
-        monkeypatch.setattr(hf_mlx.session, "fit_shapes", fit)
+        monkeypatch.setattr(hf_mlx.feed, "fit_shapes", fit)
         runs.append(run_mlx(model, settings, mixed, LORA, eval_dataset=_rows(mixed[:9])))
     assert any(shape.shared for shape in chosen)
     assert_one_curve(*runs, steps=sum("loss" in entry for entry in runs[0].history))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import HFMLXError
     from .settings.clipping import GradClip, resolve_grad_clip
     from .settings.ledger import explain
-    from .trainer import MLXSFTTrainer
+    from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
     "GradClip",
@@ -32,7 +32,7 @@ __all__ = [
 _HOMES = {
     "GradClip": "settings.clipping",
     "HFMLXError": "errors",
-    "MLXSFTTrainer": "trainer",
+    "MLXSFTTrainer": "trainers.sft",
     "explain": "settings.ledger",
     "export_adapter": "adapters.export",
     "import_adapter": "adapters.read",

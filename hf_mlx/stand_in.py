@@ -19,7 +19,7 @@ from .models.bridge import REQUESTED_BITS
 from .settings.legacy import translate_arguments
 from .settings.quantization import read_bits
 from .surface.estimate import describe_run
-from .trainer import MLXSFTTrainer
+from .trainers.sft import MLXSFTTrainer
 
 _TRAINER_HOMES = ("trl", "trl.trainer", "trl.trainer.sft_trainer")
 # Attention kernels that exist on CUDA only; transformers' own default takes their place.

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, cast
 
 from ..data.loader import RowLoader, StreamLoader
-from ..session import Data, Session
+from ..feed import Feed
+from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
 
@@ -21,7 +22,7 @@ class Evaluation:
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
     """
 
-    def __init__(self, session: Session, data: Data, *, before_metrics: Callable[[], None]) -> None:
+    def __init__(self, session: Session, data: Feed, *, before_metrics: Callable[[], None]) -> None:
         self._session = session
         self._data = data
         self._before_metrics = before_metrics

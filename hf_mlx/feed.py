@@ -1,0 +1,163 @@
+"""Datasets of a run: prepared rows, and the micro-batches that the step is fed with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+from .data.collate import Batch, collate, convert_batch
+from .data.fitting import SAMPLE, fit_shapes
+from .data.generator import TorchGenerator
+from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
+from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
+from .data.prepare import prepare, prepare_eval
+from .data.shapes import Shapes
+from .settings.plan import TrainPlan
+from .training.inputs import HostInputs, Inputs, make_host_inputs, make_inputs
+
+logger = logging.getLogger(__name__)
+
+# Columns that trl 1.16 keeps of a prepared row when remove_unused_columns is on.
+SIGNATURE_COLUMNS = ("input_ids", "labels", "seq_lengths")
+
+
+class Feed:
+    """Prepared datasets and the loaders over them.
+
+    Args:
+        plan: The whole plan.
+        tokenizer: Already prepared (eos, pad and chat template resolved).
+        collator: The user's ``data_collator``, or None.
+        formatting_func: Row to text, or None.
+        keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
+        vocab_size: Ids that the model can embed, which may be more than the tokenizer knows.
+
+    Attributes:
+        share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
+    """
+
+    def __init__(
+        self,
+        plan: TrainPlan,
+        tokenizer: Any,
+        *,
+        collator: Callable | None = None,
+        formatting_func: Callable | None = None,
+        keep_columns: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self._collator = collator
+        self._options: dict[str, Any] = {"formatting_func": formatting_func, "vocab_size": vocab_size}
+        self._keep_columns = keep_columns
+        # Where the order depends on torch's global generator, this is that generator.
+        self.rng = TorchGenerator(plan.batch.seed)
+        self.share_rows = False
+
+    def prepare_train(self, dataset: Any) -> Any:
+        """Rows of ``dataset`` as token ids and labels, equal to TRL's ``train_dataset``."""
+        self._train = prepare(
+            dataset, self.tokenizer, self.plan.data, name="train", packing=self.plan.data.packing, **self._options
+        )
+        logger.info(self._train.report.describe())
+        return self._train.dataset
+
+    def prepare_eval(self, dataset: Any) -> Any:
+        """The same for an evaluation dataset, or a dict of them."""
+        if dataset is None:
+            return None
+        prepared = prepare_eval(dataset, self.tokenizer, self.plan.data, like=self._train, **self._options)
+        if isinstance(prepared, dict):
+            return {name: part.dataset for name, part in prepared.items()}
+        return prepared.dataset
+
+    def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
+        """Micro-batches in the order of transformers' train dataloader.
+
+        Args:
+            dataset: A prepared one.
+            rng: Stands for torch's global generator; None takes the run's.
+        """
+        plan = self.plan.batch
+        lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
+
+        def order(epoch: int) -> Any:
+            return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
+
+        return make_loader(dataset, plan.train_batch_size, self._collate, order=order, drop_last=plan.drop_last)
+
+    def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
+        """Micro-batches from first to last; grouped by length when training is (as upstream)."""
+        plan = self.plan.batch
+        self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
+        if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
+            return make_loader(dataset, plan.eval_batch_size, self._collate)
+        lengths = self._row_lengths(dataset)
+        seed = plan.seed if plan.data_seed is None else plan.data_seed
+
+        def order(_: int) -> Any:
+            return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
+
+        return make_loader(dataset, plan.eval_batch_size, self._collate, order=order)
+
+    def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
+        """``batch`` as device arrays, in one of the run's shapes.
+
+        Args:
+            batch: Of one of the loaders.
+            keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
+        """
+        return make_inputs(batch, self.tokenizer.pad_token_id, None if keep_rows else self.shapes)
+
+    def train_batches(
+        self, loader: RowLoader | StreamLoader, epoch: int, skip: int
+    ) -> Iterator[tuple[Batch, HostInputs]]:
+        """The micro-batches of an epoch without the first ``skip``, laid into rows.
+
+        They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
+        those of a stream, nor of a user's collator, which may draw random numbers.
+        """
+        pad_token_id = self.tokenizer.pad_token_id
+        batches = loader.batches(epoch, skip=skip)
+        laid = ((batch, make_host_inputs(batch, pad_token_id, self.shapes)) for batch in batches)
+        if self._collator is not None or not isinstance(loader, RowLoader):
+            return laid
+        return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
+
+    def _row_lengths(self, dataset: Any) -> list[int]:
+        # transformers looks for the column once it has removed those that the model does not take.
+        column = self.plan.batch.length_column_name
+        if self._keep_columns and column in dataset.column_names:
+            return list(dataset[column])
+        return count_tokens(dataset)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
+        dataset = self._train.dataset
+        # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
+        if self._collator is not None or not hasattr(dataset, "__len__"):
+            return Shapes(share=self.share_rows)
+        # A generator of its own leaves the run's order alone.
+        loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
+        assert isinstance(loader, RowLoader)
+        return fit_shapes(loader.sample(SAMPLE), share=self.share_rows)
+
+    def count_steps(self, dataset: Any) -> Steps:
+        """Batches, updates and steps of a run over ``dataset``."""
+        return count_steps(len(dataset) if hasattr(dataset, "__len__") else None, self.plan.batch)
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+        if self._collator is not None:
+            if not self._keep_columns:
+                rows = [{key: row[key] for key in SIGNATURE_COLUMNS if key in row} for row in rows]
+            return convert_batch(self._collator(rows))
+        return collate(
+            rows,
+            pad_token_id=self.tokenizer.pad_token_id,
+            padding_free=self._train.padding_free,
+            pad_to_multiple_of=self.plan.data.pad_to_multiple_of,
+        )

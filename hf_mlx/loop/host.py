@@ -1,0 +1,26 @@
+"""What the loop asks of the trainer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Host(Protocol):
+    """What the loop asks of the trainer, so that a subclass may override any of it."""
+
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+
+    @property
+    def model(self) -> Any: ...
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None: ...
+    def evaluate(self, *, ignore_keys: list[str] | None = None) -> dict[str, float]: ...
+    def save_checkpoint(self) -> None: ...
+    def adopt_additions(self) -> None: ...
+
+
+def fire(host: Host, event: str) -> None:
+    """Let the callbacks hear of ``event``; they may change the control."""
+    host.control = getattr(host.callback_handler, event)(host.args, host.state, host.control)

@@ -1,0 +1,113 @@
+"""Steps whose values nobody has read yet: the device is never waited for between two steps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import TrainingError
+from ..session import Session
+from ..training.step import StepMetrics
+
+
+class Pending:
+    """The steps since the last log entry.
+
+    Args:
+        session: Its running means are fed, its step's carry is taken.
+        last_logged: Step of the last log entry.
+        lr: The learning rate of a step (counted from 1), for messages.
+
+    Attributes:
+        last_logged: Step of the last log entry of the training loss.
+        total_loss: Sum over the steps of this call, as far as they were read.
+    """
+
+    def __init__(self, session: Session, last_logged: int, lr: Callable[[int], float]) -> None:
+        self.last_logged = last_logged
+        self.total_loss = 0.0
+        self._session = session
+        self._lr = lr
+        self._steps: list[StepMetrics] = []
+        self._checked = 0
+        self._warned = False
+
+    def resume(self, steps: Sequence[Sequence[float]], last_logged: int) -> None:
+        """Go on with the steps of an earlier call that were not logged yet."""
+        self.last_logged = last_logged
+        self._steps = [StepMetrics(*(mx.array(value) for value in step)) for step in steps]
+        self._checked = len(self._steps)
+        # The mean loss of this call leaves out what an earlier one trained.
+        self.total_loss = -sum(step[0] for step in steps)
+
+    def append(self, metrics: StepMetrics) -> None:
+        """Take a step that was just begun, and look at the one before it.
+
+        Raises:
+            TrainingError: The loss of that one is not finite.
+        """
+        self.check()
+        self._steps.append(metrics)
+
+    def check(self) -> None:
+        """Look at the losses that were not looked at yet; say at once which one is not finite.
+
+        Raises:
+            TrainingError: One of them, while ``logging_nan_inf_filter`` is on.
+        """
+        for metrics in self._steps[self._checked :]:
+            step = self.last_logged + self._checked + 1
+            self._checked += 1
+            loss = _read(metrics.loss)
+            if math.isfinite(loss):
+                continue
+            if not self._session.plan.nan_inf_filter:
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        f"the loss is {loss} at step {step}; it is logged as it is from here on", stacklevel=2
+                    )
+                continue
+            self._steps.clear()
+            raise TrainingError(
+                f"a loss of {loss} at step {step} (learning_rate={self._lr(step):g})",
+                "the loss of every step is finite; from here on every weight would be NaN",
+                "lower learning_rate, set max_grad_norm=1.0, or look at the batch of that step; "
+                "logging_nan_inf_filter=False goes on and logs the value as it is",
+            )
+
+    @property
+    def grad_norm(self) -> mx.array | None:
+        """Of the last step; None where no update was made."""
+        return self._steps[-1].grad_norm
+
+    def drain(self) -> float:
+        """Sum and forget the losses, those of an unfinished window too; feeds the running metrics."""
+        carried = self._session.step.take_carried()
+        if carried is not None:
+            self._steps.append(carried)
+        self.check()
+        total = sum(_read(metrics.loss) for metrics in self._steps)
+        means = self._session.progress.means
+        for metrics in self._steps:
+            means.entropy += _read(metrics.entropy)
+            means.accuracy += _read(metrics.accuracy)
+            means.micro_batches += int(_read(metrics.micro_batches))
+            if self._session.routers is not None:
+                means.aux_loss = (means.aux_loss or 0.0) + _read(metrics.aux_loss)
+        self._steps.clear()
+        self._checked = 0
+        self.total_loss += total
+        return total
+
+    def to_tuples(self) -> list[tuple[Any, ...]]:
+        """What :meth:`resume` takes; the scalars may be lazy."""
+        return [(m.loss, m.grad_norm, m.entropy, m.accuracy, m.micro_batches, m.aux_loss) for m in self._steps]
+
+
+def _read(scalar: Any) -> float:
+    return float(scalar.item())

@@ -1,0 +1,178 @@
+"""What every trainer is: the HF-shaped front. It reads the HF objects once, wires the stages and owns no numerics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.files import check_output_dir
+from ..data.prepare import prepare_tokenizer
+from ..errors import SettingError
+from ..feed import Feed
+from ..settings.legacy import merge_trainer_keywords
+from ..surface import reporting
+from ..surface.accelerator import Accelerator
+from ..surface.bases import open_base
+from ..surface.callbacks import make_handler, make_state
+from ..surface.evaluation import Evaluation
+from ..surface.hooks import check_overrides
+from ..surface.hub import HubRepo
+from ..surface.memory import MemoryMeter
+from ..surface.model_config import record_settings
+from ..surface.requests import check_evaluation, check_functions, check_optimizers, default_args
+from ..surface.startup import StartClock, StartUp
+from ..training.command_buffers import limit_pending_work
+from .running import Running
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
+
+
+# Where the trainers themselves are; what derives from them elsewhere is a user's.
+_HOUSE = ("hf_mlx.trainers.sft",)
+
+
+class TrainerBase(Running):
+    """One trainer: settings resolved into a plan, data prepared, model opened, in this order.
+
+    The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: Any,
+        data_collator: Callable | None,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: Any,
+        compute_metrics: Callable | None,
+        callbacks: list | None,
+        optimizers: tuple[Any, Any],
+        preprocess_logits_for_metrics: Callable | None,
+        *,
+        peft_config: Any,
+        formatting_func: Callable | None,
+        quantization_config: Any,
+        max_grad_value: float | None,
+        finetune_last_n_layers: int | None,
+        strict: bool,
+        **keywords: Any,
+    ) -> None:
+        self._clock = StartClock()
+        check_overrides(type(self), next(cls for cls in type(self).__mro__ if cls.__module__ in _HOUSE))
+        check_optimizers(optimizers)
+        check_functions(keywords)
+        self._base = base = open_base(model)
+        overrides, tokenizer = merge_trainer_keywords({}, keywords)
+        self.args = args if args is not None else default_args(base.name)
+        self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
+        self._memory.start("init")
+        self.plan, self.ledger = base.resolve(
+            self.args,
+            peft_config,
+            max_grad_value=max_grad_value,
+            finetune_last_n_layers=finetune_last_n_layers,
+            strict=strict,
+            quantization_config=quantization_config,
+            overrides=overrides,
+        )
+        reporting.set_log_level(self.args.log_level)
+        self.grad_clip = self.plan.clip
+        self.compute_metrics = compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        check_evaluation(self.args, eval_dataset)
+        check_output_dir(self.args.output_dir)
+        if self.plan.use_cpu:
+            mx.set_default_device(mx.cpu)
+        limit_pending_work(self.plan)
+        self._clock.end("settings")
+        self._read(train_dataset, eval_dataset, processing_class or tokenizer, data_collator, formatting_func)
+        self._enter(peft_config, strict=strict)
+        self._begin(callbacks)
+        self._memory.stop("init")
+        self._clock.end("callbacks")
+
+    def _read(
+        self,
+        train_dataset: Any,
+        eval_dataset: Any,
+        tokenizer: Any,
+        data_collator: Callable | None,
+        formatting_func: Callable | None,
+    ) -> None:
+        """The tokenizer and the rows, while the weights are read from disk."""
+        base = self._base
+        base.find(tokenizer=tokenizer is None)
+        self._clock.end("files")
+        with base.reading_ahead():
+            if tokenizer is None:
+                tokenizer = base.read_tokenizer()
+            self.processing_class = prepare_tokenizer(tokenizer, self.plan.data)
+            self._clock.end("tokenizer")
+            self.data = Feed(
+                self.plan,
+                self.processing_class,
+                collator=data_collator,
+                formatting_func=formatting_func,
+                keep_columns=not self.args.remove_unused_columns,
+                vocab_size=base.open(),
+            )
+            self.train_dataset = self.data.prepare_train(train_dataset)
+            self.eval_dataset = self.data.prepare_eval(eval_dataset)
+        self.steps = self.data.count_steps(self.train_dataset)
+        self._clock.end("data")
+
+    def _enter(self, peft_config: Any, *, strict: bool) -> None:
+        """The model with its adapter, the step and the evaluator; says what is done another way."""
+        base = self._base
+        self.session, self._model = base.enter(self.args, peft_config, self.processing_class)
+        self._clock.end("model")
+        self.data.share_rows = self.session.packs
+        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
+        adapter = self.session.adapter
+        notes = adapter.notes if adapter is not None else ()
+        if strict and adapter is not None and adapter.deviations:
+            raise SettingError(adapter.deviations[0], "with strict=True, what has trl's numbers", _ATTENTION_ONLY)
+        for line in (*self.ledger.notices(), *self.session.loaded.notes, *notes):
+            logger.warning(line)
+
+    def _begin(self, callbacks: list | None) -> None:
+        """HF's objects around the run: callbacks, state, accelerator, hub."""
+        base = self._base
+        self.callback_handler, self.control = make_handler(
+            self.args,
+            callbacks,
+            model=self.model,
+            tokenizer=self.processing_class,
+            refresh=base.write_back if base.is_copied else None,
+        )
+        self.state = make_state(self.callback_handler, self.control)
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
+            gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
+        )
+        self.hub = HubRepo(self.args)
+        if self.args.push_to_hub:
+            self.hub.create()
+        self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
+        record_settings(
+            self.model.config,
+            self.session.loaded,
+            use_cache=self.args.use_cache,
+            aux_coefficient=self.plan.loss.router_aux_loss_coef,
+        )
+
+    @property
+    def adapter(self) -> Any:
+        """The attached :class:`~hf_mlx.adapters.adapter.Adapter`, or None when all weights are trained."""
+        return self.session.adapter
+
+    @property
+    def startup(self) -> StartUp:
+        """Seconds from launch to the first step, stage by stage; also said once in the log, at INFO."""
+        return self._clock.read()

@@ -1,0 +1,98 @@
+"""The trained model as files, on the hub and with its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.files import check_output_dir, disk_errors
+from ..checkpoints.inspection import ARGUMENTS
+from ..checkpoints.torch_files import has_torch, pickle_object
+from ..surface import reporting
+from ..surface.hub import write_card
+from .records import Records
+
+
+class Publishing(Records):
+    """What puts a run's result where others find it."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
+        folder = check_output_dir(output_dir or self.args.output_dir)
+        with disk_errors(folder):
+            self._base.write_back()
+            self._model.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            if has_torch():
+                pickle_object(self.args, folder / ARGUMENTS)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """``owner/name`` on the hub, once the repository exists."""
+        return self.hub.model_id
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the run's repository on the hub, unless it exists."""
+        self.hub.create(token, private)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **front_matter: Any,
+    ) -> None:
+        """Write README.md into ``output_dir``.
+
+        Args:
+            model_name: Heading; None is the name of the repository or folder.
+            dataset_name: Id of the training data.
+            tags: Further tags.
+            **front_matter: Further metadata, such as ``language`` or ``license``.
+        """
+        base = getattr(self.model.config, "_name_or_path", None)
+        write_card(
+            self.args.output_dir,
+            model_name=model_name or (self.hub_model_id or Path(self.args.output_dir).name).split("/")[-1],
+            base_model=base if base and not Path(base).is_dir() else None,
+            hub_model_id=self.hub_model_id,
+            dataset_name=dataset_name,
+            tags=tags,
+            adapter=self.session.adapter is not None,
+            settings=reporting.describe_plan(self.plan),
+            extra=front_matter,
+        )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Save into ``output_dir`` with a model card, and upload the folder without its checkpoints.
+
+        Args:
+            commit_message: Of the commit.
+            blocking: False returns a Future.
+            token, revision: In place of ``args.hub_token`` and ``args.hub_revision``.
+            private: For a repository that is created now.
+            **card: Keywords of :meth:`create_model_card`.
+
+        Returns:
+            ``huggingface_hub.CommitInfo``.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**card)
+        return self.hub.push(message=commit_message, blocking=blocking, token=token, revision=revision)
+
+    def end(self) -> None:
+        """Finish what runs beside training: uploads still in progress."""
+        self.hub.finish()

@@ -1,0 +1,134 @@
+"""One call of ``train()``, from the checkpoint it goes on from to the metrics of its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.folders import rotate
+from ..checkpoints.interrupt import Interrupt
+from ..errors import HFMLXError
+from ..loop.run import Loop
+from ..surface.callbacks import make_state
+from ..surface.checkpoints import Checkpoints, no_step
+from ..surface.estimate import estimate_memory
+from ..training.command_buffers import wait_for_memory
+from ..training.schedule import make_schedule
+from .evaluating import Evaluating
+
+logger = logging.getLogger(__name__)
+
+
+class Running(Evaluating):
+    """``train`` and the checkpoints it writes."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+        """Train to the end of the plan.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, written here or by transformers' or trl's trainer, or True
+                for the newest complete one in ``output_dir``.
+
+        Returns:
+            ``transformers.trainer_utils.TrainOutput`` with global_step, training_loss and metrics.
+
+        Raises:
+            CheckpointError: The checkpoint is not complete, or does not fit this run; nothing was changed.
+            TrainingError: The loss became NaN or infinite.
+            KeyboardInterrupt: After Ctrl-C, once a checkpoint of the last whole step is saved.
+        """
+        from transformers.trainer_utils import TrainOutput, align_special_tokens, speed_metrics
+
+        self._memory.start("train")
+        checkpoints = self._checkpoints = Checkpoints(self)
+        folder = checkpoints.store.find(resume_from_checkpoint)
+        self._reset_state()
+        align_special_tokens(self.model, self.processing_class)
+        logger.info(self.grad_clip.describe())
+        start = time.time()
+        schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)
+        loader = self.data.train_loader(self.train_dataset)
+        handler = self.callback_handler
+        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (
+            self.session.step.optimizer,
+            schedule,
+            loader,
+        )
+        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder)
+        self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
+        try:
+            with (
+                wait_for_memory(self.plan, lambda: estimate_memory(self).total),
+                self._clock.first_step(handler),
+                loop.interrupt.held_back(),
+            ):
+                result = loop.run(start)
+        except BaseException as error:
+            self.is_in_train = False
+            self._memory.stop("train", {})
+            if isinstance(error, KeyboardInterrupt):
+                checkpoints.save_interrupted(loop.boundary)
+            # The user's object gets what there is; the reason for stopping is what must be seen.
+            with suppress(HFMLXError):
+                self._base.write_back()
+            raise
+        self._base.write_back()
+        done = self.state.global_step - loop.first_step
+        metrics = speed_metrics("train", start, self._trained_rows(done), done)
+        metrics |= {"total_flos": self.state.total_flos, **result}
+        self._memory.stop("train", metrics)
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            checkpoints.store.load_best(self.state.best_model_checkpoint)
+            self._base.write_back()
+        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+            # While training the last one is kept beside the best one, to resume from.
+            rotate(self.args.output_dir, 1, keep=[self.state.best_model_checkpoint])
+        self.control = handler.on_train_end(self.args, self.state, self.control)
+        self.hub.finish()
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, result["train_loss"], metrics)
+
+    def save_checkpoint(self) -> None:
+        """Write ``checkpoint-{global_step}`` into ``output_dir``, in transformers' layout.
+
+        Raises:
+            CheckpointError: It cannot be written, or no step was made yet. Earlier checkpoints are as they were.
+        """
+        if self._loop is None or self._checkpoints is None:
+            raise no_step()
+        folder = self._checkpoints.save(self._loop.boundary, self._loop.schedule)
+        if self.args.push_to_hub:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.hub.push_checkpoint(folder, self.state.global_step, self.state.epoch)
+
+    def adopt_additions(self) -> None:
+        """Take what callbacks put into the checkpoint just written for a part of it."""
+        if self._checkpoints is not None:
+            self._checkpoints.store.adopt_additions(self.state.global_step)
+
+    def _make_loop(self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None) -> Loop:
+        """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
+        boundary = checkpoints.restore(folder, schedule) if folder is not None else None
+        self._interrupt = Interrupt()
+        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt)
+        if boundary is not None:
+            loop.resume(boundary)
+        return loop
+
+    def _reset_state(self) -> None:
+        self.state = make_state(self.callback_handler, self.control)
+        self.state.train_batch_size = self.plan.batch.train_batch_size
+        self.state.compute_steps(self.args, self.steps.total_steps)
+        self.state.max_steps, self.state.num_train_epochs = self.steps.total_steps, self.steps.epochs
+
+    def _trained_rows(self, done: int) -> float:
+        plan, steps = self.plan.batch, self.steps
+        if plan.max_steps > 0:
+            rows = steps.total_steps * plan.train_batch_size * plan.gradient_accumulation_steps
+        else:
+            rows = len(self.train_dataset) * plan.num_train_epochs
+        return rows * done / max(steps.total_steps, 1)

@@ -1,0 +1,88 @@
+"""MLXSFTTrainer: trl's ``SFTTrainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .base import TrainerBase
+
+
+class MLXSFTTrainer(TrainerBase):
+    """Supervised fine-tuning on MLX with the interface of ``trl.SFTTrainer``.
+
+    Settings are resolved into a frozen plan before anything is loaded; a setting that cannot be honoured is refused.
+    Gradients are clipped as :func:`~hf_mlx.resolve_grad_clip` says; ``TrainingArguments(max_grad_norm=0)`` means off.
+
+    Args:
+        model: Hub id or local folder of a causal language model; or a transformers model or PeftModel, which is
+            trained as it is and has the trained weights written back into it.
+        args: ``TrainingArguments`` or ``SFTConfig``; None is TRL's default configuration.
+        data_collator: Called with a list of prepared rows; returns ``input_ids``, ``labels`` and ``attention_mask``
+            as numpy arrays or torch tensors.
+        train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts.
+        eval_dataset: Likewise, or a dict of datasets.
+        processing_class: Tokenizer; None loads the model's own.
+        compute_metrics: Called with a ``transformers.EvalPrediction``.
+        callbacks: ``transformers.TrainerCallback`` instances or classes.
+        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
+        peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
+        formatting_func: Row to text.
+        quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
+        max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
+        finetune_last_n_layers: Put adapters on the last n blocks only.
+        strict: Also refuse settings that are honoured another way with other numbers.
+        **keywords: TRL's older constructor keywords (``tokenizer``, ``max_seq_length``, …), deprecated.
+
+    Attributes:
+        plan: The frozen :class:`~hf_mlx.settings.plan.TrainPlan`.
+        ledger: What each setting does here.
+        grad_clip: The clip in force.
+        args, state, control, callback_handler: As in ``transformers.Trainer``.
+        train_dataset, eval_dataset: The prepared rows.
+
+    Raises:
+        HFMLXError: One of its subclasses, before any training.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+        quantization_config: Any = None,
+        *,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            preprocess_logits_for_metrics,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+            quantization_config=quantization_config,
+            max_grad_value=max_grad_value,
+            finetune_last_n_layers=finetune_last_n_layers,
+            strict=strict,
+            **keywords,
+        )
