@@ -2,57 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import SettingError
-from .verdicts import Ruling, Verdict
-
-_SECRETS = ("hub_token", "token")
-_HIDDEN = "***"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One field and what happens to it.
-
-    Attributes:
-        owner: The class it was set on, by name.
-        field: HF's name.
-        value: What was received, as a plain value.
-        default: Whether that is upstream's default, so that nobody asked for it.
-        ruling: The verdict, the reason and, for REFUSE, the corrected line.
-    """
-
-    owner: str
-    field: str
-    value: Any
-    default: bool
-    ruling: Ruling
-
-    @property
-    def shown(self) -> str:
-        """The value for people to read; a token is never printed."""
-        value = self.value
-        if isinstance(value, Mapping):
-            value = {key: _HIDDEN if item and key in _SECRETS else item for key, item in value.items()}
-        return repr(_HIDDEN if value and self.field in _SECRETS else value)
-
-    @property
-    def verdict(self) -> Verdict:
-        """One of the four."""
-        return self.ruling.verdict
-
-    @property
-    def reason(self) -> str:
-        """Why, in a phrase."""
-        return self.ruling.reason
-
-    @property
-    def remedy(self) -> str:
-        """The corrected line, or an empty string."""
-        return self.ruling.remedy
+from .entry import Entry
+from .tables import rich_table, text_table
+from .verdicts import Verdict
 
 
 class Ledger:
@@ -86,14 +42,10 @@ class Ledger:
         return f"<Ledger of {len(self)} fields: {counts}>"
 
     def __rich__(self) -> Any:
-        from .tables import rich_table
-
         return rich_table(self.entries)
 
     def as_text(self, *, changed_only: bool = False) -> str:
         """A table in plain text; with ``changed_only``, of the fields that were set and those done another way."""
-        from .tables import text_table
-
         return text_table(self.changed() if changed_only else self.entries)
 
     def show(self, *, changed_only: bool = False) -> None:
@@ -103,8 +55,6 @@ class Ledger:
         except ImportError:
             print(self.as_text(changed_only=changed_only))
             return
-        from .tables import rich_table
-
         rich.print(rich_table(self.changed() if changed_only else self.entries))
 
     def changed(self) -> tuple[Entry, ...]:

@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from .entries import Entry, Ledger
+from .entries import Ledger
+from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .reading import owner, read_defaults, read_values
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS

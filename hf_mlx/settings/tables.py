@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
 from .training_arguments import TRAINING_ARGUMENTS
 from .verdicts import Case, DictRule, Rule, Verdict
-
-if TYPE_CHECKING:
-    from .entries import Entry
 
 _HEADER = ("field", "value", "verdict", "reason")
 _STYLES = {Verdict.HONOUR: "green", Verdict.ADAPT: "yellow", Verdict.NO_OP: "dim", Verdict.REFUSE: "bold red"}
