@@ -12,21 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
+from .clip import clip_gradients
 from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
 from .optimizers.contract import Arrays
-from .sums import blocked_sum
+from .weighting import Weighting, by_tokens
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
-
-# torch 2.13, torch.nn.utils.clip_grads_with_norm_
-CLIP_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -72,9 +69,7 @@ class Step:
         optimizer: The update rule.
         clip: The clip in force.
         seed: Root of the keys that dropout and NEFTune draw from.
-        accepts_loss_kwargs: True normalises by the tokens of the whole window; False (some HF classes) takes
-            each micro-batch's own mean, divided by the number of micro-batches.
-        counts_every_label: Those tokens are all that are labelled, not the targets alone.
+        weigh: What each micro-batch of a window weighs; None is :func:`~hf_mlx.training.weighting.by_tokens`.
         computed_in: Says which trained arrays the model only reads cast, and to which dtype: those are cast together.
         compiled: False runs the same functions eagerly, for debugging.
 
@@ -91,16 +86,14 @@ class Step:
         clip: GradClip,
         *,
         seed: int = 42,
-        accepts_loss_kwargs: bool = True,
-        counts_every_label: bool = False,
+        weigh: Weighting | None = None,
         computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.clip = clip
-        self.accepts_loss_kwargs = accepts_loss_kwargs
-        self.counts_every_label = counts_every_label
+        self.weigh = weigh or by_tokens()
         self.seed = seed % 2**32
         self.draws = 0
         self.traces = 0
@@ -221,25 +214,10 @@ class Step:
             # Starts the device on this piece without waiting for it.
             mx.async_eval(self._carry)
 
-    def _weights(self, window: Sequence[Inputs]) -> list[Arrays]:
-        items = max(sum(micro.labelled if self.counts_every_label else micro.valid for micro in window), 1)
-
-        def loss_weight(micro: Inputs) -> float:
-            return 1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * len(window))
-
-        return [
-            {
-                "loss": mx.array(loss_weight(micro)),
-                "metric": mx.array(1 / max(micro.valid, 1)),
-                "aux_loss": mx.array(1 / len(window)),
-            }
-            for micro in window
-        ]
-
     def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Arrays]]:
         """Arrays and weights of each piece of the first ``count`` micro-batches; all pieces weigh as the whole."""
         made = []
-        for micro, weights in zip(window[:count], self._weights(window), strict=False):
+        for micro, weights in zip(window[:count], self.weigh(window), strict=False):
             first_row = 0
             for piece in self.cut(micro):
                 counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
@@ -283,27 +261,6 @@ class Step:
         grads, scale, norm = clip_gradients(grads, self.clip)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
-
-
-def clip_gradients(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array | None, mx.array]:
-    """Apply ``clip``.
-
-    Returns:
-        The gradients, a float32 factor still to be multiplied in (None for none; the optimizer folds it into its
-        update, so no clipped copy of the tree exists), and the global L2 norm before clipping, in float32.
-    """
-    squares = (blocked_sum(mx.square(g.reshape(-1).astype(mx.float32))) for g in grads.values())
-    norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
-    if clip.mode == "norm":
-        return grads, mx.minimum(clip.threshold / (norm + CLIP_EPS), 1.0), norm
-    if clip.mode == "value":
-        return {k: mx.clip(g, -clip.threshold, clip.threshold) for k, g in grads.items()}, None, norm
-    return grads, None, norm
-
-
-def trainable_arrays(model: Any) -> Arrays:
-    """Flat {MLX name: array} of everything in ``model`` that is not frozen."""
-    return dict(tree_flatten(model.trainable_parameters()))
 
 
 def _as_it_is(function: Callable) -> Callable:
