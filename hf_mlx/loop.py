@@ -30,6 +30,7 @@ from .training.schedules.contract import Schedule
 from .training.shortage import describe_training, naming_shortage
 from .training.splitting import choose_computation
 from .training.step import StepMetrics
+from .training.undefined import settle_undefined
 from .training.wired_memory import wired_memory
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Loop:
         self._pending: list[StepMetrics] = []
         self._checked = 0
         self._warned = False
-        self._total_loss = 0.0
+        self._total_loss = self._unfinite = 0.0
         self._last_logged = host.state.global_step
         self.first_step = host.state.global_step
 
@@ -305,6 +306,9 @@ class Loop:
         self.boundary = None
         with self._computing(window):
             metrics = self.compute(window, made + 1, self._learning_rate)
+            metrics = settle_undefined(
+                metrics, window, self.session.step, self._pending, filtered=self.plan.nan_inf_filter
+            )
         self._event("on_optimizer_step")
         host.state.global_step += 1
         # One step behind, so that the device is never waited for between two steps.
@@ -355,7 +359,9 @@ class Loop:
         if carried is not None:
             self._pending.append(carried)
         self._check(len(self._pending))
-        total = sum(_read(metrics.loss) for metrics in self._pending)
+        total = self._unfinite + sum(_read(metrics.loss) for metrics in self._pending)
+        # Upstream sets its sum back by taking it from itself, so what is not finite stays in every later entry.
+        self._unfinite = total - total
         means = self.session.progress.means
         for metrics in self._pending:
             means.entropy += _read(metrics.entropy)
