@@ -237,6 +237,9 @@ class Data:
             if not self._keep_columns:
                 rows = [{key: row[key] for key in SIGNATURE_COLUMNS if key in row} for row in rows]
             return self._guard.batch(convert_batch(self._collator(rows)))
+        if not self._train.padding_free:
+            # Upstream's collator reads where documents begin for padding-free batches alone.
+            rows = [{key: value for key, value in row.items() if key != "seq_lengths"} for row in rows]
         batch = collate(
             rows,
             pad_token_id=self.tokenizer.pad_token_id,
@@ -361,8 +364,6 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, "padding_free=True", "SFTConfig(padding_free=False)")
     elif apart and plan.packing:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
-    elif apart and plan.eval_packing:
-        check_packs(loaded.model_type, "eval_packing=True", "SFTConfig(eval_packing=False)")
 
 
 def _check_floating(loaded: LoadedModel) -> None:
