@@ -105,8 +105,8 @@ LAYOUTS = {
 def test_rows_that_documents_share(rows, family, options, tmp_path, monkeypatch):
     model, chosen = tiny_model(family, tmp_path, **options), []
 
-    def watch(batches, *, share):
-        shapes = fit_shapes(batches, share=share)
+    def watch(batches, **options):
+        shapes = fit_shapes(batches, **options)
         chosen.extend(shapes.chosen)
         return shapes
 
@@ -114,7 +114,7 @@ def test_rows_that_documents_share(rows, family, options, tmp_path, monkeypatch)
     mixed = [row if number % 4 else {**row, "completion": row["completion"] * 3} for number, row in enumerate(ROWS)]
     settings = {**SETTINGS, "num_train_epochs": 2, "eval_strategy": "epoch", **LAYOUTS[rows]}
     runs = []
-    for fit in (watch, lambda batches, share: Shapes()):
+    for fit in (watch, lambda batches, **options: Shapes()):
         monkeypatch.setattr(hf_mlx.feed, "fit_shapes", fit)
         runs.append(run_mlx(model, settings, mixed, LORA, eval_dataset=_rows(mixed[:9])))
     assert any(shape.shared for shape in chosen)

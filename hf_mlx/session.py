@@ -30,7 +30,7 @@ from .training.means import Progress
 from .training.objective import Objective
 from .training.optim import decay_names, make_optimizer
 from .training.router import Routers
-from .training.weighting import by_tokens
+from .training.weighting import ByTokens
 
 
 class Session:
@@ -72,7 +72,7 @@ class Session:
             optimizer,
             plan.clip,
             seed=plan.batch.seed,
-            weigh=by_tokens(
+            weigh=ByTokens(
                 accepts_loss_kwargs=loaded.accepts_loss_kwargs, counts_every_label=loaded.counts_every_label
             ),
             computed_in=partial(_computed_in, loaded.model),
@@ -149,8 +149,6 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, "padding_free=True", "SFTConfig(padding_free=False)")
     elif apart and plan.packing:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
-    elif apart and plan.eval_packing:
-        check_packs(loaded.model_type, "eval_packing=True", "SFTConfig(eval_packing=False)")
 
 
 def _check_floating(loaded: LoadedModel) -> None:

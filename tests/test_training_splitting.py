@@ -19,7 +19,7 @@ from hf_mlx.training.inputs import make_inputs
 from hf_mlx.training.memory import memory_limit, planned_limit
 from hf_mlx.training.shortage import describe_evaluation, describe_training, naming_shortage
 from hf_mlx.training.splitting import Splitting, choose_computation, split_arrays
-from hf_mlx.training.weighting import by_tokens
+from hf_mlx.training.weighting import ByTokens
 from hf_mlx.training.wired_memory import wired_memory
 
 # fp32: the same sums in another order. A wrong denominator is 1e-1.
@@ -74,7 +74,7 @@ def run(folder, plan, windows, *, most=None, accepts=True, room=None):
     """
     session = Session(plan, load_model(folder, plan.model))
     step = session.step
-    step.weigh = by_tokens(accepts_loss_kwargs=accepts)
+    step.weigh = ByTokens(accepts_loss_kwargs=accepts)
     if room is not None:
         step.objective = Limited(step.objective, room)
     compute = step if most is None else Splitting(step, lambda rows, _: rows, most)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..settings.plan import DataPlan
 from .batch import IGNORE
-from .faults import RowFault, drop_row, name_row, show
+from .faults import RowFault, drop_row, name_row
 from .formats import RowFormat
 from .masks import AssistantMask, apply_mask, match_prefix, tokenize_marked
 from .messages import check_messages, check_order, convert_turns
+from .tables import Check, Tables, check_row
 from .tokenize import Chat, check_text, parse_kwargs, parse_tools, tokenize_chats, tokenize_texts
 from .tokenized import read_tokens
 
@@ -40,7 +41,7 @@ class RowEncoder:
         completion_only: Whether the prompt of prompt-completion rows is masked.
         assistant: How to find the assistant's tokens; None trains on all of them.
         packing: Rows are packed afterwards, so they are not truncated here.
-        vocab_size: Token ids the model can embed; ids of tokenized rows are checked against it.
+        tables: What the ids of each row are checked against, as far as the row is kept.
     """
 
     tokenizer: Any
@@ -50,7 +51,7 @@ class RowEncoder:
     completion_only: bool
     assistant: AssistantMask | None
     packing: bool
-    vocab_size: int
+    tables: Tables
     formatting_func: Callable[[dict[str, Any]], str] | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> EncodedRows:
@@ -68,7 +69,7 @@ class RowEncoder:
     def _encode(self, columns: Mapping[str, Sequence[Any]], count: int) -> EncodedRows:
         match self.format.kind:
             case "tokenized":
-                return EncodedRows(*read_tokens(columns, self.vocab_size, self.completion_only))
+                return EncodedRows(*read_tokens(columns, self.completion_only))
             case "messages":
                 return self._encode_messages(columns, count)
             case "prompt_completion" if self.format.conversational:
@@ -76,12 +77,13 @@ class RowEncoder:
             case "prompt_completion":
                 return self._encode_pairs(columns["prompt"], columns["completion"])
             case "formatted":
-                texts = [self._format_row({c: columns[c][row] for c in columns}, row) for row in range(count)]
+                texts = [self.format_row({c: columns[c][row] for c in columns}, row) for row in range(count)]
             case _:
                 texts = list(columns[self.format.columns[0]])
         return self._encode_texts(texts)
 
-    def _format_row(self, row: dict[str, Any], number: int) -> str:
+    def format_row(self, row: dict[str, Any], number: int) -> str:
+        """The text that ``formatting_func`` makes of a row."""
         assert self.formatting_func is not None
         try:
             return self.formatting_func(row)
@@ -90,7 +92,7 @@ class RowEncoder:
             required = "a function of one row that returns its text"
             raise RowFault(number, "formatting_func", received, required, "def formatting_func(row): …") from cause
 
-    def _close(self, text: Any, column: str, row: int) -> str:
+    def close(self, text: Any, column: str, row: int) -> str:
         """The text ending with EOS (once), which is what teaches a model to stop."""
         eos = self.tokenizer.eos_token
         return check_text(text, column, row) if text.endswith(eos) else text + eos
@@ -99,7 +101,7 @@ class RowEncoder:
         column = self.format.main_column
         for row, text in enumerate(texts):
             check_text(text, column, row)
-        closed = [self._close(text, column, row) for row, text in enumerate(texts)]
+        closed = [self.close(text, column, row) for row, text in enumerate(texts)]
         ids = tokenize_texts(self.tokenizer, closed, [column] * len(closed), special=True)["input_ids"]
         return EncodedRows(ids, ids)
 
@@ -108,7 +110,7 @@ class RowEncoder:
             check_text(prompt, "prompt", row)
             check_text(completion, "completion", row)
         whole = [
-            p + self._close(c, "completion", row) for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            p + self.close(c, "completion", row) for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
         heads = tokenize_texts(self.tokenizer, prompts, ["prompt"] * len(whole), special=True)["input_ids"]
         ids = tokenize_texts(self.tokenizer, whole, ["completion"] * len(whole), special=True)["input_ids"]
@@ -157,14 +159,12 @@ class RowEncoder:
         return EncodedRows(ids, labels, [start < len(head) for start, head in zip(starts, heads, strict=True)])
 
     def _finish(self, rows: EncodedRows) -> EncodedRows:
-        """Refuses rows too short to predict anything, then truncates as ``truncation_mode`` says."""
-        # A wrapped stream continues across rows, so there a single token is a target like any other.
-        shortest = 1 if self.packing and self.plan.packing_strategy == "wrapped" else 2
-        for row, ids in enumerate(rows.input_ids):
-            if len(ids) < shortest:
-                received = f"{len(ids)} token{'' if len(ids) == 1 else 's'}: {show(ids)}"
-                required = f"at least {shortest}: each token is predicted from those before it"
-                raise RowFault(row, self.format.main_column, received, required, drop_row())
+        """Truncates as ``truncation_mode`` says, and checks what is kept."""
+        if self.plan.padding_free and not self.packing and self.plan.max_length is None:
+            for row, ids in enumerate(rows.input_ids):
+                if not ids:
+                    received, required = "no token", "at least one token in a padding-free batch (TRL raises too)"
+                    raise RowFault(row, self.format.main_column, received, required, drop_row())
         rows.diverged = rows.diverged or [False] * len(rows.input_ids)
         limit = self.plan.max_length
         rows.cut = [limit is not None and len(ids) > limit for ids in rows.input_ids]
@@ -173,4 +173,15 @@ class RowEncoder:
             same = rows.labels is rows.input_ids
             rows.input_ids = [ids[kept] for ids in rows.input_ids]
             rows.labels = rows.input_ids if same else [labels[kept] for labels in rows.labels]
+        self._check(rows)
         return rows
+
+    def _check(self, rows: EncodedRows) -> None:
+        # Packing cuts rows afterwards, and makes others of them.
+        cut = self.plan.max_length if self.packing and self.plan.packing_strategy == "bfd" else None
+        check = Check(replace(self.tables, positions=None) if self.packing else self.tables, self.tokenizer)
+        columns = self.format.main_column, "labels" if self.format.kind == "tokenized" else self.format.main_column
+        for row, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
+            same = labels is ids
+            ids = ids if cut is None else ids[:cut]
+            check_row(ids, ids if same else labels[: len(ids)], row, columns, check)

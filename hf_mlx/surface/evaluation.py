@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -11,6 +12,8 @@ from ..feed import Feed
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -62,29 +65,38 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         session.progress.mode, self._sums = "eval", sums
-        predictions: Any = None
-        labels: Any = None
-        if sink is not None:
-            predictions, labels = sink.arrays()
+        predictions, labels = (None, None) if sink is None else sink.arrays()
         metrics: dict[str, Any] = {}
-        if compute_metrics is not None:
+        if compute_metrics is not None and predictions is not None:
             self._before_metrics()
-            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
             metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
-        metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=rows)
+        if sums.losses:
+            kept = None if plan.batch.drop_last else rows
+            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
+        else:
+            logger.warning(
+                f"{prefix}: no batch of per_device_eval_batch_size={size} rows in {rows} rows with "
+                f"dataloader_drop_last=True, so nothing was measured and there is no {prefix}_loss (as under TRL)"
+            )
         # In upstream's order: what has the prefix already comes first.
         bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
-        return EvalLoopOutput(predictions, labels, metrics, rows if rows is not None else len(sums.losses) * size)
+        count = rows if rows is not None else len(sums.losses) * size
+        return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
 
     def running_metrics(self) -> dict[str, float]:
         """What trl 1.16 ``SFTTrainer.log`` adds to an entry: the running means of the mode the model is in."""
         progress = self._session.progress
         if progress.mode == "train":
             means = progress.means.take()
-            return means | {"num_tokens": float(progress.num_tokens)} if means else {}
+            if not means:
+                return {}
+            # In upstream's order: the routers' loss comes last.
+            routers = {"aux_loss": means.pop("aux_loss")} if "aux_loss" in means else {}
+            return means | {"num_tokens": float(progress.num_tokens)} | routers
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}

@@ -20,7 +20,7 @@ from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
 from .optimizers.contract import Arrays
-from .weighting import Weighting, by_tokens
+from .weighting import ByTokens, Weighting
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
@@ -69,7 +69,7 @@ class Step:
         optimizer: The update rule.
         clip: The clip in force.
         seed: Root of the keys that dropout and NEFTune draw from.
-        weigh: What each micro-batch of a window weighs; None is :func:`~hf_mlx.training.weighting.by_tokens`.
+        weigh: What each micro-batch of a window weighs; None is :func:`~hf_mlx.training.weighting.ByTokens`.
         computed_in: Says which trained arrays the model only reads cast, and to which dtype: those are cast together.
         compiled: False runs the same functions eagerly, for debugging.
 
@@ -93,7 +93,7 @@ class Step:
         self.objective = objective
         self.optimizer = optimizer
         self.clip = clip
-        self.weigh = weigh or by_tokens()
+        self.weigh = weigh or ByTokens()
         self.seed = seed % 2**32
         self.draws = 0
         self.traces = 0
