@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .attach import install_layers, make_adapter
 from .blueprint import Blueprint, draw_blueprint
 from .config import config_from_json
+from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def import_adapter(folder: str | Path, model: Any) -> Adapter:
-    """Attach an adapter that PEFT (or this library) saved.
+    """Attach an adapter that PEFT, this library or mlx-lm's tuner saved.
 
     Args:
         folder: The adapter's folder.
@@ -66,10 +67,12 @@ def recorded_base(folder: str | Path) -> str:
         AdapterError: It names none.
     """
     folder = Path(folder).expanduser()
-    base = read_config_file(folder).get("base_model_name_or_path")
+    config = read_config_file(folder)
+    key = "model" if is_mlx_lm(config) else "base_model_name_or_path"
+    base = config.get(key)
     if not isinstance(base, str) or not base:
         raise AdapterError(
-            f"{folder / CONFIG}: base_model_name_or_path={base!r}",
+            f"{folder / CONFIG}: {key}={base!r}",
             "the base model it was trained on",
             "name it: --base OWNER/MODEL",
         )
@@ -90,6 +93,8 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
         AdapterError: As for :func:`import_adapter`.
     """
     folder = Path(folder).expanduser()
+    if is_mlx_lm(config := read_config_file(folder)):
+        return read_mlx_lm(folder, config, loaded, compute_dtype=compute_dtype)
     plan, blueprint, slots, tensors = open_adapter(folder, loaded)
     layers = install_layers(loaded, plan, blueprint, compute_dtype)
     held = dict(tree_flatten(loaded.model.parameters()))

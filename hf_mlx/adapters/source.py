@@ -32,7 +32,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             f"a folder with {CONFIG} and {WEIGHTS}",
             'download it first: hf download OWNER/ADAPTER --local-dir FOLDER; import_adapter("FOLDER", model)',
         )
-    path = _inside(folder, CONFIG)
+    path = inside(folder, CONFIG)
     if not path.is_file():
         raise AdapterError(
             f"{folder}: no {CONFIG}", "a folder that PEFT's save_pretrained wrote", "give the adapter's folder itself"
@@ -56,7 +56,7 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         AdapterError: No weights, a file that is cut short or edited, or a dtype that is no float.
     """
-    path = _inside(folder, WEIGHTS)
+    path = inside(folder, WEIGHTS)
     if not path.is_file():
         raise _no_weights(folder)
     try:
@@ -79,7 +79,7 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
     Raises:
         AdapterError: A value is NaN or infinite.
     """
-    tensors: dict[str, mx.array] = dict(mx.load(str(_inside(folder, WEIGHTS))))  # pyright: ignore
+    tensors: dict[str, mx.array] = dict(mx.load(str(inside(folder, WEIGHTS))))  # pyright: ignore
     check_finite(tensors, str(folder / WEIGHTS))
     return tensors
 
@@ -96,7 +96,7 @@ def read_pickle(folder: Path) -> dict[str, mx.array]:
         AdapterError: The file holds anything but float tensors.
         MissingDependency: torch is not installed.
     """
-    path = _inside(folder, PICKLE)
+    path = inside(folder, PICKLE)
     try:
         import torch
     except ImportError as error:
@@ -138,7 +138,7 @@ def _from_torch(value: Any) -> mx.array:
     return mx.array(np.array(value.detach().float().numpy()))
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """``folder/name``, refused when a link leads out of the folder (the hub cache's own blobs excepted)."""
     path = folder / name
     target, home = path.resolve(), folder.resolve()
@@ -158,7 +158,7 @@ def _no_weights(folder: Path) -> AdapterError:
         return AdapterError(
             f"{folder}: {foreign[0]}, an adapter in mlx-lm's own format",
             f"{WEIGHTS}, as PEFT writes it",
-            "train and save it with hf_mlx, which writes PEFT's format",
+            f"hf-mlx export {folder} OUTPUT --base OWNER/MODEL, which writes it as PEFT does",
         )
     return AdapterError(
         f"{folder}: no {WEIGHTS}", "the weights beside the config", "fetch the whole adapter folder again"
