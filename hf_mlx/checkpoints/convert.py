@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -10,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..intake import lies
+from ..models.config import read_config
+from .damage import FILES
 from .files import replaced_folder
 from .inspection import ADAPTER_CONFIG, check_complete
 from .manifest import MANIFEST, write_manifest
@@ -58,12 +60,13 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
     require_torch(f"hf-mlx checkpoint {'to' if torch else 'from'}-torch {folder}")
     folder = folder.absolute()
     check_complete(folder)
-    kinds = [k for k in TORCH_NAMES if has_state(folder, k) and (folder / TORCH_NAMES[k]).is_file() != torch]
+    kinds = [k for k in TORCH_NAMES if has_state(folder, k) and lies(folder / TORCH_NAMES[k]) != torch]
     if not kinds:
         return []
     states = {kind: read_state(folder, kind) for kind in kinds}
     if "optimizer" in states:
-        states["optimizer"] = rename(states["optimizer"], folder)
+        with FILES.understood(folder, "the state of an optimizer in parameter groups"):
+            states["optimizer"] = rename(states["optimizer"], folder)
     replaced = {name for kind in kinds for name in state_files(kind)} | {MANIFEST}
     with replaced_folder(folder) as temporary:
         for path in folder.iterdir():
@@ -133,6 +136,6 @@ def _renamed(tree: dict[str, Any], keys: dict[Any, Any], groups: list[list[Any]]
 def _live_names(folder: Path) -> tuple[list[str], list[str]]:
     import torch
 
-    model = build_live_model(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    model = build_live_model(read_config(folder))
     norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
     return [name for name, _ in model.named_parameters()], norms

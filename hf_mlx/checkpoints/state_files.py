@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..intake import lies
 from .torch_files import has_torch, load_torch, save_torch
 from .trees import read_tree, write_tree
 
@@ -30,7 +31,7 @@ def write_state(tree: Any, folder: Path, kind: str, *, torch: bool | None = None
 
 def has_state(folder: Path, kind: str) -> bool:
     """Whether the state is there, in either form."""
-    return (folder / TORCH_NAMES[kind]).is_file() or (folder / f"{kind}.json").is_file()
+    return lies(folder / TORCH_NAMES[kind]) or lies(folder / f"{kind}.json")
 
 
 def read_state(folder: Path, kind: str) -> Any:
@@ -40,7 +41,7 @@ def read_state(folder: Path, kind: str) -> Any:
         CheckpointError: It is cut short or edited.
         MissingDependency: Only torch can read it, and torch is not installed.
     """
-    if (folder / TORCH_NAMES[kind]).is_file():
+    if lies(folder / TORCH_NAMES[kind]):
         return load_torch(folder / TORCH_NAMES[kind], random_states=kind == RANDOM)
     return read_tree(folder, kind)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from mlx.utils import tree_flatten
 
 from ..atomic import replaced
 from ..errors import ModelError
+from ..intake import lies
+from .config import FILES
 from .load import LoadedModel
 
 WEIGHTS = "model.safetensors"
@@ -46,9 +47,9 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
     with replaced(folder / "config.json") as path:
         path.write_text(json.dumps(config, indent=2), encoding="utf-8")
     source = loaded.path / "generation_config.json"
-    if source.exists() and source.resolve() != (folder / source.name).resolve():
+    if lies(source) and source.resolve() != (folder / source.name).resolve():
         with replaced(folder / source.name) as path:
-            shutil.copyfile(source, path)
+            path.write_bytes(FILES.read_bytes(source))
     with replaced(folder / WEIGHTS) as path:
         mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointError
+from ..intake import LARGE, Intake, lies
 from ..models.bridge import like_torch, to_numpy
 from ..settings.plan import TrainPlan
+
+_FILES = Intake(CheckpointError, "move the file elsewhere, and the metrics are written into a new one")
 
 
 def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def write_metrics(output_dir: str, split: str, metrics: dict[str, Any], *, combi
     _write_json(folder / f"{split}_results.json", metrics)
     if combined:
         path = folder / "all_results.json"
-        merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        merged = _FILES.read_json(path, limit=LARGE) if lies(path) else {}
         _write_json(path, {**merged, **metrics})
 
 
