@@ -111,7 +111,13 @@ class Intake:
             raise self.refuse(path, f"not UTF-8 text: {error}", "UTF-8 text") from error
 
     def read_json(
-        self, path: Path, types: Mapping[str, Types] | None = None, *, limit: int = SMALL, finite: bool = False
+        self,
+        path: Path,
+        types: Mapping[str, Types] | None = None,
+        *,
+        limit: int = SMALL,
+        finite: bool = False,
+        largest: float | None = None,
     ) -> dict[str, Any]:
         """A JSON object.
 
@@ -120,15 +126,18 @@ class Intake:
             types: Types of the values under some keys, where they are there; ``None`` stands for null.
             limit: Largest size of the file, in bytes.
             finite: Whether NaN and infinite numbers are refused.
+            largest: Numbers of this size and more are refused.
 
         Raises:
             HFMLXError: As :meth:`read_text`, or not a JSON object of a sane depth with values of these types.
         """
-        content = self.parse(self.read_text(path, limit), path, finite=finite)
+        content = self.parse(self.read_text(path, limit), path, finite=finite, largest=largest)
         self.check_types(content, types or {}, path)
         return content
 
-    def parse(self, text: str | bytes, path: Path, *, part: str = "", finite: bool = False) -> dict[str, Any]:
+    def parse(
+        self, text: str | bytes, path: Path, *, part: str = "", finite: bool = False, largest: float | None = None
+    ) -> dict[str, Any]:
         """A JSON object from text that ``path`` holds, ``part`` says where.
 
         Raises:
@@ -144,7 +153,7 @@ class Intake:
             raise self.refuse(path, f"{part}not readable as JSON ({error})", "a JSON object") from error
         if not isinstance(content, dict):
             raise self.refuse(path, f"{part}not a JSON object but {_name(content)}", "a JSON object")
-        if what := _strangeness(content, finite):
+        if what := _strangeness(content, finite, largest or 10**_MAX_DIGITS):
             raise self.refuse(path, what, "the JSON that its writer writes")
         return content
 
@@ -224,7 +233,7 @@ def _reason(path: Path, error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def _strangeness(content: Any, finite: bool) -> str | None:
+def _strangeness(content: Any, finite: bool, largest: float) -> str | None:
     """What no writer of these files writes; walked without recursion."""
     level, depth, nodes = [content], 0, 0
     while level:
@@ -239,9 +248,10 @@ def _strangeness(content: Any, finite: bool) -> str | None:
                 following.extend(item.values())
             elif isinstance(item, list):
                 following.extend(item)
-            elif isinstance(item, int) and abs(item) >= 10**_MAX_DIGITS:
-                return f"a number of more than {_MAX_DIGITS} digits"
-            elif finite and isinstance(item, float) and not math.isfinite(item):
-                return f"the number {item}"
+            elif isinstance(item, float) and not math.isfinite(item):
+                if finite:
+                    return f"the number {item}"
+            elif isinstance(item, (int, float)) and abs(item) >= largest:
+                return f"a number of the size {largest:g} or more"
         level = following
     return None

@@ -11,6 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import AdapterError
+from ..intake import LARGE
+from ..models.config import FILES
 from ..models.save import write_model
 from .adapter import Adapter
 from .layers import LoRALinear, dense_weight
@@ -50,6 +52,7 @@ def merge_adapter(adapter: Adapter, folder: str | Path, *, dequantize: bool = Fa
     write_model(adapter.loaded, folder, merged_parameters(adapter))
     for pattern in _TOKENIZER_FILES:
         for file in adapter.loaded.path.glob(pattern):
+            FILES.check(file, LARGE)
             shutil.copyfile(file, folder / file.name)
     return folder
 

@@ -40,7 +40,7 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{folder}: no {CONFIG}", "a folder that PEFT's save_pretrained wrote", "give the adapter's folder itself"
         )
-    return FILES.read_json(path, _TYPES, finite=True)
+    return FILES.read_json(path, _TYPES, finite=True, largest=1 << 53)
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..intake import lies
+from ..intake import LARGE, lies
 from ..models.config import read_config
 from .damage import FILES
 from .files import replaced_folder
@@ -19,6 +19,8 @@ from .parameters import build_live_model
 from .state_files import TORCH_NAMES, has_state, read_state, state_files, write_state
 from .torch_files import require_torch
 
+# Weights and states, whose headers are checked against their sizes.
+_LARGE = (".safetensors", ".pt", ".pth")
 # Which of the names decay, given the names of LayerNorm modules.
 Decayed = Callable[[Iterable[str], Iterable[str]], frozenset[str]]
 
@@ -67,6 +69,7 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
     if "optimizer" in states:
         with FILES.understood(folder, "the state of an optimizer in parameter groups"):
             states["optimizer"] = rename(states["optimizer"], folder)
+    _check_others(folder, kinds)
     replaced = {name for kind in kinds for name in state_files(kind)} | {MANIFEST}
     with replaced_folder(folder) as temporary:
         for path in folder.iterdir():
@@ -78,6 +81,15 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
         written = sorted(path.name for path in set(temporary.iterdir()) - before)
         write_manifest(temporary)
     return written
+
+
+def _check_others(folder: Path, kinds: list[str]) -> None:
+    """Prove that what is only copied can be: the states are read, and the weights' headers are."""
+    read = {name for kind in kinds for name in state_files(kind)}
+    for root, folders, names in os.walk(folder):
+        for name in [name for name in folders if Path(root, name).is_symlink()] + names:
+            if name not in read:
+                FILES.check(Path(root, name), None if name.endswith(_LARGE) else LARGE)
 
 
 def _copy(source: Path, target: Path) -> None:

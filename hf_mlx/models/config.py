@@ -38,6 +38,8 @@ _TYPES: dict[str, Any] = {
 # The one limit that is no limit, as transformers 4 writes it (mamba2, nemotron_h).
 _UNBOUNDED = ("time_step_limit",)
 _MAX_LAYERS = 10_000
+# No size, constant or id of a model is as large; transformers 4 writes 10**30 for a length without a limit.
+_MAX_NUMBER = 1 << 53
 _LAYERS = re.compile(r"(num_)?(\w+_)?(layers?|blocks?|experts)(_\w+)?|n_(layers?|blocks?|experts)")
 _TAGGED = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
@@ -160,7 +162,7 @@ def _check_numbers(config: Config, path: Path, inside: str = "") -> None:
             infinite = isinstance(number, float) and not math.isfinite(number)
             if infinite and not (key in _UNBOUNDED and number > 0):
                 raise FILES.refuse(path, f"{inside}{key}={show(value)}", "finite numbers")
-            if isinstance(number, int) and abs(number) >= 1 << 63:
+            if isinstance(number, (int, float)) and abs(number) >= _MAX_NUMBER and "max_length" not in key:
                 raise FILES.refuse(path, f"{inside}{key}={show(value)}", "numbers of a model's size")
             if isinstance(number, int) and number > _MAX_LAYERS and _LAYERS.fullmatch(key):
                 raise FILES.refuse(path, f"{inside}{key}={show(value)}", f"at most {_MAX_LAYERS}")
