@@ -14,6 +14,7 @@ from ..models.config import read_config
 from .damage import FILES
 from .files import replaced_folder
 from .inspection import ADAPTER_CONFIG, check_complete
+from .lock import held
 from .manifest import MANIFEST, write_manifest
 from .parameters import build_live_model
 from .state_files import TORCH_NAMES, has_state, read_state, state_files, write_state
@@ -71,7 +72,7 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
             states["optimizer"] = rename(states["optimizer"], folder)
     _check_others(folder, kinds)
     replaced = {name for kind in kinds for name in state_files(kind)} | {MANIFEST}
-    with replaced_folder(folder) as temporary:
+    with held(folder.parent), replaced_folder(folder) as temporary:
         for path in folder.iterdir():
             if path.name not in replaced:
                 _copy(path, temporary / path.name)

@@ -85,4 +85,4 @@ def _describe(path: Path) -> dict[str, int | str]:
 
 def _hash(path: Path) -> str:
     with FILES.open(path) as (file, _):
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

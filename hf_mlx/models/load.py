@@ -88,6 +88,7 @@ def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
     """
     loaded = open_model(resolve_folder(path_or_id, plan), plan)
     loaded.read_weights()
+    _check_finite(loaded)
     return loaded
 
 
@@ -205,11 +206,12 @@ def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str,
 def _check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
     """Refuse a config of more layers than there are tensors, before a loop makes them."""
     for part in (config, config.get("text_config")):
-        for key in ("num_hidden_layers", "n_layer", "n_layers") if isinstance(part, dict) else ():
-            if isinstance(part.get(key), int) and part[key] > len(checkpoint.tensors):
+        for key in ("num_hidden_layers", "n_layer", "n_layers"):
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > len(checkpoint.tensors):
                 raise FILES.refuse(
                     folder / "config.json",
-                    f"{key}={part[key]}, where the files hold {len(checkpoint.tensors)} tensors",
+                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
                     "the config that was saved with these weights",
                 )
 
@@ -223,6 +225,13 @@ def _check_dtypes(model: nn.Module, folder: Path) -> None:
             "weights in floating point",
             FILES.remedy,
         )
+
+
+def _check_finite(loaded: LoadedModel) -> None:
+    parameters: Any = tree_flatten(loaded.model.parameters())
+    for name, value in parameters:
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise FILES.refuse(loaded.path, f"{name} holds NaN or infinite values", "finite weights")
 
 
 def _mlx_classes(model_type: str) -> tuple[type[nn.Module], type]:

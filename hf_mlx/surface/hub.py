@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*"]
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 
