@@ -275,7 +275,7 @@ def _reason(failure: Exception) -> str | None:
     found = _DISK_FULL.search(str(failure))
     if found is None:
         return None
-    code = int(found[2]) if found[2] else errno.EFBIG if found[0] == "File too large" else errno.ENOSPC
+    code = int(found[1]) if found[1] else errno.EFBIG if found[0] == "File too large" else errno.ENOSPC
     return os.strerror(code)
 
 
