@@ -117,6 +117,18 @@ def disk_errors(path: Path, error: type[HFMLXError], remedy: str | None = None) 
         raise named from failure
 
 
+def try_writing(place: Path) -> None:
+    """Find out whether a folder can be written into; also tidies it.
+
+    Raises:
+        OSError: It cannot.
+    """
+    tidy(place)
+    temporary, lock = _claim(place)
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.close(lock)
+
+
 def tidy(place: Path) -> None:
     """Remove what processes that died left half written in ``place``, and end what they had begun to move."""
     try:

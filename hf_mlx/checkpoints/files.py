@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +30,13 @@ def check_output_dir(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-"):
-            pass
+        atomic.try_writing(path)
     except OSError as error:
         raise CheckpointError(
             f"output_dir={str(folder)!r} ({error.strerror or error})",
             "a folder that can be created and written",
             'SFTConfig(output_dir="runs/my-run", ...) with a folder you own',
         ) from error
-    atomic.tidy(path)
     return path
 
 
