@@ -122,7 +122,7 @@ def test_a_failed_write_leaves_the_old_adapter(base, tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(AdapterError, match="out cannot be written: No space"):
         export_adapter(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]

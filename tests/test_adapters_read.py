@@ -199,7 +199,7 @@ BROKEN = {
     "an empty file": (change_bytes(lambda _: b""), "header"),
     "bytes appended": (change_bytes(lambda data: data + b"\0" * 64), "bytes of data where the header promises"),
     "an endless header": (change_bytes(grow_header), "announce a header"),
-    "a header that is not JSON": (edit_header(b'{"', b'["'), "header is not JSON"),
+    "a header that is not JSON": (edit_header(b'{"', b'["'), "header is not readable as JSON"),
     "a header with an edited shape": (edit_header(b"[4,64]", b"[4,63]"), "bytes, not"),
     "a header with overlapping tensors": (edit_header(b"[0,1024]", b"[4,1028]"), "starts at byte"),
     "a pickle that runs code": (pickle_only, "adapter_model.bin"),

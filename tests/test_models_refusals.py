@@ -94,7 +94,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json", "config.json"),
     "an adapter": (_adapter_folder, "no config.json", "base model"),
     "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "not readable as JSON", "save_pretrained"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "model_type", "save_pretrained"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object", "save_pretrained"),
     "no model_type": (_without("model_type"), "model_type", "save_pretrained"),
     "config with a wrong type": (lambda f: _edit_config(f, hidden_size="many"), "cannot read it", "save_pretrained"),
     "unknown model type": (lambda f: _edit_config(f, model_type="quux"), "'quux'", "SFTTrainer"),
@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "header is not JSON": (
         lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 16) + b"{" * 16),
-        "not JSON",
+        "not readable as JSON",
         "fetch it again",
     ),
     "a pickle renamed": (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x04" * 50), "header", "fetch it again"),

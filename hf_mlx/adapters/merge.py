@@ -10,7 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from ..atomic import staged
 from ..errors import AdapterError
+from ..intake import LARGE
+from ..models.config import FILES
 from ..models.save import write_model
 from .adapter import Adapter
 from .layers import LoRALinear, dense_weight
@@ -47,10 +50,12 @@ def merge_adapter(adapter: Adapter, folder: str | Path, *, dequantize: bool = Fa
             "a base in floating point, as Hugging Face stores it",
             f"hf-mlx merge ADAPTER {folder} --dequantize, or merge into the original with --base OWNER/MODEL",
         )
-    write_model(adapter.loaded, folder, merged_parameters(adapter))
-    for pattern in _TOKENIZER_FILES:
-        for file in adapter.loaded.path.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    with staged(folder, AdapterError) as temporary:
+        write_model(adapter.loaded, temporary, merged_parameters(adapter))
+        for pattern in _TOKENIZER_FILES:
+            for file in adapter.loaded.path.glob(pattern):
+                FILES.check(file, LARGE)
+                shutil.copyfile(file, temporary / file.name)
     return folder
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import AdapterError
+from ..intake import lies
+from .source import FILES
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -41,7 +43,7 @@ def resolve_origin(loaded: LoadedModel, base: str | None = None, revision: str |
 
 def _original(folder: Path) -> str:
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    text = FILES.read_bytes(card).decode("utf-8", errors="replace") if lies(card) else ""
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") >= 2 else ""
     found = re.search(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([\w./-]+)", front, re.MULTILINE)
     if found and _HUB_ID.fullmatch(found[1]) and not found[1].startswith("mlx-community/"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,17 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import AdapterError, MissingDependency, ModelError
+from ..intake import Intake, Types, lies
+from ..models.pickles import load_pickle
 from ..models.weights import read_header
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PICKLE = "adapter_model.bin"
 _FLOATS = ("F32", "F16", "BF16")
-_MAX_CONFIG = 10_000_000  # bytes; PEFT's own are a few kB
+# Beside what LoraConfig holds.
+_TYPES: dict[str, Types] = {"base_model_name_or_path": (str, None), "revision": (str, None), "peft_type": (str, None)}
+FILES = Intake(AdapterError, "fetch the adapter again, or save it again: model.save_pretrained(folder)")
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:
@@ -33,21 +36,11 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             'download it first: hf download OWNER/ADAPTER --local-dir FOLDER; import_adapter("FOLDER", model)',
         )
     path = inside(folder, CONFIG)
-    if not path.is_file():
+    if not lies(path):
         raise AdapterError(
             f"{folder}: no {CONFIG}", "a folder that PEFT's save_pretrained wrote", "give the adapter's folder itself"
         )
-    try:
-        if path.stat().st_size > _MAX_CONFIG:
-            raise ValueError(f"{path.stat().st_size} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
-        raise AdapterError(
-            f"{path}: {error}", "the JSON object that PEFT writes", "fetch the adapter again, or save it again"
-        ) from error
-    return config
+    return FILES.read_json(path, _TYPES, finite=True, largest=1 << 53)
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -57,12 +50,12 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         AdapterError: No weights, a file that is cut short or edited, or a dtype that is no float.
     """
     path = inside(folder, WEIGHTS)
-    if not path.is_file():
+    if not lies(path):
         raise _no_weights(folder)
     try:
         header, _ = read_header(path)
     except ModelError as error:
-        raise AdapterError(error.received, error.required, "fetch the adapter again, or save it again") from error
+        raise AdapterError(error.received, error.required, FILES.remedy) from error
     for key, entry in header.items():
         if entry["dtype"] not in _FLOATS:
             raise AdapterError(
@@ -86,7 +79,7 @@ def read_tensors(folder: Path) -> dict[str, mx.array]:
 
 def has_pickle_only(folder: Path) -> bool:
     """Whether the weights are only there as ``adapter_model.bin``."""
-    return not (folder / WEIGHTS).exists() and (folder / PICKLE).exists()
+    return not lies(folder / WEIGHTS) and lies(folder / PICKLE)
 
 
 def read_pickle(folder: Path) -> dict[str, mx.array]:
@@ -98,23 +91,16 @@ def read_pickle(folder: Path) -> dict[str, mx.array]:
     """
     path = inside(folder, PICKLE)
     try:
-        import torch
+        import torch  # noqa: F401
     except ImportError as error:
         raise MissingDependency(
             f"{path}, a pickle, without torch",
             f"{WEIGHTS}, or torch to read the pickle safely",
             'pip install "hf-mlx[hf]", or convert it where torch is: model.save_pretrained(dir)',
         ) from error
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+    with FILES.understood(path, f"{WEIGHTS}, or a pickle of tensors and nothing else"):
+        held = load_pickle(path, FILES)
         tensors = {str(key): _from_torch(value) for key, value in held.items()}
-    except Exception as error:
-        # Whatever a hostile or broken pickle raises, the answer is the same.
-        raise AdapterError(
-            f"{path}: {type(error).__name__}, not a plain state dict",
-            f"{WEIGHTS}, or a pickle of tensors and nothing else",
-            "save the adapter as safetensors where you trust it: model.save_pretrained(dir)",
-        ) from error
     check_finite(tensors, str(path))
     return tensors
 
@@ -141,7 +127,10 @@ def _from_torch(value: Any) -> mx.array:
 def inside(folder: Path, name: str) -> Path:
     """``folder/name``, refused when a link leads out of the folder (the hub cache's own blobs excepted)."""
     path = folder / name
-    target, home = path.resolve(), folder.resolve()
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.11 and 3.12, a link in a circle
+        raise FILES.refuse(path, "a link that leads in a circle") from error
     allowed = [home]
     if re.fullmatch(r"models--[^/]+", home.parent.parent.name) and home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import AdapterError, MissingDependency
+from ..intake import lies
 from ..settings.plan import ModelPlan
 from .files import write_files, write_text
-from .source import CONFIG, read_config_file
+from .source import CONFIG, FILES, read_config_file
 
 RECEIPT = "verification.json"
 # fp32 on both sides; thirty layers summed in another order stay below this, a wrong adapter does not.
@@ -110,7 +111,10 @@ def verify_adapter(
         )
     revision = config.get("revision") if base is None else None
     rows, ours, torch_class = _mlx_logits(folder, source, revision, prompts)
-    plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows, torch_class)
+    if not all(np.isfinite(logits).all() for logits in ours):
+        raise FILES.refuse(folder, f"on {source} it gives logits that are NaN or infinite", "finite weights in both")
+    with FILES.understood(folder, "an adapter and a base that PEFT and transformers load"):
+        plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows, torch_class)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     largest = max(float(np.abs(b).max()) for b in theirs)
     report = Report(
@@ -180,7 +184,7 @@ def _token_rows(prompts: Any, path: Path, config: dict[str, Any]) -> list[list[i
     chosen = list(prompts) if prompts is not None else list(_PROMPTS)
     if not all(isinstance(prompt, str) for prompt in chosen):
         return [[int(token) for token in prompt] for prompt in chosen]
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    if not any(lies(path / name) for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         if prompts is not None:
             raise AdapterError(
                 f"text prompts for {path}, which has no tokenizer",
@@ -189,9 +193,9 @@ def _token_rows(prompts: Any, path: Path, config: dict[str, Any]) -> list[list[i
             )
         vocabulary = (config.get("text_config") or config)["vocab_size"]
         return np.random.RandomState(0).randint(0, vocabulary, (len(_PROMPTS), 16)).tolist()
-    from transformers import AutoTokenizer
+    from ..models.tokenizer import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path, ModelPlan())
     return [tokenizer(prompt)["input_ids"] for prompt in chosen]
 
 

@@ -28,7 +28,8 @@ def restore_states(handler: Any, control: Any, stored: Mapping[str, Any]) -> Any
     Returns:
         The control to go on with.
     """
-    for name, states in stored.items():
+    revived: dict[int, Any] = {}
+    for name, states in (stored or {}).items():
         states = list(states) if isinstance(states, list) else [states]
         if type(control).__name__ == name:
             control = _revive(control, states[0])
@@ -37,7 +38,10 @@ def restore_states(handler: Any, control: Any, stored: Mapping[str, Any]) -> Any
         if not places:
             logger.warning(f"The checkpoint holds the state of {name}, which is not among this run's callbacks.")
         for place, state in zip(places, states, strict=False):
-            handler.callbacks[place] = _revive(handler.callbacks[place], state)
+            revived[place] = _revive(handler.callbacks[place], state)
+    # Once all of them are known to come back.
+    for place, callback in revived.items():
+        handler.callbacks[place] = callback
     return control
 
 

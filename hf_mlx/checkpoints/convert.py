@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -10,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..intake import LARGE, lies
+from ..models.config import read_config
+from .damage import FILES
 from .files import replaced_folder
 from .inspection import ADAPTER_CONFIG, check_complete
+from .lock import held
 from .manifest import MANIFEST, write_manifest
 from .parameters import build_live_model
 from .state_files import TORCH_NAMES, has_state, read_state, state_files, write_state
 from .torch_files import require_torch
 
+# Weights and states, whose headers are checked against their sizes.
+_LARGE = (".safetensors", ".pt", ".pth")
 # Which of the names decay, given the names of LayerNorm modules.
 Decayed = Callable[[Iterable[str], Iterable[str]], frozenset[str]]
 
@@ -58,14 +63,16 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
     require_torch(f"hf-mlx checkpoint {'to' if torch else 'from'}-torch {folder}")
     folder = folder.absolute()
     check_complete(folder)
-    kinds = [k for k in TORCH_NAMES if has_state(folder, k) and (folder / TORCH_NAMES[k]).is_file() != torch]
+    kinds = [k for k in TORCH_NAMES if has_state(folder, k) and lies(folder / TORCH_NAMES[k]) != torch]
     if not kinds:
         return []
     states = {kind: read_state(folder, kind) for kind in kinds}
     if "optimizer" in states:
-        states["optimizer"] = rename(states["optimizer"], folder)
+        with FILES.understood(folder, "the state of an optimizer in parameter groups"):
+            states["optimizer"] = rename(states["optimizer"], folder)
+    _check_others(folder, kinds)
     replaced = {name for kind in kinds for name in state_files(kind)} | {MANIFEST}
-    with replaced_folder(folder) as temporary:
+    with held(folder.parent), replaced_folder(folder) as temporary:
         for path in folder.iterdir():
             if path.name not in replaced:
                 _copy(path, temporary / path.name)
@@ -75,6 +82,15 @@ def _convert(folder: Path, *, torch: bool, rename: Callable[[Any, Path], Any]) -
         written = sorted(path.name for path in set(temporary.iterdir()) - before)
         write_manifest(temporary)
     return written
+
+
+def _check_others(folder: Path, kinds: list[str]) -> None:
+    """Prove that what is only copied can be: the states are read, and the weights' headers are."""
+    read = {name for kind in kinds for name in state_files(kind)}
+    for root, folders, names in os.walk(folder):
+        for name in [name for name in folders if Path(root, name).is_symlink()] + names:
+            if name not in read:
+                FILES.check(Path(root, name), None if name.endswith(_LARGE) else LARGE)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -133,6 +149,6 @@ def _renamed(tree: dict[str, Any], keys: dict[Any, Any], groups: list[list[Any]]
 def _live_names(folder: Path) -> tuple[list[str], list[str]]:
     import torch
 
-    model = build_live_model(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    model = build_live_model(read_config(folder))
     norms = [name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm)]
     return [name for name, _ in model.named_parameters()], norms

@@ -5,20 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..atomic import sync
+from .. import atomic
+from ..atomic import is_full, staged, sync, sync_tree
 from ..errors import CheckpointError, HFMLXError
 
 TEMPORARY = ".tmp-"
 REPLACED = ".old-"
-# What mlx, torch and tokenizers say when they cannot write; none of them raises an OSError.
-_DISK_FULL = ("Unable to write", "No space left", "PytorchStreamWriter", "inline_container")
-# Below this a write that failed is taken to have failed for want of room, whatever the writer called it.
-_NO_ROOM = 1 << 20
+_REMEDY = (
+    "free some space, set save_total_limit=2 or choose another output_dir; then "
+    "trainer.train(resume_from_checkpoint=True) goes on from the last complete checkpoint"
+)
 
 
 def check_output_dir(folder: str | os.PathLike[str]) -> Path:
@@ -30,8 +30,7 @@ def check_output_dir(folder: str | os.PathLike[str]) -> Path:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-"):
-            pass
+        atomic.try_writing(path)
     except OSError as error:
         raise CheckpointError(
             f"output_dir={str(folder)!r} ({error.strerror or error})",
@@ -57,14 +56,14 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            _sync_tree(temporary)
+            sync_tree(temporary)
             if path.exists():
                 os.rename(path, old)
             os.rename(temporary, path)
             sync(path.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException as error:
-            full = isinstance(error, Exception) and _is_full(path.parent)
+            full = isinstance(error, Exception) and is_full(path.parent)
             shutil.rmtree(temporary, ignore_errors=True)
             _restore(old)
             if full and not isinstance(error, (OSError, HFMLXError)):
@@ -79,21 +78,26 @@ def disk_errors(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: The write failed.
     """
-    try:
+    # What was asked for, not the temporary folder in its place.
+    with atomic.disk_errors(path.with_name(path.name.removeprefix(TEMPORARY)), CheckpointError, _REMEDY):
         yield
-    except Exception as error:
-        known = isinstance(error, OSError) or any(text in str(error) for text in _DISK_FULL)
-        if isinstance(error, HFMLXError) or not known:
-            raise
-        reason = (error.strerror or error) if isinstance(error, OSError) else os.strerror(errno.ENOSPC)
-        # What was asked for, not the temporary folder in its place.
-        asked = path.with_name(path.name.removeprefix(TEMPORARY))
-        raise CheckpointError(
-            f"{asked} cannot be written: {reason} ({_room(path.parent)})",
-            "a folder that can be written, with room for a checkpoint",
-            "free some space, set save_total_limit=2 or choose another output_dir; then "
-            "trainer.train(resume_from_checkpoint=True) goes on from the last complete checkpoint",
-        ) from error
+
+
+@contextmanager
+def saved_folder(folder: str | Path) -> Iterator[Path]:
+    """Where a model, its tokenizer and its card are written before they move into ``folder`` as a whole.
+
+    Raises:
+        CheckpointError: The disk is full or the folder cannot be written; it is as it was.
+    """
+    folder = Path(folder)
+    asked = folder.with_name(folder.name.removeprefix(TEMPORARY))
+    with atomic.disk_errors(asked, CheckpointError, _REMEDY), staged(folder, CheckpointError, _REMEDY) as temporary:
+        card = folder / "README.md"
+        if card.is_file():
+            # PEFT extends the card that is there.
+            shutil.copyfile(card, temporary / card.name)
+        yield temporary
 
 
 def tidy(folder: Path) -> None:
@@ -106,13 +110,6 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync_tree(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            sync(Path(root, name))
-        sync(Path(root))
-
-
 def _restore(old: Path) -> None:
     path = old.with_name(old.name.removeprefix(REPLACED))
     if not old.exists():
@@ -121,17 +118,3 @@ def _restore(old: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(old, path)
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        return shutil.disk_usage(folder).free < _NO_ROOM
-    except OSError:
-        return False
-
-
-def _room(folder: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
-    except OSError:
-        return "no such folder"

@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, ModelError
+from ..intake import LARGE, Types, lies, show
+from ..models.pickles import check_archive
 from ..models.weights import inspect_checkpoint, read_header
+from .damage import FILES, DamagedCheckpoint
 from .files import tidy
 from .folders import list_checkpoints
 from .manifest import MANIFEST, find_damage, recorded_files
 from .state_files import OPTIMIZER, SCHEDULER, TORCH_NAMES, has_state, state_files
-from .torch_files import check_archive
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
 RUN = "hf_mlx_state"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# transformers 5.23 TrainerState; True and false are numbers nowhere.
+_STATE_TYPES: dict[str, Types] = {
+    "global_step": int,
+    "epoch": (float, None),
+    "max_steps": int,
+    "logging_steps": (float, None),
+    "eval_steps": (float, None),
+    "save_steps": (float, None),
+    "train_batch_size": (int, None),
+    "num_train_epochs": float,
+    "num_input_tokens_seen": float,
+    "total_flos": float,
+    "log_history": (list, None),
+    "best_metric": (float, None),
+    "best_global_step": (int, None),
+    "best_model_checkpoint": (str, None),
+    "is_local_process_zero": bool,
+    "is_world_process_zero": bool,
+    "is_hyper_param_search": bool,
+    "trial_name": (str, None),
+    "trial_params": (dict, None),
+    "stateful_callbacks": (dict, None),
+}
+_ENTRY_TYPES: dict[str, Types] = {"step": int, "num_tokens": (float, None), "eval_num_tokens": (float, None)}
 
 _KNOWN = re.compile(
     r"\..*|README\.md|adapter_config\.json|adapter_model\.safetensors|config\.json|generation_config\.json"
@@ -31,10 +56,6 @@ _KNOWN = re.compile(
 # Folders that hold a part of the training state of engines that shard it.
 _SHARDED = re.compile(r"global_step\d+|pytorch_model_fsdp.*|optimizer_\d+|.*distcp.*")
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
-
-
-class DamagedCheckpoint(CheckpointError):
-    """A folder that was not written to its end, or was changed since."""
 
 
 def find_checkpoint(output_dir: str | Path, asked: str | Path | bool | None) -> tuple[Path | None, list[str]]:
@@ -91,9 +112,9 @@ def check_complete(folder: Path) -> None:
             "a folder checkpoint-N that a run wrote",
             "trainer.train(resume_from_checkpoint=True) for the newest one in output_dir",
         )
-    if (folder / MANIFEST).exists():
+    if lies(folder / MANIFEST):
         damage = find_damage(folder)
-    elif (folder / f"{RUN}.json").exists():
+    elif lies(folder / f"{RUN}.json"):
         damage = f"{MANIFEST} is missing"
     else:
         damage = _find_structural_damage(folder)
@@ -139,21 +160,19 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: It is not readable or has no step.
     """
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        if not isinstance(state["global_step"], int):
-            raise TypeError("global_step is not a number")
-        return state
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(
-            f"{folder}: {STATE} cannot be read ({type(error).__name__}: {error})",
-            "the JSON object that the trainer wrote",
-            "trainer.train(resume_from_checkpoint=True) takes the newest complete checkpoint",
-        ) from error
+    path = folder / STATE
+    state = FILES.read_json(path, _STATE_TYPES, limit=LARGE)
+    if state.get("global_step", -1) < 0:
+        raise FILES.refuse(path, f"global_step={state.get('global_step')!r}", "the step it was written at")
+    for entry in state.get("log_history") or []:
+        if not isinstance(entry, dict):
+            raise FILES.refuse(path, f"log_history holds {show(entry)}", "log_history: a list of objects")
+        FILES.check_types(entry, _ENTRY_TYPES, path)
+    return state
 
 
 def _find_structural_damage(folder: Path) -> str | None:
-    if not (folder / STATE).is_file():
+    if not lies(folder / STATE):
         return f"{STATE} is missing, which is written last"
     if has_state(folder, OPTIMIZER) != has_state(folder, SCHEDULER):
         kind = SCHEDULER if has_state(folder, OPTIMIZER) else OPTIMIZER
@@ -170,27 +189,21 @@ def _find_structural_damage(folder: Path) -> str | None:
 
 
 def _check_weights(folder: Path) -> None:
-    if (folder / ADAPTER).is_file():
+    if lies(folder / ADAPTER):
         read_header(folder / ADAPTER)
-        try:
-            json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{ADAPTER_CONFIG} cannot be read ({error})", "", "") from error
-    elif (folder / ADAPTER_CONFIG).is_file():
+        FILES.read_json(folder / ADAPTER_CONFIG)
+    elif lies(folder / ADAPTER_CONFIG):
         raise ModelError(f"{ADAPTER} is missing", "", "")
     else:
         inspect_checkpoint(folder)
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
+    if not lies(path):
         return
     if path.suffix in (".pt", ".pth"):
-        check_archive(path)
+        check_archive(path, FILES)
     elif path.suffix == ".safetensors":
         read_header(path)
     else:
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path.name} is not JSON ({error})", "", "") from error
+        FILES.read_json(path, limit=LARGE)

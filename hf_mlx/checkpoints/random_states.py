@@ -80,10 +80,24 @@ class RandomStates:
         if tree is None:
             generator = TorchGenerator()
             generator.set_torch_state(np.array(hf["cpu"]))
-            return cls(None, generator.get_state(), python, numpy)
-        torch = None if tree["torch"] is None else np.frombuffer(bytes.fromhex(tree["torch"]), dtype=np.uint8)
-        key = None if tree["key"] is None else mx.array(tree["key"], dtype=mx.uint32)
-        return cls(key, tree["order"], python, numpy, torch)
+            states = cls(None, generator.get_state(), python, numpy)
+        else:
+            torch = None if tree["torch"] is None else np.frombuffer(bytes.fromhex(tree["torch"]), dtype=np.uint8)
+            key = None if tree["key"] is None else mx.array(tree["key"], dtype=mx.uint32)
+            states = cls(key, tree["order"], python, numpy, torch)
+        states._rehearse()
+        return states
+
+    def _rehearse(self) -> None:
+        """Set generators of no consequence to these states, so that the real ones are not left half set."""
+        random.Random().setstate(self.python)
+        np.random.RandomState().set_state(self.numpy)
+        if self.key is not None and self.key.shape != (2,):
+            raise ValueError(f"a key of shape {self.key.shape}")
+        if self.order is not None:
+            order = TorchGenerator()
+            order.set_state(self.order)
+            order.to_torch_state()
 
 
 def _tuples(value: Any) -> Any:

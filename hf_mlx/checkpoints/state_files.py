@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from ..intake import lies
+from .damage import FILES
 from .torch_files import has_torch, load_torch, save_torch
 from .trees import read_tree, write_tree
 
@@ -30,7 +34,7 @@ def write_state(tree: Any, folder: Path, kind: str, *, torch: bool | None = None
 
 def has_state(folder: Path, kind: str) -> bool:
     """Whether the state is there, in either form."""
-    return (folder / TORCH_NAMES[kind]).is_file() or (folder / f"{kind}.json").is_file()
+    return lies(folder / TORCH_NAMES[kind]) or lies(folder / f"{kind}.json")
 
 
 def read_state(folder: Path, kind: str) -> Any:
@@ -40,9 +44,19 @@ def read_state(folder: Path, kind: str) -> Any:
         CheckpointError: It is cut short or edited.
         MissingDependency: Only torch can read it, and torch is not installed.
     """
-    if (folder / TORCH_NAMES[kind]).is_file():
-        return load_torch(folder / TORCH_NAMES[kind], random_states=kind == RANDOM)
-    return read_tree(folder, kind)
+    in_torch = lies(folder / TORCH_NAMES[kind])
+    path = folder / (TORCH_NAMES[kind] if in_torch else f"{kind}.json")
+    tree = load_torch(path, random_states=kind == RANDOM) if in_torch else read_tree(folder, kind)
+    if not _is_finite(tree):
+        raise FILES.refuse(path, "NaN or infinite values", "finite values")
+    return tree
+
+
+def _is_finite(tree: Any) -> bool:
+    if isinstance(tree, mx.array):
+        return not mx.issubdtype(tree.dtype, mx.floating) or bool(mx.isfinite(tree).all().item())
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return all(_is_finite(value) for value in values)
 
 
 def state_files(kind: str) -> tuple[str, ...]:

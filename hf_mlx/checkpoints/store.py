@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
+from ..intake import has_type, lies, show
 from .boundary import Boundary, Layout
+from .damage import FILES
 from .files import disk_errors, replaced_folder
 from .fingerprint import compare_fingerprints, take_fingerprint
 from .folders import checkpoint_path, rotate
@@ -117,7 +120,7 @@ class CheckpointStore:
             CheckpointError: The folder cannot be written.
         """
         folder = checkpoint_path(self.args.output_dir, step)
-        if (folder / MANIFEST).is_file():
+        if lies(folder / MANIFEST):
             with disk_errors(folder):
                 extend_manifest(folder)
 
@@ -137,10 +140,22 @@ class CheckpointStore:
         Raises:
             CheckpointError: It does not fit this run.
         """
+        with FILES.understood(folder, "the state of this run, as a trainer writes it"):
+            return self._load(folder)
+
+    def load_best(self, folder: str | Path) -> None:
+        """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
+        step, session = self.session.step, self.session
+        folder = Path(folder)
+        with FILES.understood(folder, "the weights of this run's best checkpoint"):
+            weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+        step.load(weights, step.state)
+
+    def _load(self, folder: Path) -> Loaded:
         step, session = self.session.step, self.session
         weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
         state = read_trainer_state(folder)
-        run = read_tree(folder, RUN) if (folder / f"{RUN}.json").is_file() else None
+        run = read_tree(folder, RUN) if lies(folder / f"{RUN}.json") else None
         random = self._read_random(folder, run)
         if run is not None:
             self._compare_runs(folder, run)
@@ -163,12 +178,6 @@ class CheckpointStore:
             counted = updates if updates is not None else schedule.get("_step_count", 1) - 1
             boundary.offset = state["global_step"] - counted
         return Loaded(folder, boundary, weights, moments, schedule)
-
-    def load_best(self, folder: str | Path) -> None:
-        """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
-        step, session = self.session.step, self.session
-        weights = load_weights(Path(folder), step.params, self.parameters, session.adapter, session.loaded)
-        step.load(weights, step.state)
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
         updates = global_step - boundary.offset
@@ -238,6 +247,8 @@ class CheckpointStore:
 
     def _compare_schedules(self, folder: Path, schedule: dict[str, Any], updates: int | None) -> None:
         by_metric = "num_bad_epochs" in schedule
+        if not by_metric:
+            _check_schedule(schedule, folder)
         if by_metric != (self.plan.schedule.name in ("reduce_lr_on_plateau", "greedy")):
             raise CheckpointError(
                 f"{folder}: the state of another schedule than lr_scheduler_type={self.plan.schedule.name!r}",
@@ -271,3 +282,11 @@ class CheckpointStore:
             f"{folder.name} holds weights only (save_only_model=True): the optimizer and the warmup begin anew. "
             "save_only_model=False makes checkpoints that a run goes on from exactly."
         )
+
+
+def _check_schedule(schedule: dict[str, Any], folder: Path) -> None:
+    rates, steps = schedule.get("base_lrs"), schedule.get("last_epoch")
+    if not (isinstance(rates, list) and rates and all(has_type(x, float) and 0 <= x < math.inf for x in rates)):
+        raise FILES.refuse(folder, f"a schedule with base_lrs={show(rates)}", "base_lrs: a list of learning rates")
+    if not has_type(steps, int) or not has_type(schedule.get("_step_count", 1), int):
+        raise FILES.refuse(folder, f"a schedule with last_epoch={show(steps)}", "last_epoch: a number of steps")

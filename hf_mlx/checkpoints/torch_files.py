@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, MissingDependency
+from ..errors import MissingDependency
+from ..models.pickles import load_pickle
+from .damage import FILES
 
 
 def has_torch() -> bool:
@@ -66,30 +66,8 @@ def load_torch(path: Path, *, random_states: bool = False) -> Any:
             "torch, or the same state as safetensors and JSON",
             f'pip install "hf-mlx[hf]", or where torch is installed: hf-mlx checkpoint from-torch {path.parent}',
         )
-    import torch
-
-    check_archive(path)
-    try:
-        with _random_types() if random_states else nullcontext():
-            return _from_torch(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        # Whatever a broken or hostile pickle raises, the answer is the same.
-        raise _broken(path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-
-
-def check_archive(path: Path) -> None:
-    """Prove the checksums inside a torch file, a zip archive; torch itself does not look at them.
-
-    Raises:
-        CheckpointError: A member does not match its checksum, or the file is not an archive.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise _broken(path, str(error)) from error
-    if wrong is not None:
-        raise _broken(path, f"{wrong} does not match its checksum")
+    with FILES.understood(path, "a complete file that torch.save wrote"):
+        return _from_torch(load_pickle(path, FILES, allowed=_random_types() if random_states else None))
 
 
 def _random_types() -> Any:
@@ -126,11 +104,3 @@ def _from_torch(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_from_torch(item) for item in value)
     return value
-
-
-def _broken(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {what}",
-        "a complete file that torch.save wrote",
-        "resume from another checkpoint: trainer.train(resume_from_checkpoint=True) takes the newest complete one",
-    )

@@ -9,8 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError, ModelError
+from ..errors import ModelError
+from ..intake import LARGE, lies
 from ..models.weights import read_header
+from .damage import FILES
 
 _EXACT = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32")
 
@@ -39,21 +41,17 @@ def read_tree(folder: Path, stem: str) -> Any:
     Raises:
         CheckpointError: A file is not there, cut short or edited.
     """
-    path = folder / f"{stem}.safetensors"
-    try:
-        shape = json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
-        arrays: dict[str, mx.array] = {}
-        if path.exists():
-            read_header(path)
-            arrays = load_arrays(path)
+    arrays: dict[str, mx.array] = {}
+    described, stored = folder / f"{stem}.json", folder / f"{stem}.safetensors"
+    with FILES.understood(described, "the files as they were written"):
+        if lies(stored):
+            try:
+                read_header(stored)
+            except ModelError as error:
+                raise FILES.error(error.received, error.required, FILES.remedy) from error
+            arrays = load_arrays(stored)
             mx.eval(arrays)
-        return _decode(shape, arrays)
-    except (OSError, ValueError, KeyError, TypeError, ModelError) as error:
-        raise CheckpointError(
-            f"{folder / stem}.json: {type(error).__name__}: {error}",
-            "the files as they were written",
-            "resume from another checkpoint: trainer.train(resume_from_checkpoint=True) takes the newest complete one",
-        ) from error
+        return _decode(json.loads(FILES.read_text(described, LARGE)), arrays)
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:

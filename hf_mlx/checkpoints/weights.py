@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import mlx.core as mx
 from ..adapters.adapter import Adapter
 from ..adapters.config import config_to_json
 from ..errors import CheckpointError, ModelError
+from ..intake import lies
 from ..models.load import LoadedModel
 from ..models.weights import inspect_checkpoint, read_header
+from .damage import FILES
 from .inspection import ADAPTER, ADAPTER_CONFIG
 from .parameters import Parameters
 from .trees import load_arrays
@@ -37,8 +38,8 @@ def load_weights(
     Raises:
         CheckpointError: Weights of another model, or of another adapter.
     """
-    kind = "an adapter" if (folder / ADAPTER).is_file() else "a whole model"
-    if (folder / ADAPTER).is_file() != (adapter is not None):
+    kind = "an adapter" if lies(folder / ADAPTER) else "a whole model"
+    if lies(folder / ADAPTER) != (adapter is not None):
         raise CheckpointError(
             f"{folder}: {kind}",
             "an adapter, as peft_config is given" if adapter else "a whole model, as no peft_config is given",
@@ -60,6 +61,9 @@ def load_weights(
     weights = {name: values[name].astype(value.dtype) for name, value in params.items()}
     # The file may be replaced or deleted while the run goes on.
     mx.eval(weights)
+    for name, value in weights.items():
+        if not mx.isfinite(value).all().item():
+            raise FILES.refuse(folder, f"{name} holds NaN or infinite values", "finite weights")
     return weights
 
 
@@ -83,7 +87,7 @@ def _compare_shapes(
 
 
 def _compare_adapters(folder: Path, adapter: Adapter) -> None:
-    theirs = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    theirs = FILES.read_json(folder / ADAPTER_CONFIG)
     ours: dict[str, Any] = config_to_json(adapter, "", None)
     for key in _MEANING:
         if key in theirs and theirs[key] != ours[key]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HFMLXError, SettingError
+from ..intake import Intake
 from ..settings.ledger import Ledger, explain
 from ..settings.legacy import translate_arguments
 
@@ -111,13 +112,15 @@ def read_settings(path: str | Path) -> tuple[dict[str, Any], dict[str, Any] | No
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Intake(SettingError, "hf-mlx explain args.json").read_text(path)
         if path.suffix in (".yaml", ".yml"):
             import yaml
 
             loaded = yaml.safe_load(text) or {}
         else:
             loaded = json.loads(text)
+    except SettingError:
+        raise
     except Exception as error:
         raise SettingError(f"{path}", f"is readable JSON or YAML ({error})", "hf-mlx explain args.json") from error
     if not isinstance(loaded, Mapping):

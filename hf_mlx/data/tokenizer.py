@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, SettingError
+from ..intake import Intake, lies
 from ..settings.plan import DataPlan
 
 
@@ -75,10 +76,10 @@ def _read_template(path: str) -> str:
             "write the template to a file: open('chat.jinja', 'w').write(other_tokenizer.chat_template), then "
             "SFTConfig(chat_template_path='chat.jinja')",
         )
-    if not file.is_file():
+    if not lies(file):
         raise SettingError(
             f"chat_template_path={path!r}, which does not exist",
             "a .jinja or .j2 file",
             f"check the folder: {str(file.parent.absolute())!r}",
         )
-    return file.read_text(encoding="utf-8")
+    return Intake(SettingError, "SFTConfig(chat_template_path='chat.jinja') with a Jinja file").read_text(file)

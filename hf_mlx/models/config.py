@@ -8,16 +8,39 @@ what one model type needs beyond that stands in :mod:`hf_mlx.models.dialects`.
 from __future__ import annotations
 
 import copy
-import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..intake import Intake, describe, has_type, lies, show
 from .dialects import DIALECTS
 
 Config = dict[str, Any]
 
 # Non-finite floats are tagged so that config.json stays JSON (transformers 5.23, PreTrainedConfig.to_json_string).
+FILES = Intake(ModelError, "fetch the file again, or save the model again with model.save_pretrained(folder)")
+# Of the keys that this library or mlx-lm read beside those that transformers' own class checks.
+_TYPES: dict[str, Any] = {
+    "model_type": (str, None),
+    "architectures": (list, None),
+    "dtype": (str, None),
+    "torch_dtype": (str, None),
+    "text_config": (dict, None),
+    "vision_config": (dict, None),
+    "quantization": (dict, None),
+    "quantization_config": (dict, None),
+    "rope_parameters": (dict, None),
+    "rope_scaling": (dict, None),
+    "auto_map": (dict, None),
+}
+# The one limit that is no limit, as transformers 4 writes it (mamba2, nemotron_h).
+_UNBOUNDED = ("time_step_limit",)
+_MAX_LAYERS = 10_000
+# No size, constant or id of a model is as large; transformers 4 writes 10**30 for a length without a limit.
+_MAX_NUMBER = 1 << 53
+_LAYERS = re.compile(r"(num_)?(\w+_)?(layers?|blocks?|experts)(_\w+)?|n_(layers?|blocks?|experts)")
 _TAGGED = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}
 
 
@@ -28,27 +51,38 @@ def read_config(folder: Path) -> Config:
         ModelError: The file is missing, is not a JSON object, or names no model_type.
     """
     path = folder / "config.json"
-    if not path.is_file():
+    if not lies(path):
         raise ModelError(
             f"{folder}: no config.json ({_listing(folder)})",
             "a folder that model.save_pretrained(folder) wrote",
             _remedy_without_config(folder),
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(
-            f"{path}: not readable as JSON ({error})",
-            "a JSON object",
-            "fetch config.json again, or save the model again with model.save_pretrained(folder)",
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = FILES.read_json(path, _TYPES)
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(
             f"{path}: names no model_type",
             'a JSON object with "model_type"',
             "save the model again with model.save_pretrained(folder); the key is written by transformers",
         )
+    _check_numbers(config, path)
     return _untag(config)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Prove generation_config.json where it is there: transformers takes one that it cannot read for absent.
+
+    Raises:
+        ModelError: It is not readable, not a JSON object, or a token id in it is none.
+    """
+    path = folder / "generation_config.json"
+    if not lies(path):
+        return
+    content = FILES.read_json(path, finite=True)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(key)
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not all(has_type(item, (int, None)) for item in ids):
+            raise FILES.refuse(path, f"{key}={show(value)}", f"{key}: a token id")
 
 
 def interpret(config: Config) -> Config:
@@ -74,8 +108,7 @@ def interpret(config: Config) -> Config:
         read = CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()
     except Exception as error:  # each config class validates in its own way and raises its own type
         raise ModelError(
-            f"config.json of model type {config['model_type']!r}: transformers cannot read it "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]})",
+            f"config.json of model type {config['model_type']!r}: transformers cannot read it ({describe(error)})",
             "a config.json that AutoConfig.from_pretrained reads",
             "fetch config.json again, or save the model again with model.save_pretrained(folder)",
         ) from error
@@ -120,6 +153,21 @@ def unnest_rope(config: Config) -> None:
         # Old Phi-3 files say "su" for what transformers now calls longrope (transformers 5.23, Phi3Config).
         kind = "longrope" if kind == "su" else kind
         config["rope_scaling"] = None if kind == "default" else {**scaling, "type": kind, "rope_type": kind}
+
+
+def _check_numbers(config: Config, path: Path, inside: str = "") -> None:
+    """Refuse numbers that no model has: classes and loops would take them at their word."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            infinite = isinstance(number, float) and not math.isfinite(number)
+            if infinite and not (key in _UNBOUNDED and number > 0):
+                raise FILES.refuse(path, f"{inside}{key}={show(value)}", "finite numbers")
+            if isinstance(number, (int, float)) and abs(number) >= _MAX_NUMBER and "max_length" not in key:
+                raise FILES.refuse(path, f"{inside}{key}={show(value)}", "numbers of a model's size")
+            if isinstance(number, int) and number > _MAX_LAYERS and _LAYERS.fullmatch(key):
+                raise FILES.refuse(path, f"{inside}{key}={show(value)}", f"at most {_MAX_LAYERS}")
+        if isinstance(value, dict):
+            _check_numbers(value, path, f"{inside}{key}.")
 
 
 def _untag(value: Any) -> Any:

@@ -16,7 +16,9 @@ from mlx.utils import tree_flatten
 
 from ..blas import load_openblas
 from ..errors import MissingDependency, ModelError
+from ..intake import describe
 from ..settings.plan import ModelPlan
+from .config import FILES
 from .heads import layers
 from .load import LoadedModel, load_model
 from .source import resolve_folder
@@ -97,6 +99,8 @@ def diagnose(path_or_id: str | Path, plan: ModelPlan | None = None) -> Diagnosis
     ids = _ids(loaded)
     weight = _comparable_weight(loaded)
     ours, our_gradient = _mlx_pass(loaded, ids, weight)
+    if not np.isfinite(ours).all():
+        raise FILES.refuse(folder, "its logits are NaN or infinite", "finite weights")
     name = loaded.names.to_hf_module(weight) + ".weight" if weight else None
     theirs, their_gradient = _torch_pass(loaded, ids, name)
     comparable = our_gradient is not None and their_gradient is not None
@@ -198,9 +202,9 @@ def _torch_pass(loaded: LoadedModel, ids: np.ndarray, weight: str | None) -> tup
     cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
     try:
         model = cls.from_pretrained(str(loaded.path), dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # each class and each tokenizer raises what it likes
         raise ModelError(
-            f"{loaded.path}: transformers cannot load it ({' '.join(str(error).split())[:300]})",
+            f"{loaded.path}: transformers cannot load it ({describe(error)})",
             "a checkpoint that both libraries read, to compare them",
             "an MLX-converted folder has no torch counterpart: run doctor on the original model",
         ) from error

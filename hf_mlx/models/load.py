@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from ..errors import ModelError
+from ..intake import describe
 from ..settings.plan import ModelPlan
 from .architectures import (
     BUFFERS,
@@ -24,13 +25,15 @@ from .architectures import (
     module_renames,
     steps_for,
 )
-from .config import Config, interpret, normalise, read_config
+from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config
 from .names import NameMap
 from .overrides import adapt, model_classes
 from .quantize import quantize_base
 from .source import resolve_folder
 from .weights import Checkpoint, inspect_checkpoint
+
+_BUILDABLE = "a config.json with every key of its model type, each with a value that this type can have"
 
 
 @dataclass
@@ -85,6 +88,7 @@ def load_model(path_or_id: str | Path, plan: ModelPlan) -> LoadedModel:
     """
     loaded = open_model(resolve_folder(path_or_id, plan), plan)
     loaded.read_weights()
+    _check_finite(loaded)
     return loaded
 
 
@@ -101,7 +105,9 @@ def open_model(folder: Path, plan: ModelPlan) -> LoadedModel:
     Raises:
         ModelError: As for :func:`load_model`.
     """
-    return assemble(folder, read_config(folder), lambda: (inspect_checkpoint(folder), None), plan)
+    config = read_config(folder)
+    check_generation_config(folder)
+    return assemble(folder, config, lambda: (inspect_checkpoint(folder), None), plan)
 
 
 def assemble(
@@ -119,16 +125,26 @@ def assemble(
     Raises:
         ModelError: As for :func:`load_model`.
     """
+    with FILES.understood(folder / "config.json", _BUILDABLE):
+        return _assemble(folder, config, read, plan)
+
+
+def _assemble(
+    folder: Path, config: Config, read: Callable[[], tuple[Checkpoint, dict[str, mx.array] | None]], plan: ModelPlan
+) -> LoadedModel:
     model_type = config["model_type"]
     architecture = look_up(config, folder)
     full = interpret(config)
     check_config(full, folder)
     checkpoint, weights = read()
+    _check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
     converts = checkpoint.layout == "hf" and not config.get("quantization_config")
     model = _build(folder, full, steps if converts else None, weights)
     adapt(model, full, converts)
+    if converts:
+        _check_dtypes(model, folder)
     _cast(model, plan.precision.dtype)
     notes = quantize_base(model, plan, config)
     model.eval()
@@ -175,16 +191,47 @@ def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str,
             model_class, args = classes(flat)
             model = model_class(args.from_dict(flat))
             model.load_weights(list(model.sanitize(weights).items()))
-    except (TypeError, KeyError, AttributeError, AssertionError) as error:
+    except (ValueError, IndexError) as error:
+        raise _mismatch(folder, config, error) from error
+    except Exception as error:  # mlx-lm checks no value: it fails where one is used
         raise ModelError(
-            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({type(error).__name__}: {error})",
-            "a config.json with every key of its model type",
+            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})",
+            _BUILDABLE,
             "save the model again with transformers 5: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(folder)",
         ) from error
-    except (ValueError, IndexError) as error:
-        raise _mismatch(folder, config, error) from error
     return model
+
+
+def _check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse a config of more layers than there are tensors, before a loop makes them."""
+    for part in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "n_layer", "n_layers"):
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > len(checkpoint.tensors):
+                raise FILES.refuse(
+                    folder / "config.json",
+                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
+                    "the config that was saved with these weights",
+                )
+
+
+def _check_dtypes(model: nn.Module, folder: Path) -> None:
+    parameters: Any = tree_flatten(model.parameters())
+    wrong = [(name, value.dtype) for name, value in parameters if not mx.issubdtype(value.dtype, mx.floating)]
+    if wrong:
+        raise ModelError(
+            f"{folder}: {wrong[0][0]} is stored as {str(wrong[0][1]).removeprefix('mlx.core.')}",
+            "weights in floating point",
+            FILES.remedy,
+        )
+
+
+def _check_finite(loaded: LoadedModel) -> None:
+    parameters: Any = tree_flatten(loaded.model.parameters())
+    for name, value in parameters:
+        if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
+            raise FILES.refuse(loaded.path, f"{name} holds NaN or infinite values", "finite weights")
 
 
 def _mlx_classes(model_type: str) -> tuple[type[nn.Module], type]:

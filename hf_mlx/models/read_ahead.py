@@ -24,7 +24,7 @@ def read_ahead(folder: Path) -> Iterator[None]:
     Args:
         folder: Holds ``model*.safetensors``; does nothing when they are more than half of the machine's memory.
     """
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(file for file in folder.glob("model*.safetensors") if file.is_file())
     if not files or sum(file.stat().st_size for file in files) > _SHARE * _physical_memory():
         yield
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..atomic import replaced
+from ..atomic import staged
 from ..errors import ModelError
+from ..intake import lies
+from .config import FILES
 from .load import LoadedModel
 
 WEIGHTS = "model.safetensors"
@@ -22,7 +23,7 @@ _DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"
 def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx.array] | None = None) -> None:
     """Write weights under HF names and layouts, config.json and generation_config.json.
 
-    Each file is complete before it takes its name, the weights last, so that a folder with weights is whole.
+    Nothing is seen of it before all of it is on disk (:func:`hf_mlx.atomic.staged`).
 
     Args:
         loaded: The model.
@@ -36,21 +37,18 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
     """
     folder = Path(folder)
     _check_whole(loaded, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     params = dict(tree_flatten(loaded.model.parameters())) if params is None else params
     weights = loaded.names.export_weights(params)
     config = _config(loaded, weights)
     weights |= loaded.names.load_untouched(loaded.path)
     # A pending read of the very file that is replaced below would read the new bytes.
     mx.eval(weights)
-    with replaced(folder / "config.json") as path:
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    source = loaded.path / "generation_config.json"
-    if source.exists() and source.resolve() != (folder / source.name).resolve():
-        with replaced(folder / source.name) as path:
-            shutil.copyfile(source, path)
-    with replaced(folder / WEIGHTS) as path:
-        mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
+    with staged(folder, ModelError) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        source = loaded.path / "generation_config.json"
+        if lies(source):
+            (temporary / source.name).write_bytes(FILES.read_bytes(source))
+        mx.save_safetensors(str(temporary / WEIGHTS), weights, metadata={"format": "pt"})
 
 
 def _check_whole(loaded: LoadedModel, folder: Path) -> None:

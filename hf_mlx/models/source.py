@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 from ..settings.plan import ModelPlan
+from .config import FILES
 
 # What a model and its tokenizer need; never pickles, never code.
 _SMALL = ["*.json", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -27,6 +28,7 @@ def resolve_folder(path_or_id: str | Path, plan: ModelPlan, *, weights: bool = T
     """
     folder = Path(path_or_id).expanduser()
     if str(path_or_id).strip() and folder.is_dir():
+        check_kinds(folder)
         return folder
     name = str(path_or_id)
     if str(path_or_id).strip() and folder.exists():
@@ -40,6 +42,18 @@ def resolve_folder(path_or_id: str | Path, plan: ModelPlan, *, weights: bool = T
             'model="/path/to/folder" with config.json in it, or model="HuggingFaceTB/SmolLM2-135M"',
         )
     return _download(name, plan, [*_SMALL, *_WEIGHTS] if weights else _SMALL)
+
+
+def check_kinds(folder: Path) -> None:
+    """Refuse pipes, devices and sockets under names that transformers, tokenizers or mlx-lm may open and wait for.
+
+    Raises:
+        ModelError: With the first one.
+    """
+    for pattern in (*_SMALL, *_WEIGHTS, "*.bin", "*.model", "README.md"):
+        for path in sorted(folder.glob(pattern)):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                FILES.check(path)
 
 
 def _download(repo: str, plan: ModelPlan, patterns: list[str]) -> Path:

@@ -6,13 +6,14 @@ the first use, deep inside a step. Every header is therefore checked against the
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError
+from ..intake import LARGE, Intake, lies
+from .config import FILES
 
 # safetensors 0.8 dtype names and their width in bits; sub-byte types pack without padding.
 _BITS = {
@@ -20,7 +21,13 @@ _BITS = {
     "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "C64": 64,
 }  # fmt: skip
+_MAX_SIZE = 2**31 - 1  # of one axis
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library itself
+_FILES = Intake(
+    ModelError,
+    "the download or copy was cut short, or the file was edited: fetch it again, or save the model again with "
+    "model.save_pretrained(folder)",
+)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -85,21 +92,16 @@ def read_header(file: Path) -> tuple[dict[str, dict], dict[str, str]]:
     Raises:
         ModelError: The file is shorter or longer than its header says, or the header is not valid.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise _broken(file, f"its first 8 bytes announce a header of {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise _broken(file, f"it cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _broken(file, f"its header is not JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise _broken(file, "its header is not a JSON object")
+    with _FILES.open(file) as (stream, size):
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise _broken(file, f"its first 8 bytes announce a header of {length} bytes in a file of {size}")
+        text = stream.read(length)
+    header = _FILES.parse(text, file, part="its header is ")
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(file, "its __metadata__ is not an object of strings")
     spans = sorted(_span(file, name, entry) for name, entry in header.items())
     end = 0
     for start, stop, name in spans:
@@ -115,22 +117,21 @@ def _span(file: Path, name: str, entry: object) -> tuple[int, int, str]:
     try:
         dtype, shape = entry["dtype"], entry["shape"]  # pyright: ignore[reportIndexIssue]
         start, stop = entry["data_offsets"]  # pyright: ignore[reportIndexIssue]
-        expected = (math.prod(shape) * _BITS[dtype] + 7) // 8
-        valid = start >= 0 and stop - start == expected and all(isinstance(n, int) and n >= 0 for n in shape)
+        bits = _BITS[dtype]
     except (KeyError, TypeError, ValueError):
         raise _broken(file, f"the header entry of {name!r} is not valid: {entry!r}"[:300]) from None
-    if not valid:
+    sizes = [start, stop, *shape] if isinstance(shape, list) else [None]
+    # JSON's true is an int in Python; MLX counts in 32 bits.
+    if not all(type(n) is int and n >= 0 for n in sizes) or len(shape) > 16 or any(n > _MAX_SIZE for n in shape):
+        raise _broken(file, f"the header entry of {name!r} is not valid: {entry!r}"[:300])
+    expected = (math.prod(shape) * bits + 7) // 8
+    if stop - start != expected:
         raise _broken(file, f"tensor {name!r} of {dtype} {tuple(shape)} takes {expected} bytes, not {stop - start}")
     return start, stop, name
 
 
 def _broken(file: Path, what: str) -> ModelError:
-    return ModelError(
-        f"{file}: {what}",
-        "a complete safetensors file",
-        "the download or copy was cut short, or the file was edited: fetch it again, or save the model again with "
-        "model.save_pretrained(folder)",
-    )
+    return ModelError(f"{file}: {what}", "a complete safetensors file", _FILES.remedy)
 
 
 def _no_safetensors(folder: Path) -> ModelError:
@@ -153,17 +154,12 @@ def _no_safetensors(folder: Path) -> ModelError:
 
 def _read_index(folder: Path) -> dict[str, str] | None:
     path = folder / _INDEX
-    if not path.exists():
+    if not lies(path):
         return None
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(k): str(v) for k, v in weight_map.items()}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path}: not a readable index ({type(error).__name__}: {error})",
-            'a JSON object with a "weight_map"',
-            "fetch the file again, or save the model again with model.save_pretrained(folder)",
-        ) from error
+    weight_map = FILES.read_json(path, limit=LARGE).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise FILES.refuse(path, "not a readable index", 'a JSON object with a "weight_map" from tensors to files')
+    return weight_map
 
 
 def _check_index(folder: Path, present: set[str]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
+from ..intake import Intake
 from .quantization import read_quantization
 from .verdicts import is_default
 
@@ -118,7 +119,9 @@ def _from_json(name: str, text: str) -> Any:
         if text.lstrip().startswith("{"):
             return json.loads(text)
         if name == "accelerator_config":
-            return json.loads(Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+            return Intake(SettingError, f"{name}=None").read_json(Path(text))
+    except SettingError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise SettingError(f"{name}={text!r}", f"is a dict or readable JSON ({error})", f"{name}=None") from error
     return text

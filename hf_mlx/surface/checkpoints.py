@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoints.boundary import Boundary, make_layout
 from ..checkpoints.callback_states import collect_states, restore_states
+from ..checkpoints.damage import FILES
 from ..checkpoints.store import CheckpointStore
 from ..checkpoints.trainer_state import load_trainer_state
 from ..errors import CheckpointError, HFMLXError
@@ -48,11 +49,12 @@ class Checkpoints:
         trainer = self._trainer
         state = load_trainer_state(folder, trainer.state)
         loaded = self.store.load(folder)
-        if loaded.schedule is not None:
-            schedule.load_state_dict(loaded.schedule)
+        with FILES.understood(folder, "the states of this run's schedule and callbacks"):
+            if loaded.schedule is not None:
+                schedule.load_state_dict(loaded.schedule)
+            if trainer.args.restore_callback_states_from_checkpoint:
+                trainer.control = restore_states(trainer.callback_handler, trainer.control, state.stateful_callbacks)
         trainer.state = state
-        if trainer.args.restore_callback_states_from_checkpoint:
-            trainer.control = restore_states(trainer.callback_handler, trainer.control, state.stateful_callbacks)
         step = trainer.session.step
         step.load(loaded.weights, loaded.moments or step.state)
         logger.info(f"Resuming from {folder} at step {state.global_step}.")

@@ -16,6 +16,8 @@ from ..adapters.adapter import Adapter
 from ..adapters.export import write_adapter
 from ..adapters.merge import merge_and_unload
 from ..errors import AdapterError, SettingError
+from ..intake import lies
+from ..models.config import FILES, check_generation_config
 from ..models.load import LoadedModel
 from ..models.save import write_model
 from .forward import CausalLMOutput, run_forward
@@ -255,8 +257,11 @@ def _read_config(loaded: LoadedModel) -> Any:
 def _read_generation_config(loaded: LoadedModel, config: Any) -> Any:
     from transformers import GenerationConfig
 
-    if (loaded.path / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(loaded.path)
+    path = loaded.path / "generation_config.json"
+    if lies(path):
+        check_generation_config(loaded.path)
+        with FILES.understood(path, "a file that GenerationConfig.from_pretrained reads"):
+            return GenerationConfig.from_pretrained(loaded.path)
     return GenerationConfig.from_model_config(config)
 
 

@@ -9,8 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..atomic import disk_errors, replaced
+from ..errors import CheckpointError
+
 # What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*"]
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 
@@ -163,8 +166,10 @@ def write_card(
         f"## Training\n\n{table}\n\n### Framework versions\n\n{_versions()}\n"
     )
     path = Path(folder) / "README.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    with disk_errors(path, CheckpointError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return path
 
 

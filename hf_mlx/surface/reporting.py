@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import disk_errors, replaced
+from ..errors import CheckpointError
+from ..intake import LARGE, Intake, lies
 from ..models.bridge import like_torch, to_numpy
 from ..settings.plan import TrainPlan
+
+_FILES = Intake(CheckpointError, "move the file elsewhere, and the metrics are written into a new one")
 
 
 def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -55,16 +60,19 @@ def print_metrics(split: str, metrics: dict[str, Any]) -> None:
 def write_metrics(output_dir: str, split: str, metrics: dict[str, Any], *, combined: bool = True) -> None:
     """Write ``{split}_results.json`` and, when ``combined``, merge it into ``all_results.json``."""
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / f"{split}_results.json", metrics)
+    with disk_errors(folder, CheckpointError):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / f"{split}_results.json", metrics)
     if combined:
         path = folder / "all_results.json"
-        merged = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        _write_json(path, {**merged, **metrics})
+        merged = _FILES.read_json(path, limit=LARGE) if lies(path) else {}
+        with disk_errors(folder, CheckpointError):
+            _write_json(path, {**merged, **metrics})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
+    with replaced(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=4, sort_keys=True), encoding="utf-8")
 
 
 def describe_plan(plan: TrainPlan) -> dict[str, Any]:

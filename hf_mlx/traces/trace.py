@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..intake import LARGE, Intake
 
 VERSION = 1
 
@@ -49,11 +50,14 @@ def read_trace(path: str | Path) -> Trace:
         DataError: The file is missing, or is not a trace.
     """
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+        text = Intake(DataError, "trainer.add_callback(TraceCallback(FILE))").read_text(Path(path), 4 * LARGE)
+        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
         header, steps = lines[0], tuple(TraceStep(**line) for line in lines[1:])
         if header.get("trace") != VERSION:
             raise ValueError(f"its first line has no trace version {VERSION}")
-    except (OSError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except DataError:
+        raise
+    except (ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{path} ({error})",
             "a file of one JSON line a step, written while a run went on",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import check_output_dir, disk_errors
+from ..checkpoints.files import check_output_dir, saved_folder
 from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
@@ -19,12 +19,12 @@ class Publishing(Records):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
         folder = check_output_dir(output_dir or self.args.output_dir)
-        with disk_errors(folder):
+        with saved_folder(folder) as temporary:
             self._base.write_back()
-            self._model.save_pretrained(folder)
-            self.processing_class.save_pretrained(folder)
+            self._model.save_pretrained(temporary)
+            self.processing_class.save_pretrained(temporary)
             if has_torch():
-                pickle_object(self.args, folder / ARGUMENTS)
+                pickle_object(self.args, temporary / ARGUMENTS)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..checkpoints.folders import rotate
 from ..checkpoints.interrupt import Interrupt
+from ..checkpoints.lock import alone_in_output_dir
 from ..errors import HFMLXError
 from ..loop.run import Loop
 from ..surface.callbacks import make_state
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
+    @alone_in_output_dir
     def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
         """Train to the end of the plan.
 
