@@ -27,7 +27,7 @@ from .training.evaluation import Evaluator
 from .training.feed_forward import recompute_activations
 from .training.lanes import make_step
 from .training.means import Progress
-from .training.objective import Objective
+from .training.objective import TokenObjective
 from .training.optim import decay_names, make_optimizer
 from .training.router import Routers
 from .training.weighting import ByTokens
@@ -65,7 +65,7 @@ class Session:
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
-        objective = Objective(loaded, names, plan.loss, self.routers)
+        objective = TokenObjective(loaded, names, plan.loss, self.routers)
         optimizer = make_optimizer(plan.optim, self._decayed(names))
         self.step = make_step(
             objective,

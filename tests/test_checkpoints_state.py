@@ -22,6 +22,7 @@ from hf_mlx.data.generator import TorchGenerator
 from hf_mlx.errors import CheckpointError
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import LoraPlan, ModelPlan, OptimPlan
+from hf_mlx.training.means import Means
 from hf_mlx.training.optim import make_optimizer
 
 PLANS = {
@@ -165,13 +166,27 @@ def test_a_position_of_another_library_is_upstreams_arithmetic():
 
 
 def test_a_boundary_comes_back():
-    step = (mx.array(1 / 3), mx.array(2.0), mx.array(0.1), mx.array(0.5), 4)
+    step = {"loss": mx.array(1 / 3), "grad_norm": mx.array(2.0), "entropy": mx.array(0.1), "micro_batches": 4}
     states = RandomStates.capture(TorchGenerator(0))
     boundary = Boundary(2, 1, (5, 4, 2), 10, {"num_tokens": 7}, states, due=("evaluate",), pending=[step], draws=48)
     again = Boundary.from_tree(boundary.to_tree(), states)
     # float32 as a double is exact.
-    assert again.pending == [tuple(value.item() if isinstance(value, mx.array) else value for value in step)]
+    assert again.pending == [{k: v.item() if isinstance(v, mx.array) else v for k, v in step.items()}]
     assert (again.epoch, again.update, again.due, again.draws) == (2, 1, ("evaluate",), 48)
+
+
+def test_a_boundary_written_before_metrics_had_names_is_read():
+    states = RandomStates.capture(TorchGenerator(0))
+    measured = {name: mx.array(1.0) for name in ("loss", "entropy", "accuracy", "micro_batches", "aux_loss")}
+    means = {"entropy": 3.0, "accuracy": 1.5, "micro_batches": 2, "aux_loss": None}
+    progress = {"mode": "train", "num_tokens": 7, "padding": 0, "positions": 9, "means": means}
+    old = Boundary(2, 1, (5, 4, 2), 10, progress, states, carry=({"w": mx.array(0.0)}, measured))
+    tree = old.to_tree() | {"pending": [[0.5, 2.0, 3.0, 1.5, 2.0, 0.0]]}
+    again = Boundary.from_tree(tree, states)
+    assert [again.pending[0][name] for name in ("loss", "grad_norm", "micro_batches")] == [0.5, 2.0, 2.0]
+    assert [again.pending[0][name] for name in ("entropy", "mean_token_accuracy")] == [3.0, 1.5]
+    assert Means(**again.progress["means"]).take() == {"entropy": 1.5, "mean_token_accuracy": 0.75}
+    assert "mean_token_accuracy" in again.carry[1]
 
 
 def test_ctrl_c_is_held_back_until_it_is_looked_at(capsys):

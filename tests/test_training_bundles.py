@@ -10,7 +10,7 @@ from hf_mlx import resolve_grad_clip
 from hf_mlx.settings.plan import OptimPlan
 from hf_mlx.training.bundles import ALIGNMENT, LARGEST, Bundles
 from hf_mlx.training.inputs import Inputs
-from hf_mlx.training.objective import MicroSums
+from hf_mlx.training.objective import TOKEN_METRICS
 from hf_mlx.training.optim import make_optimizer
 from hf_mlx.training.step import Step
 
@@ -36,6 +36,7 @@ class Quadratic:
 
     def __init__(self, params):
         self.model, self.aux_coefficient = SimpleNamespace(parameters=dict), 0.0
+        self.metrics = TOKEN_METRICS
         self.seen = {}
         self.bound = params
         self.slots = SimpleNamespace(read=lambda: params, bind=self.bind)
@@ -47,7 +48,7 @@ class Quadratic:
         self.seen = {name: value.dtype for name, value in params.items()}
         targets = {name: mx.arange(value.size).reshape(value.shape) / 7 for name, value in params.items()}
         loss = sum(mx.square(value.astype(mx.float32) - targets[name]).sum() for name, value in params.items())
-        return loss, MicroSums(loss, mx.array(0.0), mx.array(0.0), mx.array(0.0))
+        return loss, dict.fromkeys(TOKEN_METRICS, mx.array(0.0))
 
 
 def make_step(plan, dtype=mx.float32, **options):

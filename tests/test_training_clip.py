@@ -10,7 +10,7 @@ import pytest
 from hf_mlx import resolve_grad_clip
 from hf_mlx.settings.plan import OptimPlan
 from hf_mlx.training.inputs import Inputs
-from hf_mlx.training.objective import MicroSums
+from hf_mlx.training.objective import TOKEN_METRICS
 from hf_mlx.training.optim import make_optimizer
 from hf_mlx.training.step import Step
 
@@ -41,12 +41,12 @@ class Linear:
     def __init__(self):
         self.params = {"a": mx.array(0.0), "b": mx.array(0.0)}
         self.model = SimpleNamespace(parameters=dict)
-        self.aux_coefficient = 0.0
+        self.aux_coefficient, self.metrics = 0.0, TOKEN_METRICS
         self.slots = SimpleNamespace(read=lambda: self.params, bind=lambda params: None)
 
     def __call__(self, params, arrays):
         loss = sum(GRADIENT[name] * params[name] for name in GRADIENT)
-        return loss, MicroSums(loss, mx.array(0.0), mx.array(0.0), mx.array(0.0))
+        return loss, dict.fromkeys(TOKEN_METRICS, mx.array(0.0))
 
 
 def run_step(clip, *, micro_batches=1, compiled=True):

@@ -82,7 +82,13 @@ def run(folder, plan, windows, *, most=None, accepts=True, room=None):
     curve = []
     for number, window in enumerate(windows, 1):
         metrics = compute(window, number, RATE)
-        values = [metrics.loss, metrics.grad_norm, metrics.entropy, metrics.accuracy, metrics.micro_batches]
+        values = [
+            metrics.loss,
+            metrics.grad_norm,
+            metrics.metrics["entropy"],
+            metrics.metrics["mean_token_accuracy"],
+            metrics.micro_batches,
+        ]
         curve.append([value.item() for value in values])
     return np.array(curve), {name: np.array(value) for name, value in step.params.items()}, step
 

@@ -35,8 +35,8 @@ class Boundary:
         layout: See :func:`make_layout`.
         last_logged: Step of the last log entry of the training loss.
         learning_rate: Of the last step.
-        pending: Metrics of the steps since then: loss, norm, entropy, accuracy, the number of micro-batches and the
-            routers' loss (scalars, may be lazy).
+        pending: Of each step since then ``loss``, ``grad_norm``, ``micro_batches`` and the metrics by name (scalars,
+            may be lazy).
         progress: The session's counters.
         history: How many entries of ``log_history`` belong to it; None for all.
         seen: ``num_input_tokens_seen`` and ``total_flos`` of the TrainerState.
@@ -58,7 +58,7 @@ class Boundary:
     epoch_stop: bool = False
     training_stop: bool = False
     learning_rate: float = 0.0
-    pending: list[tuple[Any, ...]] = field(default_factory=list)
+    pending: list[dict[str, Any]] = field(default_factory=list)
     seen: dict[str, float] = field(default_factory=dict)
     draws: int | None = None
     history: int | None = None
@@ -69,7 +69,7 @@ class Boundary:
     def to_tree(self) -> dict[str, Any]:
         """For ``hf_mlx_state``; reads the lazy scalars."""
         tree = {name: value for name, value in asdict_shallow(self).items() if name != "random"}
-        tree["pending"] = [[float(value) for value in step] for step in self.pending]
+        tree["pending"] = [{name: float(step[name]) for name in step} for step in self.pending]
         tree["random"] = self.random.to_tree()
         return tree
 
@@ -77,7 +77,9 @@ class Boundary:
     def from_tree(cls, tree: Mapping[str, Any], random: RandomStates) -> Boundary:
         """What :meth:`to_tree` returned."""
         values = {name: value for name, value in tree.items() if name != "random"}
-        values["pending"] = [tuple(step) for step in values["pending"]]
+        if any(not isinstance(step, Mapping) for step in values["pending"]) or "entropy" in _means(values):
+            _rename(values)
+        values["pending"] = [dict(step) for step in values["pending"]]
         values["layout"], values["due"] = tuple(values["layout"]), tuple(values["due"])
         return cls(**values, random=random)
 
@@ -95,6 +97,25 @@ class Boundary:
             progress={"num_tokens": int(known[-1]) if known else 0},
             random=random,
         )
+
+
+def _means(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return values["progress"].get("means") or {}
+
+
+def _rename(values: dict[str, Any]) -> None:
+    """Read what was written before metrics had names: four of them, in one order, routers or not."""
+    names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "micro_batches", "aux_loss")
+    values["pending"] = [dict(zip(names, step, strict=True)) for step in values["pending"]]
+    means = dict(_means(values))
+    if means:
+        counted, accuracy = means.pop("micro_batches"), means.pop("accuracy")
+        sums = {"entropy": means["entropy"], "mean_token_accuracy": accuracy, "aux_loss": means.get("aux_loss")}
+        known = {name: value for name, value in sums.items() if value is not None and counted}
+        values["progress"] = {**values["progress"], "means": {"sums": known, "micro_batches": counted}}
+    if values.get("carry") is not None:
+        grads, measured = values["carry"]
+        values["carry"] = grads, {"mean_token_accuracy" if k == "accuracy" else k: v for k, v in measured.items()}
 
 
 def asdict_shallow(value: Any) -> dict[str, Any]:

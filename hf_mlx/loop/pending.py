@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -38,13 +38,13 @@ class Pending:
         self._checked = 0
         self._warned = False
 
-    def resume(self, steps: Sequence[Sequence[float]], last_logged: int) -> None:
+    def resume(self, steps: Sequence[Mapping[str, float]], last_logged: int) -> None:
         """Go on with the steps of an earlier call that were not logged yet."""
         self.last_logged = last_logged
-        self._steps = [StepMetrics(*(mx.array(value) for value in step)) for step in steps]
+        self._steps = [StepMetrics.split({name: mx.array(step[name]) for name in step}) for step in steps]
         self._checked = len(self._steps)
         # The mean loss of this call leaves out what an earlier one trained.
-        self.total_loss = -sum(step[0] for step in steps)
+        self.total_loss = -sum(step["loss"] for step in steps)
 
     def append(self, metrics: StepMetrics, window: Sequence[Inputs]) -> None:
         """Take the step of ``window``, which was just begun, and look at the one before it.
@@ -100,19 +100,19 @@ class Pending:
         self._unfinite = total - total
         means = self._session.progress.means
         for metrics in self._steps:
-            means.entropy += _read(metrics.entropy)
-            means.accuracy += _read(metrics.accuracy)
-            means.micro_batches += int(_read(metrics.micro_batches))
-            if self._session.routers is not None:
-                means.aux_loss = (means.aux_loss or 0.0) + _read(metrics.aux_loss)
+            measured = {name: _read(metrics.metrics[name]) for name in self._session.step.objective.metrics}
+            means.add(measured, int(_read(metrics.micro_batches)))
         self._steps.clear()
         self._checked = 0
         self.total_loss += total
         return total
 
-    def to_tuples(self) -> list[tuple[Any, ...]]:
+    def to_dicts(self) -> list[dict[str, Any]]:
         """What :meth:`resume` takes; the scalars may be lazy."""
-        return [(m.loss, m.grad_norm, m.entropy, m.accuracy, m.micro_batches, m.aux_loss) for m in self._steps]
+        return [
+            {"loss": m.loss, "grad_norm": m.grad_norm, "micro_batches": m.micro_batches, **m.metrics}
+            for m in self._steps
+        ]
 
 
 def _read(scalar: Any) -> float:

@@ -93,7 +93,7 @@ class Place:
             layout=make_layout(self._steps, session.plan.batch),
             last_logged=pending.last_logged,
             learning_rate=self.learning_rate,
-            pending=pending.to_tuples(),
+            pending=pending.to_dicts(),
             progress=session.progress.to_dict(),
             seen={"num_input_tokens_seen": state.num_input_tokens_seen, "total_flos": state.total_flos},
             draws=session.step.draws,

@@ -100,11 +100,6 @@ class Evaluation:
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}
-        metrics = {
-            "eval_entropy": sum(sums.entropies) / len(sums.entropies),
-            "eval_mean_token_accuracy": sum(sums.accuracies) / len(sums.accuracies),
-            "eval_num_tokens": float(progress.num_tokens),
-        }
-        if sums.aux_losses:
-            metrics["eval_aux_loss"] = sum(sums.aux_losses) / len(sums.aux_losses)
-        return metrics
+        means = {f"eval_{name}": sum(values) / len(values) for name, values in sums.metrics.items()}
+        aux_loss = {name: means.pop(name) for name in ("eval_aux_loss",) if name in means}
+        return {**means, "eval_num_tokens": float(progress.num_tokens), **aux_loss}

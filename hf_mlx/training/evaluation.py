@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.collate import Batch
 from .inputs import Inputs
-from .objective import Objective
+from .objective import TOKEN_METRICS, Objective
 from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
 
@@ -27,15 +27,12 @@ class EvalSums:
     Attributes:
         losses: Token-mean loss of each batch.
         tokens: Scored tokens of each batch.
-        entropies, accuracies: Token means of each batch.
-        aux_losses: Load-balancing loss of each batch; empty where there is none.
+        metrics: By name, what the objective measured of each batch.
     """
 
     losses: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    entropies: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-    aux_losses: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
 
     def loss(self, *, finite_only: bool, batch_size: int, rows: int | None) -> float:
         """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.
@@ -106,19 +103,19 @@ class Evaluator:
 
     def _add(self, params: dict[str, mx.array], inputs: Inputs, sums: EvalSums) -> None:
         try:
-            loss, entropy, correct, aux_loss = self._measure(params, inputs.arrays)
+            measured = self._measure(params, inputs.arrays)
         finally:
             self.objective.slots.bind(params)
-        values: list[float] = mx.stack([loss, entropy, correct, aux_loss]).tolist()  # pyright: ignore[reportAssignmentType]
+        values: list[float] = mx.stack(list(measured)).tolist()  # pyright: ignore[reportAssignmentType]
         valid = max(inputs.valid, 1)
+        metrics = dict(zip(self.objective.metrics, values[1:], strict=True))
+        metrics |= {name: metrics[name] / valid for name in TOKEN_METRICS}
         mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / valid
-        sums.losses.append(mean + self.objective.aux_coefficient * values[3])
+        sums.losses.append(mean + self.objective.aux_coefficient * metrics.get("aux_loss", 0.0))
         sums.tokens.append(inputs.valid)
-        sums.entropies.append(values[1] / valid)
-        sums.accuracies.append(values[2] / valid)
-        if self.objective.routers is not None:
-            sums.aux_losses.append(values[3])
+        for name, value in metrics.items():
+            sums.metrics.setdefault(name, []).append(value)
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
-        _, sums = self.objective(params, arrays)
-        return tuple(sums)
+        loss, measured = self.objective(params, arrays)
+        return loss, *(measured[name] for name in self.objective.metrics)

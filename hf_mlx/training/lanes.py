@@ -22,6 +22,7 @@ from .objective import Objective
 from .optim import Optimizer
 from .splitting import split_arrays
 from .step import Arrays, Step, add
+from .weighting import Weights
 
 
 class LanedStep(Step):
@@ -47,7 +48,7 @@ class LanedStep(Step):
         rows = arrays["input_ids"].shape[0]
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
-    def _train(self, pieces: Sequence[tuple[Arrays, Arrays]], hyper: Arrays) -> Arrays:
+    def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         if all(self._count(arrays) == 1 for arrays, _ in pieces):
             return super()._train(pieces, hyper)
         self._accumulate_all(pieces)
@@ -55,7 +56,7 @@ class LanedStep(Step):
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
+    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         # One piece after the other: no more rows are under way than without lanes.
         for arrays, weights in pieces:
             count = self._count(arrays)
@@ -66,7 +67,7 @@ class LanedStep(Step):
             self._carry = reduce(add, grads), reduce(add, sums)
             mx.async_eval(self._carry)
 
-    def _run(self, arrays: Arrays, weights: Arrays, count: int) -> list[Any]:
+    def _run(self, arrays: Arrays, weights: Weights, count: int) -> list[Any]:
         """What each of ``count`` lanes makes of its rows of a piece, evaluated."""
         # The lanes wait for nothing that is still under way on this thread.
         mx.eval(self._params)

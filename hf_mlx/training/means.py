@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,23 +11,21 @@ from typing import Any
 class Means:
     """Running metrics of training, averaged and cleared at each log (trl 1.16 ``SFTTrainer._metrics``)."""
 
-    entropy: float = 0.0
-    accuracy: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
     micro_batches: int = 0
-    aux_loss: float | None = None
+
+    def add(self, metrics: Mapping[str, float], micro_batches: int) -> None:
+        """Take sums over ``micro_batches``, by name."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.micro_batches += micro_batches
 
     def take(self) -> dict[str, float]:
         """The means since the last call; empty when nothing ran."""
         if not self.micro_batches:
             return {}
-        means = {
-            "entropy": self.entropy / self.micro_batches,
-            "mean_token_accuracy": self.accuracy / self.micro_batches,
-        }
-        if self.aux_loss is not None:
-            means["aux_loss"] = self.aux_loss / self.micro_batches
-        self.entropy = self.accuracy = 0.0
-        self.micro_batches, self.aux_loss = 0, None
+        means = {name: value / self.micro_batches for name, value in self.sums.items()}
+        self.sums, self.micro_batches = {}, 0
         return means
 
 
@@ -49,4 +48,4 @@ class Progress:
 
     def to_dict(self) -> dict[str, Any]:
         """A copy as plain values."""
-        return vars(self) | {"means": dict(vars(self.means))}
+        return vars(self) | {"means": {**vars(self.means), "sums": dict(self.means.sums)}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,11 @@ from ..settings.plan import LossPlan
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
 from .noise import NoisyEmbedding
+from .optimizers.contract import Arrays
 from .router import Routers
+
+# Beside the loss of each micro-batch trl 1.16 logs these, as means over its scored tokens.
+TOKEN_METRICS = ("entropy", "mean_token_accuracy")
 
 
 class Slots:
@@ -49,22 +53,38 @@ class Slots:
         return {name: owner[key] for name, (owner, key) in self._slots.items()}
 
 
-class MicroSums(NamedTuple):
-    """What a micro-batch measured; each a float32 scalar.
+class Objective(Protocol):
+    """What a trainer minimises: the loss of a micro-batch as a function of the trainable parameters.
 
     Attributes:
-        loss, entropy, correct: Sums over the scored tokens.
-        aux_loss: Load-balancing loss of the routers; 0 where there is none.
+        model: The module that is trained.
+        slots: Where the trained arrays are bound.
+        plan: Which loss.
+        routers: The routers whose load is balanced, if any.
+        head: The vocabulary projection; None where the model's code does not divide there.
+        metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
+        aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
     """
 
-    loss: mx.array
-    entropy: mx.array
-    correct: mx.array
-    aux_loss: mx.array
+    model: nn.Module
+    slots: Slots
+    plan: LossPlan
+    routers: Routers | None
+    head: Head | None
+    metrics: tuple[str, ...]
+    aux_coefficient: float
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """The loss and the metrics of a micro-batch, each a float32 scalar and a sum that pieces add up to."""
+        ...
+
+    def logits(self, arrays: Arrays) -> mx.array:
+        """(B, T, V) for the rows of a batch."""
+        ...
 
 
-class Objective:
-    """Loss of a micro-batch as a function of the trainable parameters.
+class TokenObjective:
+    """The loss of next-token prediction, as a sum over the tokens that are scored.
 
     Args:
         loaded: The model, with adapters already attached.
@@ -73,7 +93,6 @@ class Objective:
         routers: The routers whose load is balanced, if any.
 
     Attributes:
-        aux_coefficient: What ``aux_loss`` is multiplied by in what is minimised.
         head: The vocabulary projection; None where the model's code does not divide there.
     """
 
@@ -85,6 +104,7 @@ class Objective:
         self.plan = plan
         self.routers = routers
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
+        self.metrics: tuple[str, ...] = TOKEN_METRICS if routers is None else (*TOKEN_METRICS, "aux_loss")
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
         self.head = self._split[1] if self._split is not None else None
@@ -92,8 +112,8 @@ class Objective:
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
         self._noise = NoisyEmbedding.attach(loaded, plan.neftune_noise_alpha) if plan.neftune_noise_alpha else None
 
-    def __call__(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, MicroSums]:
-        """Sum of the loss over scored tokens, and all sums.
+    def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """Sums over the scored tokens: the loss, and the metrics by name.
 
         Args:
             params: Flat {MLX name: array}.
@@ -104,13 +124,11 @@ class Objective:
         if self.model.training:
             self._bind_keys(arrays)
         if self.routers is None:
-            sums, aux_loss = self._sums(params, arrays), mx.array(0.0)
-        else:
-            with self.routers.log.recording() as logits:
-                sums = self._sums(params, arrays)
-            counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
-            aux_loss = self.routers.balance(logits, counted)
-        return sums.loss, MicroSums(*sums, aux_loss)
+            return _named(self._sums(params, arrays))
+        with self.routers.log.recording() as logits:
+            loss, metrics = _named(self._sums(params, arrays))
+        counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
+        return loss, {**metrics, "aux_loss": self.routers.balance(logits, counted)}
 
     def _bind_keys(self, arrays: dict[str, mx.array]) -> None:
         if not self._dropouts and self._noise is None:
@@ -170,6 +188,10 @@ class HeadBlocks:
         """Logits (N, V) of hidden states (N, H)."""
         self._slots.bind(dict(zip(self.names, weights, strict=True)))
         return self._head(self._model, hidden)
+
+
+def _named(sums: TokenSums) -> tuple[mx.array, Arrays]:
+    return sums.loss, dict(zip(TOKEN_METRICS, (sums.entropy, sums.correct), strict=True))
 
 
 def _scored_rows(x: mx.array, arrays: dict[str, mx.array]) -> mx.array:

@@ -20,7 +20,7 @@ from .inputs import Inputs
 from .objective import Objective
 from .optim import Optimizer
 from .optimizers.contract import Arrays
-from .weighting import ByTokens, Weighting
+from .weighting import ByTokens, Weighting, Weights
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
@@ -33,17 +33,20 @@ class StepMetrics:
     Attributes:
         loss: Sum of the window's micro-losses, each already divided by its denominator.
         grad_norm: Global L2 norm before clipping; None where no update was made.
-        entropy, accuracy: Sums over the window of each micro-batch's token mean.
         micro_batches: How many micro-batches the sums run over.
-        aux_loss: Sum over the window of each micro-batch's load-balancing loss.
+        metrics: Sums over the window of what the objective measured of each micro-batch, by name.
     """
 
     loss: mx.array
     grad_norm: mx.array | None
-    entropy: mx.array
-    accuracy: mx.array
     micro_batches: mx.array
-    aux_loss: mx.array
+    metrics: Arrays
+
+    @classmethod
+    def split(cls, sums: Mapping[str, mx.array]) -> StepMetrics:
+        """From one dict of everything that adds up; ``grad_norm`` may be missing."""
+        metrics = {name: value for name, value in sums.items() if name not in ("loss", "grad_norm", "micro_batches")}
+        return cls(sums["loss"], sums.get("grad_norm"), sums["micro_batches"], metrics)
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,11 @@ class Step:
 
     @carry.setter
     def carry(self, carry: tuple[Arrays, Arrays] | None) -> None:
-        self._carry = None if carry is None else (self._bundles.pack(carry[0]), carry[1])
+        if carry is None:
+            self._carry = None
+            return
+        measured = ("loss", "micro_batches", *self.objective.metrics)
+        self._carry = self._bundles.pack(carry[0]), {name: carry[1][name] for name in measured}
 
     def __call__(self, window: Sequence[Inputs], step: int, lr: float) -> StepMetrics:
         """Run one window and update the parameters.
@@ -144,7 +151,7 @@ class Step:
         finally:
             self._bind()
         self._carry = None
-        return StepMetrics(**sums)
+        return StepMetrics.split(sums)
 
     def accumulate(self, window: Sequence[Inputs], count: int) -> None:
         """Add the gradients of the first ``count`` micro-batches to the carry, without an update."""
@@ -159,7 +166,7 @@ class Step:
             return None
         grads, sums = self._carry
         self._carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
-        return StepMetrics(**sums, grad_norm=None)
+        return StepMetrics.split(sums)
 
     def load(self, params: Arrays, state: dict[str, Arrays]) -> None:
         """Replace parameters and optimizer state, e.g. by those of a checkpoint.
@@ -201,20 +208,20 @@ class Step:
         self._views = None
         self.objective.slots.bind(self.params)
 
-    def _train(self, pieces: Sequence[tuple[Arrays, Arrays]], hyper: Arrays) -> Arrays:
+    def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
         self._accumulate_all(pieces[:-1])
         self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Arrays]]) -> None:
+    def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
             self._carry = self._accumulate(self._params, self._carry, arrays, weights)
             # Starts the device on this piece without waiting for it.
             mx.async_eval(self._carry)
 
-    def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Arrays]]:
+    def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Weights]]:
         """Arrays and weights of each piece of the first ``count`` micro-batches; all pieces weigh as the whole."""
         made = []
         for micro, weights in zip(window[:count], self.weigh(window), strict=False):
@@ -227,31 +234,26 @@ class Step:
             self.draws += 1
         return made
 
-    def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Arrays) -> tuple[Arrays, Arrays]:
+    def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Weights) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
 
         def weighted(params: Arrays) -> tuple[mx.array, Any]:
-            loss, sums = self.objective(params, arrays)
+            loss, measured = self.objective(params, arrays)
             loss = loss * weights["loss"]
             if self.objective.aux_coefficient:
-                loss = loss + self.objective.aux_coefficient * sums.aux_loss * weights["aux_loss"]
-            return loss, sums
+                loss = loss + self.objective.aux_coefficient * measured["aux_loss"] * weights["aux_loss"]
+            return loss, measured
 
-        (loss, sums), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
+        (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
-        metrics = {
-            "loss": loss,
-            "entropy": sums.entropy * weights["metric"],
-            "accuracy": sums.correct * weights["metric"],
-            "micro_batches": weights["micro_batch"],
-            "aux_loss": sums.aux_loss,
-        }
+        weighed = {name: measured[name] * weight for name, weight in weights["metrics"].items()}
+        metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:
             return grads, metrics
         return add(carry[0], grads), add(carry[1], metrics)
 
     def _update_micro(
-        self, params: Arrays, state: Any, carry: Any, arrays: Arrays, weights: Arrays, hyper: Arrays
+        self, params: Arrays, state: Any, carry: Any, arrays: Arrays, weights: Weights, hyper: Arrays
     ) -> tuple[Arrays, Any, Arrays]:
         carry = self._accumulate_micro(params, carry, arrays, weights)
         return self._update_carried(params, state, carry, hyper)

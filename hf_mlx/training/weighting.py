@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from .inputs import Inputs
-from .optimizers.contract import Arrays
+from .objective import TOKEN_METRICS
+
+# {"loss": …, "aux_loss": …, "metrics": {name: …}}
+Weights = dict[str, Any]
 
 
 class Weighting(Protocol):
-    """The micro-batches of a window -> for each, the factors of its sums, by name, as float32 scalars."""
+    """The micro-batches of a window -> for each, the factors of its sums, as float32 scalars.
 
-    def __call__(self, window: Sequence[Inputs]) -> list[Arrays]: ...
+    ``loss`` and ``aux_loss`` weigh in what is minimised, ``metrics`` by name in the log; a metric left out weighs 1.
+    """
+
+    def __call__(self, window: Sequence[Inputs]) -> list[Weights]: ...
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,13 @@ class ByTokens:
     accepts_loss_kwargs: bool = True
     counts_every_label: bool = False
 
-    def __call__(self, window: Sequence[Inputs]) -> list[Arrays]:
+    def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         """The factors of each micro-batch of ``window``."""
         items = max(self.count(window), 1)
         return [
             {
                 "loss": mx.array(1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * len(window))),
-                "metric": mx.array(1 / max(micro.valid, 1)),
+                "metrics": dict.fromkeys(TOKEN_METRICS, mx.array(1 / max(micro.valid, 1))),
                 "aux_loss": mx.array(1 / len(window)),
             }
             for micro in window
