@@ -94,14 +94,14 @@ class Feed:
         plan = self.plan.batch
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
-            return make_loader(dataset, plan.eval_batch_size, self._collate)
+            return make_loader(dataset, plan.eval_batch_size, self._collate, drop_last=plan.drop_last)
         lengths = self._row_lengths(dataset)
         seed = plan.seed if plan.data_seed is None else plan.data_seed
 
         def order(_: int) -> Any:
             return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
 
-        return make_loader(dataset, plan.eval_batch_size, self._collate, order=order)
+        return make_loader(dataset, plan.eval_batch_size, self._collate, order=order, drop_last=plan.drop_last)
 
     def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
         """``batch`` as device arrays, in one of the run's shapes.

@@ -66,13 +66,16 @@ class RowLoader:
 
 
 class StreamLoader:
-    """Micro-batches of an ``IterableDataset``, in the stream's own order; it has no length."""
+    """Micro-batches of an ``IterableDataset``, in the stream's own order; it has no length.
 
-    def __init__(self, dataset: Any, batch_size: int, collate: Collate, *, drop_last: bool = False) -> None:
+    A last one that is not full is kept whatever ``dataloader_drop_last`` says, as transformers 5.23
+    ``Trainer._get_dataloader`` does for streams.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, collate: Collate) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.collate = collate
-        self.drop_last = drop_last
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(0)
@@ -83,8 +86,7 @@ class StreamLoader:
             self.dataset.set_epoch(epoch)
         rows = islice(iter(self.dataset), skip * self.batch_size, None)
         while chosen := list(islice(rows, self.batch_size)):
-            if len(chosen) == self.batch_size or not self.drop_last:
-                yield self.collate(chosen)
+            yield self.collate(chosen)
 
 
 def make_loader(
@@ -93,7 +95,7 @@ def make_loader(
     """The loader that fits ``dataset``; arguments as for :class:`RowLoader`."""
     if hasattr(dataset, "__len__"):
         return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last)
-    return StreamLoader(dataset, batch_size, collate, drop_last=drop_last)
+    return StreamLoader(dataset, batch_size, collate)
 
 
 def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:

@@ -54,7 +54,9 @@ RUN = (
     honour("gradient_accumulation_steps", 1, "micro-batches in a step, weighted by their tokens"),
     honour("seed", 42, "data order and LoRA start equal torch's"),
     honour("data_seed", None, "seed of the data order alone"),
-    honour("dataloader_drop_last", False, "drops a last micro-batch that is not full"),
+    honour(
+        "dataloader_drop_last", False, "drops a last micro-batch that is not full, in evaluation too; not of a stream"
+    ),
     honour(
         "length_column_name",
         "length",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -11,6 +12,8 @@ from ..feed import Feed
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -67,13 +70,20 @@ class Evaluation:
         if sink is not None:
             predictions, labels = sink.arrays()
         metrics: dict[str, Any] = {}
-        if compute_metrics is not None:
+        if compute_metrics is not None and predictions is not None:
             self._before_metrics()
             computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
             metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
-        metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=rows)
+        if sums.losses:
+            kept = None if plan.batch.drop_last else rows
+            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
+        else:
+            logger.warning(
+                f"{prefix}: no batch of per_device_eval_batch_size={size} rows in {rows} rows with "
+                f"dataloader_drop_last=True, so nothing was measured and there is no {prefix}_loss (as under TRL)"
+            )
         # In upstream's order: what has the prefix already comes first.
         bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}

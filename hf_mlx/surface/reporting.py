@@ -107,14 +107,16 @@ class PredictionSink:
         self._predictions.append(logits)
         self._labels.append(labels)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions and labels of all rows."""
+    def arrays(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """Predictions and labels of all rows; None where no batch was seen, as upstream."""
+        if not self._predictions:
+            return None, None
         return _pad_concatenate(self._predictions), _pad_concatenate(self._labels)
 
 
 def _pad_concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    if not parts or parts[0].ndim < 2:
-        return np.concatenate(parts) if parts else np.zeros(0)
+    if parts[0].ndim < 2:
+        return np.concatenate(parts)
     length = max(part.shape[1] for part in parts)
     padded = [
         np.pad(part, [(0, 0), (0, length - part.shape[1]), *[(0, 0)] * (part.ndim - 2)], constant_values=-100)
