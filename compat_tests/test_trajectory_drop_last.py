@@ -1,6 +1,7 @@
 """dataloader_drop_last: what upstream leaves out of training, evaluation and prediction is left out here."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_predictions_are_of_whole_batches(count, model, tmp_path):
         made = make(
             trainer, model, tmp_path / side, Dataset.from_list(text_rows(9)), rows, per_device_eval_batch_size=4
         )
-        test = made.eval_dataset if side == "theirs" else rows  # trl's predict() takes prepared rows alone
+        test: Any = made.eval_dataset if side == "theirs" else rows  # trl's predict() takes prepared rows alone
         outputs.append(made.predict(test))
     theirs, ours = outputs
     assert_same(timeless(theirs.metrics), {k: v for k, v in timeless(ours.metrics).items() if k in theirs.metrics})

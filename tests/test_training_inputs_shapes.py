@@ -190,3 +190,18 @@ def test_rows_without_a_token_are_padding():
     assert make_inputs(convert_batch(mapping), PAD, Shapes(share=True)).valid == 1
     mapping = {"input_ids": [[0, 0]], "labels": [[-100, -100]], "attention_mask": [[0, 0]]}
     assert make_inputs(convert_batch(mapping), PAD, Shapes(share=True)).valid == 0
+
+
+@pytest.mark.parametrize("fitted", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_a_micro_batch_without_a_trained_token_still_projects_a_position(fitted, share):
+    seen = 0
+    for size in (1, 2, 24, 300):
+        for rows in (1, 2, 3):
+            row = {"input_ids": [5] * size, "labels": [-100] * size}
+            batch = collate([row] * rows, pad_token_id=PAD)
+            inputs = make_inputs(batch, PAD, fit_shapes([batch] * 5, share=share) if fitted else Shapes(share=share))
+            assert inputs.arrays["targets"].size > 0 and inputs.valid == 0
+            assert set(inputs.arrays["targets"].tolist()) == {-100}  # pyright: ignore[reportArgumentType]
+            seen += 1
+    assert seen == 12

@@ -114,7 +114,8 @@ def _select(costs: np.ndarray) -> list[int]:
 
 def _gather(shape: Shape, scored: Sequence[int]) -> Shape:
     """``shape`` with the counts of gathered positions, two at most, that leave least to project."""
-    counts = np.sort(scored)
+    # A step needs a position to project even where a micro-batch trains no token.
+    counts = np.maximum(np.sort(scored), 1)
     levels = np.unique(np.minimum(-(-np.ceil(1.05 * counts) // 64) * 64, shape.size)).astype(int).tolist()
     below = np.searchsorted(counts, levels, side="right").tolist()
     work: dict[tuple[int, ...], float] = {(): len(counts) * shape.size}

@@ -93,7 +93,7 @@ def prepare(
         formatting_func=formatting_func,
     )
     notes = collect_notes(encoder, first, columns)
-    encoded, report = _encode(dataset, encoder, notes)
+    encoded, report = _encode(dataset, encoder, notes, trains=like is None)
     if packing:
         encoded = _pack(encoded, plan, name)
         report = report if report.rows is None else Report(**{**vars(report), "packed": len(encoded)})
@@ -125,13 +125,16 @@ def _resolve_completion_only(found: RowFormat, plan: DataPlan) -> bool:
     return plan.completion_only_loss
 
 
-def _encode(dataset: Any, encoder: RowEncoder, notes: list[str]) -> tuple[Any, Report]:
+def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool) -> tuple[Any, Report]:
     from datasets import IterableDataset
 
     plan = encoder.plan
+    drops = plan.max_length is not None and not encoder.packing
+    # An evaluation set whose rows all stay has a loss of 0, as upstream; nothing can be learned from a training set.
+    needed = trains or drops
     if isinstance(dataset, IterableDataset):
         encoded, counts = stream_set(dataset, encoder)
-        if not counts.trained:
+        if not counts.trained and needed:
             raise _nothing_to_train(encoder, counts)
         return encoded, Report(encoder.name, max_length=plan.max_length, notes=tuple(notes))
     encoded, counts = encode_set(dataset, encoder)
@@ -140,9 +143,8 @@ def _encode(dataset: Any, encoder: RowEncoder, notes: list[str]) -> tuple[Any, R
             f"{counts.diverged:,} rows tokenize differently where prompt and completion meet; the completion starts "
             "where they diverge, so end prompts on a token boundary"
         )
-    if not counts.trained:
+    if not counts.trained and needed:
         raise _nothing_to_train(encoder, counts)
-    drops = plan.max_length is not None and not encoder.packing
     report = Report(
         encoder.name,
         rows=counts.rows,

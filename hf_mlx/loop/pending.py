@@ -11,7 +11,9 @@ import mlx.core as mx
 
 from ..errors import TrainingError
 from ..session import Session
+from ..training.inputs import Inputs
 from ..training.step import StepMetrics
+from ..training.undefined import settle_undefined
 
 
 class Pending:
@@ -29,7 +31,7 @@ class Pending:
 
     def __init__(self, session: Session, last_logged: int, lr: Callable[[int], float]) -> None:
         self.last_logged = last_logged
-        self.total_loss = 0.0
+        self.total_loss = self._unfinite = 0.0
         self._session = session
         self._lr = lr
         self._steps: list[StepMetrics] = []
@@ -44,13 +46,23 @@ class Pending:
         # The mean loss of this call leaves out what an earlier one trained.
         self.total_loss = -sum(step[0] for step in steps)
 
-    def append(self, metrics: StepMetrics) -> None:
-        """Take a step that was just begun, and look at the one before it.
+    def append(self, metrics: StepMetrics, window: Sequence[Inputs]) -> None:
+        """Take a step over ``window`` that was just begun, and look at the one before it.
 
         Raises:
             TrainingError: The loss of that one is not finite.
         """
         self.check()
+        loaded, plan = self._session.loaded, self._session.plan
+        metrics = settle_undefined(
+            metrics,
+            window,
+            self._steps,
+            plan.loss,
+            accepts_loss_kwargs=loaded.accepts_loss_kwargs,
+            counts_every_label=loaded.counts_every_label,
+            filtered=plan.nan_inf_filter,
+        )
         self._steps.append(metrics)
 
     def check(self) -> None:
@@ -91,7 +103,9 @@ class Pending:
         if carried is not None:
             self._steps.append(carried)
         self.check()
-        total = sum(_read(metrics.loss) for metrics in self._steps)
+        total = self._unfinite + sum(_read(metrics.loss) for metrics in self._steps)
+        # Upstream sets its sum back by taking it from itself, so what is not finite stays in every later entry.
+        self._unfinite = total - total
         means = self._session.progress.means
         for metrics in self._steps:
             means.entropy += _read(metrics.entropy)

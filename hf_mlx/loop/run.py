@@ -212,7 +212,7 @@ class Loop:
             metrics = self.compute(window, made + 1, place.learning_rate)
         fire(self.host, "on_optimizer_step")
         host.state.global_step += 1
-        self._pending.append(metrics)
+        self._pending.append(metrics, window)
         every = self.plan.clear_cache_steps
         if every and host.state.global_step % every == 0:
             mx.clear_cache()

@@ -65,10 +65,7 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         session.progress.mode, self._sums = "eval", sums
-        predictions: Any = None
-        labels: Any = None
-        if sink is not None:
-            predictions, labels = sink.arrays()
+        predictions, labels = cast(Any, (None, None) if sink is None else sink.arrays())
         metrics: dict[str, Any] = {}
         if compute_metrics is not None and predictions is not None:
             self._before_metrics()
@@ -94,7 +91,11 @@ class Evaluation:
         progress = self._session.progress
         if progress.mode == "train":
             means = progress.means.take()
-            return means | {"num_tokens": float(progress.num_tokens)} if means else {}
+            if not means:
+                return {}
+            # In upstream's order: the routers' loss comes last.
+            routers = {"aux_loss": means.pop("aux_loss")} if "aux_loss" in means else {}
+            return means | {"num_tokens": float(progress.num_tokens)} | routers
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}

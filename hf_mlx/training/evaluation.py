@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from ..data.collate import Batch
 from .inputs import Inputs
 from .objective import Objective
 from .shortage import describe_evaluation, naming_shortage
+from .undefined import is_undefined
 
 # Receives the logits (B, T, V) and the labels (B, T) of one batch, as numpy arrays.
 LogitsSink = Callable[[np.ndarray, np.ndarray], None]
@@ -109,7 +111,8 @@ class Evaluator:
             self.objective.slots.bind(params)
         values: list[float] = mx.stack([loss, entropy, correct, aux_loss]).tolist()  # pyright: ignore[reportAssignmentType]
         valid = max(inputs.valid, 1)
-        sums.losses.append(values[0] / valid + self.objective.aux_coefficient * values[3])
+        mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / valid
+        sums.losses.append(mean + self.objective.aux_coefficient * values[3])
         sums.tokens.append(inputs.valid)
         sums.entropies.append(values[1] / valid)
         sums.accuracies.append(values[2] / valid)
