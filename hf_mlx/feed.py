@@ -10,10 +10,12 @@ from typing import Any
 from .data.collate import Batch, collate, convert_batch
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
+from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
 from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
-from .data.prepare import prepare, prepare_eval
+from .data.prepare import Prepared, prepare, prepare_eval
 from .data.shapes import Shapes
+from .data.tables import Tables
 from .settings.plan import TrainPlan
 from .training.inputs import HostInputs, Inputs, make_host_inputs, make_inputs
 
@@ -32,7 +34,7 @@ class Feed:
         collator: The user's ``data_collator``, or None.
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
-        vocab_size: Ids that the model can embed, which may be more than the tokenizer knows.
+        tables: Ids and positions that the model can embed; ids may be more than the tokenizer knows.
 
     Attributes:
         share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
@@ -46,12 +48,14 @@ class Feed:
         collator: Callable | None = None,
         formatting_func: Callable | None = None,
         keep_columns: bool = False,
-        vocab_size: int | None = None,
+        tables: Tables | None = None,
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
         self._collator = collator
-        self._options: dict[str, Any] = {"formatting_func": formatting_func, "vocab_size": vocab_size}
+        self._guard = Guard(tables, tokenizer, plan.data, collated=collator is not None)
+        self._limit = tables.positions if tables is not None else None
+        self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._keep_columns = keep_columns
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
@@ -63,6 +67,7 @@ class Feed:
             dataset, self.tokenizer, self.plan.data, name="train", packing=self.plan.data.packing, **self._options
         )
         logger.info(self._train.report.describe())
+        self._check(self._train, "train", self.plan.batch.train_batch_size)
         return self._train.dataset
 
     def prepare_eval(self, dataset: Any) -> Any:
@@ -70,9 +75,15 @@ class Feed:
         if dataset is None:
             return None
         prepared = prepare_eval(dataset, self.tokenizer, self.plan.data, like=self._train, **self._options)
+        named = prepared if isinstance(prepared, dict) else {"eval": prepared}
+        for name, part in named.items():
+            self._check(part, name, self.plan.batch.eval_batch_size)
         if isinstance(prepared, dict):
             return {name: part.dataset for name, part in prepared.items()}
         return prepared.dataset
+
+    def _check(self, prepared: Prepared, name: str, batch_size: int) -> None:
+        self._guard.dataset(prepared.dataset, name, batch_size, padding_free=self._train.padding_free)
 
     def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
         """Micro-batches in the order of transformers' train dataloader.
@@ -110,7 +121,7 @@ class Feed:
             batch: Of one of the loaders.
             keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
         """
-        return make_inputs(batch, self.tokenizer.pad_token_id, None if keep_rows else self.shapes)
+        return make_inputs(batch, self._guard.fill_id, None if keep_rows else self.shapes, limit=self._limit)
 
     def train_batches(
         self, loader: RowLoader | StreamLoader, epoch: int, skip: int
@@ -120,9 +131,9 @@ class Feed:
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
         those of a stream, nor of a user's collator, which may draw random numbers.
         """
-        pad_token_id = self.tokenizer.pad_token_id
+        fill_id, limit = self._guard.fill_id, self._limit
         batches = loader.batches(epoch, skip=skip)
-        laid = ((batch, make_host_inputs(batch, pad_token_id, self.shapes)) for batch in batches)
+        laid = ((batch, make_host_inputs(batch, fill_id, self.shapes, limit=limit)) for batch in batches)
         if self._collator is not None or not isinstance(loader, RowLoader):
             return laid
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
@@ -140,11 +151,11 @@ class Feed:
         dataset = self._train.dataset
         # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
         if self._collator is not None or not hasattr(dataset, "__len__"):
-            return Shapes(share=self.share_rows)
+            return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
         assert isinstance(loader, RowLoader)
-        return fit_shapes(loader.sample(SAMPLE), share=self.share_rows)
+        return fit_shapes(loader.sample(SAMPLE), share=self.share_rows, limit=self._limit)
 
     def count_steps(self, dataset: Any) -> Steps:
         """Batches, updates and steps of a run over ``dataset``."""
@@ -154,10 +165,11 @@ class Feed:
         if self._collator is not None:
             if not self._keep_columns:
                 rows = [{key: row[key] for key in SIGNATURE_COLUMNS if key in row} for row in rows]
-            return convert_batch(self._collator(rows))
-        return collate(
+            return self._guard.batch(convert_batch(self._collator(rows)))
+        batch = collate(
             rows,
             pad_token_id=self.tokenizer.pad_token_id,
             padding_free=self._train.padding_free,
             pad_to_multiple_of=self.plan.data.pad_to_multiple_of,
         )
+        return self._guard.batch(batch)

@@ -96,7 +96,7 @@ ROWS = {
     "ids of fractions": ("tokens", {"input_ids": [0.5, 1.5]}, "input_ids", "0.5", {}),
     "labels of another length": ("labelled", {"input_ids": [5, 6], "labels": [5]}, "labels", "1 values for 2", {}),
     "labels outside": ("labelled", {"input_ids": [5, 6], "labels": [5, 999]}, "labels", "999", {}),
-    "labels of -1": ("labelled", {"input_ids": [5, 6], "labels": [-1, 6]}, "labels", "-1 at position 0", {}),
+    "labels far below": ("labelled", {"input_ids": [5, 6], "labels": [-(2**40), 6]}, "labels", "position 0", {}),
     "labels None": ("labelled", {"input_ids": [5, 6], "labels": None}, "labels", "None", {}),
     "mask of another length": (
         "masked",

@@ -18,9 +18,7 @@ PAIRS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "x" * 40, "completion
 def run(dataset, *, tokenizer=None, formatting_func=None, **settings):
     plan = DataPlan(**settings)
     tokenizer = tokenizer or byte_tokenizer()
-    return prepare(
-        dataset, tokenizer, plan, name="train", packing=plan.packing, formatting_func=formatting_func, vocab_size=None
-    )
+    return prepare(dataset, tokenizer, plan, name="train", packing=plan.packing, formatting_func=formatting_func)
 
 
 def decode(row, trained=True):

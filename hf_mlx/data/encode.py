@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..settings.plan import DataPlan
@@ -12,6 +12,7 @@ from .faults import RowFault, drop_row, name_row, show
 from .formats import RowFormat
 from .masks import AssistantMask, apply_mask, match_prefix, tokenize_marked
 from .messages import check_messages, check_order, convert_turns
+from .tables import Check, Tables, check_row
 from .tokenize import Chat, check_text, parse_kwargs, parse_tools, tokenize_chats, tokenize_texts
 from .tokenized import read_tokens
 
@@ -40,7 +41,7 @@ class RowEncoder:
         completion_only: Whether the prompt of prompt-completion rows is masked.
         assistant: How to find the assistant's tokens; None trains on all of them.
         packing: Rows are packed afterwards, so they are not truncated here.
-        vocab_size: Token ids the model can embed; ids of tokenized rows are checked against it.
+        tables: What the ids of each row are checked against, as far as the row is kept.
     """
 
     tokenizer: Any
@@ -50,7 +51,7 @@ class RowEncoder:
     completion_only: bool
     assistant: AssistantMask | None
     packing: bool
-    vocab_size: int
+    tables: Tables
     formatting_func: Callable[[dict[str, Any]], str] | None = None
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> EncodedRows:
@@ -68,7 +69,7 @@ class RowEncoder:
     def _encode(self, columns: Mapping[str, Sequence[Any]], count: int) -> EncodedRows:
         match self.format.kind:
             case "tokenized":
-                return EncodedRows(*read_tokens(columns, self.vocab_size, self.completion_only))
+                return EncodedRows(*read_tokens(columns, self.completion_only))
             case "messages":
                 return self._encode_messages(columns, count)
             case "prompt_completion" if self.format.conversational:
@@ -173,4 +174,15 @@ class RowEncoder:
             same = rows.labels is rows.input_ids
             rows.input_ids = [ids[kept] for ids in rows.input_ids]
             rows.labels = rows.input_ids if same else [labels[kept] for labels in rows.labels]
+        self._check(rows)
         return rows
+
+    def _check(self, rows: EncodedRows) -> None:
+        # Packing cuts rows afterwards, and makes others of them.
+        cut = self.plan.max_length if self.packing and self.plan.packing_strategy == "bfd" else None
+        check = Check(replace(self.tables, positions=None) if self.packing else self.tables, self.tokenizer)
+        columns = self.format.main_column, "labels" if self.format.kind == "tokenized" else self.format.main_column
+        for row, (ids, labels) in enumerate(zip(rows.input_ids, rows.labels, strict=True)):
+            same = labels is ids
+            ids = ids if cut is None else ids[:cut]
+            check_row(ids, ids if same else labels[: len(ids)], row, columns, check)

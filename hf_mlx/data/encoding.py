@@ -15,7 +15,7 @@ from .encode import EncodedRows, RowEncoder
 from .tokenize import is_standard
 
 #: Raise it when the same rows would encode differently, so that no cache of an older version is reused.
-_VERSION = 1
+_VERSION = 2
 _STREAM_BATCH = 64
 #: A stream whose first rows, this many, train nothing is refused like a set that trains nothing.
 _STREAM_SEARCH = 10_000
@@ -162,7 +162,7 @@ def _fingerprint(dataset: Any, encoder: RowEncoder) -> str:
 
     plan = encoder.plan
     settings = (plan.max_length, plan.truncation_mode, plan.packing_strategy if encoder.packing else None)
-    masks = (encoder.completion_only, encoder.assistant, encoder.vocab_size)
+    masks = (encoder.completion_only, encoder.assistant, encoder.tables)
     parts = (_VERSION, dataset._fingerprint, encoder.format, settings, masks, encoder.formatting_func)
     return Hasher.hash((*parts, _describe_tokenizer(encoder.tokenizer)))
 

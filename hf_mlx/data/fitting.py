@@ -33,7 +33,7 @@ class _Seen(NamedTuple):
     scored: int
 
 
-def fit_shapes(batches: Iterable[Batch], *, share: bool) -> Shapes:
+def fit_shapes(batches: Iterable[Batch], *, share: bool, limit: int | None = None) -> Shapes:
     """The shapes that compute a sample of micro-batches with the least work.
 
     Greedy: the first is the one that costs least for all, and each further one that saves most, at most :data:`MOST`.
@@ -41,15 +41,16 @@ def fit_shapes(batches: Iterable[Batch], *, share: bool) -> Shapes:
     Args:
         batches: Micro-batches as the run will see them; the first :data:`SAMPLE` are read.
         share: Documents may share a row.
+        limit: Positions that the model has, where it looks them up.
     """
     sample = _read(batches, share)
     if not sample:
-        return Shapes(share=share)
-    candidates, costs = _tabulate(sample, share)
+        return Shapes(share=share, limit=limit)
+    candidates, costs = _tabulate(sample, share, limit)
     taken = _select(costs)
     used = np.array(taken)[costs[:, taken].argmin(axis=1)]
     served = {k: [seen.scored for seen, by in zip(sample, used, strict=True) if by == k] for k in taken}
-    return Shapes([_gather(candidates[k], scored) for k, scored in served.items() if scored], share=share)
+    return Shapes([_gather(candidates[k], scored) for k, scored in served.items() if scored], share=share, limit=limit)
 
 
 def _read(batches: Iterable[Batch], share: bool) -> list[_Seen]:
@@ -66,19 +67,19 @@ def _read(batches: Iterable[Batch], share: bool) -> list[_Seen]:
     return sample
 
 
-def _widths(sample: Sequence[_Seen], share: bool) -> list[int]:
+def _widths(sample: Sequence[_Seen], share: bool, limit: int | None) -> list[int]:
     longest = {int(seen.sizes.max()) for seen in sample}
     if not share:
-        return sorted({bucket_length(size) for size in longest})
+        return sorted({bucket_length(size, limit) for size in longest})
     if not any(seen.packed for seen in sample):
         return sorted(set().union(*map(padded_widths, longest)))
     total = max(int(seen.sizes.sum()) for seen in sample)
     return sorted(set().union(*(packed_widths(size, total) for size in longest)))
 
 
-def _tabulate(sample: Sequence[_Seen], share: bool) -> tuple[list[Shape], np.ndarray]:
+def _tabulate(sample: Sequence[_Seen], share: bool, limit: int | None) -> tuple[list[Shape], np.ndarray]:
     """Candidates, and the cost of each micro-batch (rows) in each of them (columns); infinite where it does not fit."""
-    widths = _widths(sample, share)
+    widths = _widths(sample, share, limit)
     # Rows that each micro-batch takes at each width: one a document, and shared.
     needed: list[dict[tuple[int, bool], int]] = []
     for seen in sample:

@@ -32,9 +32,13 @@ class Rows:
 
 
 def shift_labels(labels: np.ndarray) -> np.ndarray:
-    """Targets (B, T) of labels (B, T); the last position of a row scores nothing."""
+    """Targets (B, T) of labels (B, T); the last position of a row scores nothing.
+
+    A label below 0 that is not -100 counts as the token 0 (trl 1.16 ``add_fused_lm_head`` off Triton, and transformers
+    5.23 ``LabelSmoother``: ``labels.clamp(min=0)`` under a mask of ``labels != -100``).
+    """
     targets = np.full(labels.shape, IGNORE, np.int32)
-    targets[:, :-1] = labels[:, 1:]
+    targets[:, :-1] = np.where((labels < 0) & (labels != IGNORE), 0, labels)[:, 1:]
     return targets
 
 

@@ -13,9 +13,11 @@ from .encoding import encode_set, stream_set
 from .formats import RowFormat, check_completion_only, check_mask_choice, check_turns, read_format
 from .masks import resolve_assistant_mask
 from .notes import collect_notes
+from .order import count_tokens
 from .packing import pack_rows
 from .report import Report
 from .sources import read_first, read_source
+from .tables import Check, Tables
 from .tokenizer import missing_eos, prepare_tokenizer
 
 
@@ -45,7 +47,7 @@ def prepare(
     packing: bool,
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     like: Prepared | None = None,
-    vocab_size: int | None = None,
+    tables: Tables | None = None,
 ) -> Prepared:
     """Prepares a dataset as trl 1.16 ``SFTTrainer._prepare_dataset`` does, row for row.
 
@@ -57,7 +59,7 @@ def prepare(
         packing: Whether this set is packed (``plan.packing``, or ``plan.eval_packing`` for evaluation).
         formatting_func: Makes the text of a row; wins over the row's own columns.
         like: The prepared training set. An evaluation set follows its ``completion_only_loss``, as TRL's does.
-        vocab_size: Ids the model can embed; the tokenizer's size when None. Tokenized rows are checked against it.
+        tables: What the model can embed; the tokenizer's size when None. Rows are checked against it.
 
     Returns:
         A :class:`Prepared`. Its report is worth logging once.
@@ -73,6 +75,7 @@ def prepare(
     if plan.skip_prepare_dataset:
         return Prepared(dataset, _skip(dataset, columns, plan, name), padding_free, bool(plan.completion_only_loss))
     tokenizer = prepare_tokenizer(tokenizer, plan)
+    tables = tables or Tables(len(tokenizer))
     found = read_format(columns, first, plan, formatting_func is not None, name)
     if found.columns[:1] == ("conversations",):
         check_turns(first, name)
@@ -89,13 +92,14 @@ def prepare(
         completion_only=like.completion_only if like else _resolve_completion_only(found, plan),
         assistant=resolve_assistant_mask(tokenizer) if plan.assistant_only_loss and found.conversational else None,
         packing=packing,
-        vocab_size=vocab_size or len(tokenizer),
+        tables=tables,
         formatting_func=formatting_func,
     )
     notes = collect_notes(encoder, first, columns)
     encoded, report = _encode(dataset, encoder, notes, trains=like is None)
     if packing:
         encoded = _pack(encoded, plan, name)
+        _check_packed(encoded, tables, name)
         report = report if report.rows is None else Report(**{**vars(report), "packed": len(encoded)})
     if plan.shuffle_dataset:
         encoded = encoded.shuffle(seed=plan.seed)
@@ -179,6 +183,15 @@ def _pack(encoded: Any, plan: DataPlan, name: str) -> Any:
     streamed = isinstance(encoded, IterableDataset)
     options = {} if streamed else {"num_proc": plan.dataset_num_proc, "desc": f"Packing {name} dataset"}
     return pack_rows(encoded, plan.max_length, plan.packing_strategy, **options)
+
+
+def _check_packed(packed: Any, tables: Tables, name: str) -> None:
+    if tables.positions is None or not hasattr(packed, "__len__"):
+        return  # rows of a stream are checked as they come
+    longest = max(count_tokens(packed), default=0)
+    if longest > tables.positions:
+        received, required, remedy = Check(tables, None).describe_length(longest)
+        raise DataError(f"a packed row of the {name} dataset with {received}", required, remedy)
 
 
 def _skip(dataset: Any, columns: list[str], plan: DataPlan, name: str) -> Report:

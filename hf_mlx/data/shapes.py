@@ -92,11 +92,13 @@ class Shapes:
         chosen: Those for the dataset at hand; none for a stream.
         share: Documents may share a row (:func:`hf_mlx.models.architectures.can_pack`). If not, each has its own, and
             packed rows stay as they are.
+        limit: Positions that the model has, where it looks them up; no row is padded to more.
     """
 
-    def __init__(self, chosen: Iterable[Shape] = (), *, share: bool = False) -> None:
+    def __init__(self, chosen: Iterable[Shape] = (), *, share: bool = False, limit: int | None = None) -> None:
         self.chosen = tuple(sorted(chosen, key=lambda shape: shape.cost))
         self.share = share
+        self.limit = limit
 
     def place(self, batch: Batch) -> Placed | None:
         """Where the documents of ``batch`` go; None where its rows stay as they are."""
@@ -120,7 +122,7 @@ class Shapes:
         """The best that the fixed table has for one batch."""
         rows, longest = len(batch.lengths), int(sizes.max())
         if not self.share:
-            return Shape(rows, bucket_length(longest), False)
+            return Shape(rows, bucket_length(longest, self.limit), False)
         if batch.segments is not None:
             options = [_share_rows(sizes, width) for width in packed_widths(longest, int(sizes.sum()))]
         else:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from ..data.tables import Tables
 from ..errors import SettingError
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype
 from ..models.load import LoadedModel, open_model
+from ..models.positions import learned_positions
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
 from ..models.tokenizer import load_tokenizer
@@ -60,11 +62,11 @@ class Base(Protocol):
         """The model's own tokenizer."""
         ...
 
-    def open(self) -> int | None:
+    def open(self) -> Tables:
         """Check what can be checked without reading weights.
 
         Returns:
-            How many ids the model can embed, where its config says so.
+            What the model can embed, where its config says so.
 
         Raises:
             ModelError: It would not load right.
@@ -122,9 +124,9 @@ class NamedBase:
     def read_tokenizer(self) -> Any:
         return load_tokenizer(self._folder, self._plan.model)
 
-    def open(self) -> int | None:
+    def open(self) -> Tables:
         self._loaded = open_model(self._folder, self._plan.model)
-        return _vocabulary_size(self._loaded.config)
+        return _read_tables(self._loaded.config)
 
     def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded)
@@ -167,8 +169,11 @@ class TorchBase:
     def read_tokenizer(self) -> Any:
         return load_tokenizer(self._folder, self._plan.model)
 
-    def open(self) -> int | None:
-        return _vocabulary_size(self._source.base.config.to_dict())
+    def open(self) -> Tables:
+        found = _read_tables(self._source.base.config.to_dict())
+        # The table itself, where the script has replaced it behind the config's back.
+        embedding = getattr(self._source.base.get_input_embeddings(), "weight", None)
+        return found if embedding is None else replace(found, ids=embedding.shape[0])
 
     def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
         source, plan = self._source, self._plan
@@ -186,8 +191,9 @@ class TorchBase:
             self._handover.write_back()
 
 
-def _vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+def _read_tables(config: Mapping[str, Any]) -> Tables:
+    ids = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+    return Tables(ids, learned_positions(config))
 
 
 def _drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:

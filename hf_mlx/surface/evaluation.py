@@ -65,11 +65,11 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         session.progress.mode, self._sums = "eval", sums
-        predictions, labels = cast(Any, (None, None) if sink is None else sink.arrays())
+        predictions, labels = (None, None) if sink is None else sink.arrays()
         metrics: dict[str, Any] = {}
         if compute_metrics is not None and predictions is not None:
             self._before_metrics()
-            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
             metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
@@ -84,7 +84,8 @@ class Evaluation:
         # In upstream's order: what has the prefix already comes first.
         bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
-        return EvalLoopOutput(predictions, labels, metrics, rows if rows is not None else len(sums.losses) * size)
+        count = rows if rows is not None else len(sums.losses) * size
+        return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
 
     def running_metrics(self) -> dict[str, float]:
         """What trl 1.16 ``SFTTrainer.log`` adds to an entry: the running means of the mode the model is in."""

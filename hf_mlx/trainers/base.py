@@ -120,7 +120,7 @@ class TrainerBase(Running):
                 collator=data_collator,
                 formatting_func=formatting_func,
                 keep_columns=not self.args.remove_unused_columns,
-                vocab_size=base.open(),
+                tables=base.open(),
             )
             self.train_dataset = self.data.prepare_train(train_dataset)
             self.eval_dataset = self.data.prepare_eval(eval_dataset)

@@ -54,12 +54,14 @@ class HostInputs:
         return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled)
 
 
-def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -> Inputs:
+def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, limit: int | None = None) -> Inputs:
     """:func:`make_host_inputs`, on the device."""
-    return make_host_inputs(batch, pad_token_id, shapes).to_device()
+    return make_host_inputs(batch, pad_token_id, shapes, limit=limit).to_device()
 
 
-def make_host_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None) -> HostInputs:
+def make_host_inputs(
+    batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, limit: int | None = None
+) -> HostInputs:
     """Shift the labels of ``batch`` and lay its documents into rows of one of the shapes. MLX has no part in it.
 
     Labels are shifted instead of inputs, so matmul shapes stay aligned; the last token of a document scores nothing.
@@ -68,10 +70,11 @@ def make_host_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = No
         batch: Of a collator.
         pad_token_id: Fills what is padding.
         shapes: Those of the run. None keeps the rows as they are and pads them to their length bucket.
+        limit: Positions that the model has; rows that are kept are padded to no more.
     """
     placed = None if shapes is None else shapes.place(batch)
     if placed is None:
-        rows, shape = _keep_rows(batch, pad_token_id), None
+        rows, shape = _keep_rows(batch, pad_token_id, limit), None
     else:
         shape = placed.shape
         rows = lay_out(batch, placed, pad_token_id)
@@ -109,6 +112,6 @@ def gather_scored(targets: np.ndarray, shape: Shape | None = None) -> dict[str, 
     return {"positions": positions, "targets": flat}
 
 
-def _keep_rows(batch: Batch, pad_token_id: int) -> Rows:
-    padded = pad_batch(batch, bucket_length(batch.input_ids.shape[1]), pad_token_id)
+def _keep_rows(batch: Batch, pad_token_id: int, limit: int | None) -> Rows:
+    padded = pad_batch(batch, bucket_length(batch.input_ids.shape[1], limit), pad_token_id)
     return Rows(padded.input_ids, shift_labels(padded.labels), padded.segments, counted_lengths(batch))

@@ -1,0 +1,74 @@
+"""One guard over every way in: rows while they are prepared, sets that come prepared, and each micro-batch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from ..settings.plan import DataPlan
+from .batch import Batch
+from .order import count_tokens
+from .tables import Check, Tables, check_batch, check_columns, check_padding, has_odd_labels
+
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """Keeps ids, labels and positions inside the model's tables.
+
+    Args:
+        tables: The model's; without a count of ids, the tokenizer's size is taken.
+        tokenizer: Prepared.
+        plan: The data settings.
+        collated: The user's own collator makes the batches, so rows say nothing about what they will hold.
+
+    Attributes:
+        rows: What rows are checked against while they are prepared.
+        fill_id: An id that is in the table, for positions that nobody sees: the padding token where it is one.
+    """
+
+    def __init__(self, tables: Tables | None, tokenizer: Any, plan: DataPlan, *, collated: bool) -> None:
+        tables = tables or Tables()
+        self._check = Check(replace(tables, ids=tables.ids or len(tokenizer)), tokenizer)
+        self._plan = plan
+        self._collated = collated
+        self._told = False
+        self.rows = Tables() if collated else self._check.tables
+        pad = tokenizer.pad_token_id
+        self.fill_id: int = pad if pad is not None and 0 <= pad <= self._check.tables.largest_id else 0
+
+    def dataset(self, dataset: Any, name: str, batch_size: int, *, padding_free: bool) -> None:
+        """Checks a prepared set before anything is trained, as far as its rows are known.
+
+        Args:
+            dataset: Of :func:`~hf_mlx.data.prepare.prepare`.
+            name: What errors call it.
+            batch_size: Rows of its micro-batches.
+            padding_free: They are joined rather than padded.
+
+        Raises:
+            DataError: Names the row.
+        """
+        if self._collated or not hasattr(dataset, "__len__") or dataset.format["type"] == "custom":
+            return
+        if self._plan.skip_prepare_dataset:
+            check_columns(dataset, self._check, name)
+        pad = self._check.tokenizer.pad_token_id
+        if pad != self.fill_id and not padding_free and "input_ids" in dataset.column_names:
+            check_padding(count_tokens(dataset), batch_size, self._plan.pad_to_multiple_of, self._check, name)
+
+    def batch(self, batch: Batch) -> Batch:
+        """``batch`` as it is, once it is known to stay inside the tables.
+
+        Raises:
+            DataError: Names the row and the position.
+        """
+        check_batch(batch, self._check, "a batch of the data_collator" if self._collated else "a batch")
+        if not self._told and has_odd_labels(batch):
+            self._told = True
+            logger.warning(
+                "labels below 0 other than -100 train the token 0, as under TRL; only -100 is left out of the loss: "
+                "labels = [-100 if label < 0 else label for label in labels]"
+            )
+        return batch
