@@ -71,7 +71,6 @@ def test_experts_are_refused_under_strict(tmp_path):
 PACKED = {
     "packing": ({"packing": True}, "packing=True"),
     "padding_free": ({"padding_free": True, "max_length": None}, "padding_free=True"),
-    "eval_packing": ({"eval_packing": True}, "eval_packing=True"),
 }
 
 
@@ -93,9 +92,10 @@ def test_rows_that_were_packed_before_are_refused_too(tmp_path):
 
     base = make_base("gpt2", tmp_path / "base")
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8, 9, 10], "seq_lengths": [2, 4]}] * 4)
+    settings = {"padding_free": True, "max_length": None}
 
-    with pytest.raises(ModelError, match="several documents"):
-        train_mlx(base, tmp_path / "ours", {"target_modules": "all-linear"}, train_dataset=rows)
+    with pytest.raises(ModelError, match="padding_free=True"):
+        train_mlx(base, tmp_path / "ours", {"target_modules": "all-linear"}, train_dataset=rows, settings=settings)
 
 
 def test_wrapped_packing_keeps_nothing_apart_and_so_trains(tmp_path):

@@ -166,6 +166,9 @@ class Feed:
             if not self._keep_columns:
                 rows = [{key: row[key] for key in SIGNATURE_COLUMNS if key in row} for row in rows]
             return self._guard.batch(convert_batch(self._collator(rows)))
+        if not self._train.padding_free:
+            # Upstream's collator reads where documents begin for padding-free batches alone.
+            rows = [{key: value for key, value in row.items() if key != "seq_lengths"} for row in rows]
         batch = collate(
             rows,
             pad_token_id=self.tokenizer.pad_token_id,

@@ -149,8 +149,6 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, "padding_free=True", "SFTConfig(padding_free=False)")
     elif apart and plan.packing:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
-    elif apart and plan.eval_packing:
-        check_packs(loaded.model_type, "eval_packing=True", "SFTConfig(eval_packing=False)")
 
 
 def _check_floating(loaded: LoadedModel) -> None:

@@ -38,7 +38,7 @@ def collect_notes(encoder: RowEncoder, first: Mapping[str, Any], columns: list[s
     if encoder.packing and encoder.plan.packing_strategy == "wrapped":
         notes.append("wrapped packing: tokens attend across documents")
     elif encoder.packing and not encoder.plan.packing and not encoder.plan.padding_free:
-        notes.append("packed documents do not see each other; TRL's would here, as its training set is not packed")
+        notes.append("packed documents see each other here, as under TRL, since the training set is not packed")
     if encoder.format.columns[:1] == ("conversations",):
         roles = sorted({str(turn.get("from")) for turn in first["conversations"]} - {"system", "user", "assistant"})
         notes += [f"the roles {roles} go to the chat template as they are"] if roles else []

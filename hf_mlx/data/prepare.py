@@ -69,7 +69,7 @@ def prepare(
         SettingError: A setting this dataset cannot honour.
     """
     _check_settings(plan, packing)
-    padding_free = plan.padding_free or ((plan.packing or packing) and plan.packing_strategy != "wrapped")
+    padding_free = plan.padding_free or (plan.packing and plan.packing_strategy != "wrapped")
     dataset = read_source(dataset, name, as_is=plan.skip_prepare_dataset)
     first, columns = read_first(dataset, name)
     if plan.skip_prepare_dataset:

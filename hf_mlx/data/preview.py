@@ -77,7 +77,9 @@ def preview(
     """
     packing = plan.packing
     prepared = prepare(dataset, tokenizer, plan, name="train", packing=packing, formatting_func=formatting_func)
-    shown = [read_row(row, tokenizer) for row in islice(iter(prepared.dataset), rows)]
+    hidden = () if prepared.padding_free else ("seq_lengths",)
+    taken = ({key: row[key] for key in row if key not in hidden} for row in islice(iter(prepared.dataset), rows))
+    shown = [read_row(row, tokenizer) for row in taken]
     out = sys.stdout if file is None else file
     coloured = out.isatty() and "NO_COLOR" not in os.environ
     print(prepared.report.describe(), file=out)
