@@ -77,7 +77,6 @@ ARGUMENTS = [
         {},
     ),
     ("chat_template_path", "HuggingFaceTB/SmolLM2-135M-Instruct", {}),
-    ("dataset_kwargs", {"add_special_tokens": False}, {}),
     ("packing_strategy", "ffd", {}),
     ("truncation_mode", "keep_middle", {}),
     ("loss_type", "sft", {}),

@@ -72,7 +72,7 @@ def gpt2(tmp_path_factory):
     sizes = {"n_positions": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": len(tokenizer())}
     noise = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     torch.manual_seed(0)
-    config = transformers.GPT2Config(**sizes, **noise)
+    config = transformers.AutoConfig.for_model("gpt2", **sizes, **noise)
     folder = tmp_path_factory.mktemp("gpt2")
     transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer().save_pretrained(folder)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from architecture_zoo import make_model
 from datasets import Dataset
-from pairs import SILENT, TIMED, text_rows, tiny_model, tokenizer
+from pairs import SILENT, TIMED, tiny_model, tokenizer
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 

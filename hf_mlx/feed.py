@@ -56,6 +56,7 @@ class Feed:
         self._guard = Guard(tables, tokenizer, plan.data, collated=collator is not None)
         self._limit = tables.positions if tables is not None else None
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
+        self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)

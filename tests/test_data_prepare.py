@@ -82,9 +82,18 @@ def test_settings_the_dataset_cannot_honour_are_refused(rows, settings, words):
     assert words in str(caught.value)
 
 
+def test_formatting_func_on_tokenized_rows_is_not_called_and_said_once():
+    report = run([{"input_ids": [5, 6]}], formatting_func=lambda row: 1 / 0).report
+    assert report.describe().count("formatting_func is not called") == 1
+
+
+def test_rows_of_one_token_and_of_none_are_counted():
+    report = run([{"input_ids": ids} for ids in ([5, 6], [5], [], [7], [8, 9])]).report
+    assert (report.rows, report.short, report.empty, report.dropped) == (5, 2, 1, 1)
+    assert "2 of one token, which nothing predicts, 1 without a token, 1 dropped" in report.describe()
+
+
 def test_formatting_func_is_refused_where_it_would_be_ignored():
-    with pytest.raises(SettingError, match="already tokenized"):
-        run([{"input_ids": [5, 6]}], formatting_func=str)
     with pytest.raises(SettingError, match="completion_only_loss=True with a formatting_func"):
         run(PAIRS, formatting_func=str, completion_only_loss=True)
 

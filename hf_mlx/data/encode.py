@@ -8,7 +8,7 @@ from typing import Any
 
 from ..settings.plan import DataPlan
 from .batch import IGNORE
-from .faults import RowFault, drop_row, name_row, show
+from .faults import RowFault, drop_row, name_row
 from .formats import RowFormat
 from .masks import AssistantMask, apply_mask, match_prefix, tokenize_marked
 from .messages import check_messages, check_order, convert_turns
@@ -77,12 +77,13 @@ class RowEncoder:
             case "prompt_completion":
                 return self._encode_pairs(columns["prompt"], columns["completion"])
             case "formatted":
-                texts = [self._format_row({c: columns[c][row] for c in columns}, row) for row in range(count)]
+                texts = [self.format_row({c: columns[c][row] for c in columns}, row) for row in range(count)]
             case _:
                 texts = list(columns[self.format.columns[0]])
         return self._encode_texts(texts)
 
-    def _format_row(self, row: dict[str, Any], number: int) -> str:
+    def format_row(self, row: dict[str, Any], number: int) -> str:
+        """The text that ``formatting_func`` makes of a row."""
         assert self.formatting_func is not None
         try:
             return self.formatting_func(row)
@@ -91,7 +92,7 @@ class RowEncoder:
             required = "a function of one row that returns its text"
             raise RowFault(number, "formatting_func", received, required, "def formatting_func(row): …") from cause
 
-    def _close(self, text: Any, column: str, row: int) -> str:
+    def close(self, text: Any, column: str, row: int) -> str:
         """The text ending with EOS (once), which is what teaches a model to stop."""
         eos = self.tokenizer.eos_token
         return check_text(text, column, row) if text.endswith(eos) else text + eos
@@ -100,7 +101,7 @@ class RowEncoder:
         column = self.format.main_column
         for row, text in enumerate(texts):
             check_text(text, column, row)
-        closed = [self._close(text, column, row) for row, text in enumerate(texts)]
+        closed = [self.close(text, column, row) for row, text in enumerate(texts)]
         ids = tokenize_texts(self.tokenizer, closed, [column] * len(closed), special=True)["input_ids"]
         return EncodedRows(ids, ids)
 
@@ -109,7 +110,7 @@ class RowEncoder:
             check_text(prompt, "prompt", row)
             check_text(completion, "completion", row)
         whole = [
-            p + self._close(c, "completion", row) for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
+            p + self.close(c, "completion", row) for row, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
         heads = tokenize_texts(self.tokenizer, prompts, ["prompt"] * len(whole), special=True)["input_ids"]
         ids = tokenize_texts(self.tokenizer, whole, ["completion"] * len(whole), special=True)["input_ids"]
@@ -158,14 +159,12 @@ class RowEncoder:
         return EncodedRows(ids, labels, [start < len(head) for start, head in zip(starts, heads, strict=True)])
 
     def _finish(self, rows: EncodedRows) -> EncodedRows:
-        """Refuses rows too short to predict anything, then truncates as ``truncation_mode`` says."""
-        # A wrapped stream continues across rows, so there a single token is a target like any other.
-        shortest = 1 if self.packing and self.plan.packing_strategy == "wrapped" else 2
-        for row, ids in enumerate(rows.input_ids):
-            if len(ids) < shortest:
-                received = f"{len(ids)} token{'' if len(ids) == 1 else 's'}: {show(ids)}"
-                required = f"at least {shortest}: each token is predicted from those before it"
-                raise RowFault(row, self.format.main_column, received, required, drop_row())
+        """Truncates as ``truncation_mode`` says, and checks what is kept."""
+        if self.plan.padding_free and not self.packing and self.plan.max_length is None:
+            for row, ids in enumerate(rows.input_ids):
+                if not ids:
+                    received, required = "no token", "at least one token in a padding-free batch (TRL raises too)"
+                    raise RowFault(row, self.format.main_column, received, required, drop_row())
         rows.diverged = rows.diverged or [False] * len(rows.input_ids)
         limit = self.plan.max_length
         rows.cut = [limit is not None and len(ids) > limit for ids in rows.input_ids]

@@ -12,30 +12,38 @@ import numpy as np
 
 from .batch import IGNORE
 from .encode import EncodedRows, RowEncoder
+from .kept import RawColumns, keep_columns
 from .tokenize import is_standard
 
 #: Raise it when the same rows would encode differently, so that no cache of an older version is reused.
-_VERSION = 2
+_VERSION = 3
 _STREAM_BATCH = 64
 #: A stream whose first rows, this many, train nothing is refused like a set that trains nothing.
 _STREAM_SEARCH = 10_000
-_COUNTS = ("_cut", "_diverged", "_tokens", "_trained")
+_COUNTS = ("_cut", "_diverged", "_short", "_empty", "_tokens", "_trained")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sums over an encoded set: rows, rows cut, masked and diverged, tokens kept and tokens trained."""
+    """Sums over an encoded set: rows, those cut, masked, diverged, of one token and of none; tokens, tokens trained."""
 
     rows: int
-    cut: int
     masked: int
-    diverged: int
-    tokens: int
     trained: int
+    cut: int = 0
+    diverged: int = 0
+    short: int = 0
+    empty: int = 0
+    tokens: int = 0
 
 
-def encode_set(dataset: Any, encoder: RowEncoder) -> tuple[Any, Counts]:
+def encode_set(dataset: Any, encoder: RowEncoder, *, keep: bool = False) -> tuple[Any, Counts]:
     """Encodes a Dataset in batches, on ``dataset_num_proc`` processes, with datasets' cache and progress bar.
+
+    Args:
+        dataset: In memory or on disk.
+        encoder: Of the set.
+        keep: The columns that are read stay beside the tokens, as TRL leaves them.
 
     Returns:
         ``(dataset, counts)``: ``input_ids`` and ``labels`` (int32 lists) beside the columns that were not read.
@@ -62,6 +70,8 @@ def encode_set(dataset: Any, encoder: RowEncoder) -> tuple[Any, Counts]:
         cut=int(sums["_cut"].sum()),
         masked=int((~trains).sum()),
         diverged=int(sums["_diverged"].sum()),
+        short=int(sums["_short"].sum()),
+        empty=int(sums["_empty"].sum()),
         tokens=int(sums["_tokens"].sum(dtype=np.int64)),
         trained=int(sums["_trained"].sum(dtype=np.int64)),
     )
@@ -69,19 +79,22 @@ def encode_set(dataset: Any, encoder: RowEncoder) -> tuple[Any, Counts]:
     beside = [name for name in dataset.column_names if name not in (*read.column_names, *encoded.column_names)]
     if beside and not encoder.packing:
         encoded = concatenate_datasets([encoded, dataset.select_columns(beside)], axis=1)
+    if keep and not encoder.packing and (raw := keep_columns(dataset, encoder)) is not None:
+        made = [name for name in raw.column_names if name in encoded.column_names]
+        encoded = concatenate_datasets([encoded.remove_columns(made), raw], axis=1)
     if counts.masked and counts.trained and not encoder.packing and encoder.plan.max_length is not None:
         encoded = encoded.select(np.flatnonzero(trains))
     return encoded, counts
 
 
-def stream_set(dataset: Any, encoder: RowEncoder) -> tuple[Any, Counts]:
+def stream_set(dataset: Any, encoder: RowEncoder, *, keep: bool = False) -> tuple[Any, Counts]:
     """Encodes an IterableDataset lazily, a few rows ahead; the same rows are dropped as in :func:`encode_set`.
 
     Returns:
         ``(dataset, counts)``; the counts are those of the rows read to find one that trains, usually the first.
     """
     encoded = dataset.map(
-        _StreamEncoder(encoder),
+        _StreamEncoder(encoder, keep and not encoder.packing),
         batched=True,
         batch_size=_STREAM_BATCH,
         with_indices=True,
@@ -92,7 +105,7 @@ def stream_set(dataset: Any, encoder: RowEncoder) -> tuple[Any, Counts]:
         if trained := sum(label != IGNORE for label in row["labels"]):
             break
         masked += 1
-    counts = Counts(rows=masked + bool(trained), cut=0, masked=masked, diverged=0, tokens=0, trained=trained)
+    counts = Counts(rows=masked + bool(trained), masked=masked, trained=trained)
     if encoder.packing or encoder.plan.max_length is None:
         return encoded, counts
     return encoded.filter(_has_target), counts
@@ -121,6 +134,8 @@ class _TableEncoder:
             "labels": pa.ListArray.from_arrays(bounds, labels),
             "_cut": np.asarray(rows.cut, np.int32),
             "_diverged": np.asarray(rows.diverged, np.int32),
+            "_short": (tokens == 1).astype(np.int32),
+            "_empty": (tokens == 0).astype(np.int32),
             "_tokens": tokens,
             "_trained": trained,
         }
@@ -141,10 +156,12 @@ class _StreamEncoder:
     """The encoder as ``IterableDataset.map`` wants it: a dict of columns out."""
 
     encoder: RowEncoder
+    keep: bool
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, Any]:
         rows = self.encoder(batch, indices)
-        return {"input_ids": rows.input_ids, "labels": rows.labels}
+        raw = RawColumns(self.encoder)(batch, indices) if self.keep else {}
+        return {**raw, "input_ids": rows.input_ids, "labels": rows.labels}
 
 
 def _flatten(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

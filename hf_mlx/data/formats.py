@@ -52,12 +52,6 @@ def read_format(columns: Sequence[str], first: Mapping[str, Any], plan: DataPlan
     """
     _refuse_images(columns, name)
     if "input_ids" in columns:
-        if formatted:
-            raise SettingError(
-                f"formatting_func with a {name} dataset that is already tokenized (it has an 'input_ids' column)",
-                "a formatting_func makes text; on tokenized rows TRL ignores it",
-                "drop formatting_func, or remove the tokens: dataset = dataset.remove_columns('input_ids')",
-            )
         found = RowFormat("tokenized", tuple(c for c in _TOKENIZED if c in columns))
     elif formatted:
         found = RowFormat("formatted", tuple(columns))

@@ -9,7 +9,7 @@ from typing import Any
 from ..settings.plan import DataPlan
 from .batch import Batch
 from .order import count_tokens
-from .tables import Check, Tables, check_batch, check_columns, check_padding, has_odd_labels
+from .tables import Check, Tables, check_batch, check_columns, check_filled, check_padding, has_odd_labels
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Guard:
             return
         if self._plan.skip_prepare_dataset:
             check_columns(dataset, self._check, name)
+        if batch_size == 1 and not padding_free and "input_ids" in dataset.column_names:
+            check_filled(count_tokens(dataset), name)
         pad = self._check.tokenizer.pad_token_id
         if pad != self.fill_id and not padding_free and "input_ids" in dataset.column_names:
             check_padding(count_tokens(dataset), batch_size, self._plan.pad_to_multiple_of, self._check, name)

@@ -29,6 +29,11 @@ def collect_notes(encoder: RowEncoder, first: Mapping[str, Any], columns: list[s
         notes.append("rows start with BOS twice: the text holds it and the tokenizer adds one, as under TRL")
     if encoder.format.kind == "formatted" and {"messages", "prompt", "completion", "conversations"} & set(columns):
         notes.append("formatting_func's text is trained; TRL would ignore it for the row's own prompt or messages")
+    if encoder.format.kind == "tokenized" and encoder.formatting_func is not None:
+        notes.append(
+            "formatting_func is not called, as under TRL: the rows are tokenized already; to format them, "
+            "dataset = dataset.remove_columns('input_ids')"
+        )
     if encoder.format.conversational and not rows.cut[0] and not _ends_turn(encoder.tokenizer, rows.labels[0]):
         notes.append("the last trained token of row 0 is no end-of-turn token, so the model may not learn to stop")
     mask = encoder.assistant

@@ -48,6 +48,7 @@ def prepare(
     formatting_func: Callable[[dict[str, Any]], str] | None = None,
     like: Prepared | None = None,
     tables: Tables | None = None,
+    keep_columns: bool = False,
 ) -> Prepared:
     """Prepares a dataset as trl 1.16 ``SFTTrainer._prepare_dataset`` does, row for row.
 
@@ -59,6 +60,7 @@ def prepare(
         packing: Whether this set is packed (``plan.packing``, or ``plan.eval_packing`` for evaluation).
         formatting_func: Makes the text of a row; wins over the row's own columns.
         like: The prepared training set. An evaluation set follows its ``completion_only_loss``, as TRL's does.
+        keep_columns: Raw columns stay beside the tokens (for a collator under ``remove_unused_columns=False``).
         tables: What the model can embed; the tokenizer's size when None. Rows are checked against it.
 
     Returns:
@@ -96,7 +98,7 @@ def prepare(
         formatting_func=formatting_func,
     )
     notes = collect_notes(encoder, first, columns)
-    encoded, report = _encode(dataset, encoder, notes, trains=like is None)
+    encoded, report = _encode(dataset, encoder, notes, trains=like is None, keep=keep_columns)
     if packing:
         encoded = _pack(encoded, plan, name)
         _check_packed(encoded, tables, name)
@@ -129,7 +131,7 @@ def _resolve_completion_only(found: RowFormat, plan: DataPlan) -> bool:
     return plan.completion_only_loss
 
 
-def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool) -> tuple[Any, Report]:
+def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool, keep: bool) -> tuple[Any, Report]:
     from datasets import IterableDataset
 
     plan = encoder.plan
@@ -137,11 +139,11 @@ def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool
     # An evaluation set whose rows all stay has a loss of 0, as upstream; nothing can be learned from a training set.
     needed = trains or drops
     if isinstance(dataset, IterableDataset):
-        encoded, counts = stream_set(dataset, encoder)
+        encoded, counts = stream_set(dataset, encoder, keep=keep)
         if not counts.trained and needed:
             raise _nothing_to_train(encoder, counts)
         return encoded, Report(encoder.name, max_length=plan.max_length, notes=tuple(notes))
-    encoded, counts = encode_set(dataset, encoder)
+    encoded, counts = encode_set(dataset, encoder, keep=keep)
     if counts.diverged:
         notes.append(
             f"{counts.diverged:,} rows tokenize differently where prompt and completion meet; the completion starts "
@@ -153,6 +155,8 @@ def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool
         encoder.name,
         rows=counts.rows,
         cut=counts.cut,
+        short=counts.short,
+        empty=counts.empty,
         masked=counts.masked,
         dropped=counts.masked if drops else 0,
         tokens=counts.tokens,

@@ -13,6 +13,7 @@ class Report:
         name: What the set is called (``train``, ``eval``, …).
         rows: Rows read.
         cut: Rows longer than ``max_length`` (with ``bfd_split`` they are split, not cut).
+        short, empty: Rows of one token, which nothing predicts, and of none.
         masked: Rows without a single trained token; dropped where ``dropped`` says so.
         dropped: Rows left out because truncation or masks leave nothing to train.
         tokens: Tokens that reach the model.
@@ -25,6 +26,8 @@ class Report:
     name: str
     rows: int | None = None
     cut: int | None = None
+    short: int | None = None
+    empty: int | None = None
     masked: int | None = None
     dropped: int | None = None
     tokens: int | None = None
@@ -48,6 +51,10 @@ class Report:
             parts.append("none cut (max_length=None)")
         else:
             parts.append(f"{self.cut or 0:,} longer than max_length={self.max_length}")
+        if self.short:
+            parts.append(f"{self.short:,} of one token, which nothing predicts")
+        if self.empty:
+            parts.append(f"{self.empty:,} without a token")
         if self.dropped:
             parts.append(f"{self.dropped:,} dropped with nothing left to train")
         elif self.masked:

@@ -99,6 +99,10 @@ class Check:
         )
 
 
+_NO_TOKEN = (
+    "at least one token in a micro-batch (TRL raises too)",
+    "SFTConfig(max_length=1024), which drops empty rows, or dataset = dataset.filter(lambda row: row['input_ids'])",
+)
 _RETOKENIZE = "tokenize with the tokenizer of the model that is trained"
 _RESIZE = (
     "model = AutoModelForCausalLM.from_pretrained(name); model.resize_token_embeddings(len(tokenizer)); "
@@ -119,6 +123,8 @@ def check_batch(batch: Batch, check: Check, source: str) -> None:
     """
     limit, positions = check.tables.largest_id, check.tables.positions
     ids, labels = batch.input_ids, batch.labels
+    if not ids.size:
+        raise DataError(f"the {len(ids)} rows of {source} without a token", *_NO_TOKEN)
     if ids.size and (ids.max() > limit or ids.min() < 0):
         row, at = _first((ids < 0) | (ids > limit))
         raise _refuse(source, row, "input_ids", check.describe_id(int(ids[row, at]), at))
@@ -174,6 +180,16 @@ def check_padding(lengths: Sequence[int], batch_size: int, multiple: int | None,
         f"ids from 0 to {tables.largest_id}: the model embeds {tables.largest_id + 1:,}",
         f"tokenizer.pad_token = tokenizer.eos_token, or {_RESIZE}",
     )
+
+
+def check_filled(lengths: Sequence[int], name: str) -> None:
+    """Checks that no micro-batch of one row is without a token.
+
+    Raises:
+        DataError: Names the row.
+    """
+    if 0 in lengths:
+        raise DataError(f"row {lengths.index(0)} of the {name} dataset: no token", *_NO_TOKEN)
 
 
 def has_odd_labels(batch: Batch) -> bool:

@@ -110,7 +110,7 @@ SFT_CONFIG: tuple[Rule, ...] = (
     DictRule(
         "dataset_kwargs",
         None,
-        (otherwise(refused("is ignored by TRL", write='dataset_kwargs without "{key}"')),),
+        (otherwise(adapted("is without effect, as under TRL")),),
         (honour("skip_prepare_dataset", False, "the rows hold input_ids already"),),
     ),
     honour("dataset_num_proc", None, "processes that tokenize"),
