@@ -129,3 +129,12 @@ def test_padding_a_batch_changes_no_number(padding_free):
         assert padded.segments[:, :width].tolist() == batch.segments.tolist()
         assert set(padded.segments[0, width:]).isdisjoint(batch.segments[0])
     assert pad_batch(padded, 16, 9) is padded
+
+
+def test_input_tokens_are_counted_by_the_mask_or_by_the_padding_token():
+    rows = [{"input_ids": [1, 9, 3]}, {"input_ids": [4, 9]}]  # 9 pads, and stands inside of rows
+    assert collate(rows, pad_token_id=9).count_input_tokens(9) == 5
+    assert collate(rows, pad_token_id=9, padding_free=True, pad_to_multiple_of=4).count_input_tokens(9) == 3
+    given = {"input_ids": [[1, 9, 3]], "labels": [[1, 9, 3]], "position_ids": [[0, 1, 2]]}
+    assert convert_batch(given).count_input_tokens(9) == 2
+    assert convert_batch({**given, "attention_mask": [[1, 1, 1]]}).count_input_tokens(9) == 3

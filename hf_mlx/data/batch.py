@@ -19,6 +19,7 @@ class Batch:
         lengths: (B,) int32, tokens of each row before padding.
         num_tokens: What TRL logs as ``num_tokens``: the sum of the attention mask, or T for a padding-free row.
         segments: (B, T) int32 document number of each token, where documents must not see each other; else None.
+        has_mask: Whether upstream's batch has an attention mask.
     """
 
     input_ids: np.ndarray
@@ -26,11 +27,21 @@ class Batch:
     lengths: np.ndarray
     num_tokens: int
     segments: np.ndarray | None = None
+    has_mask: bool = True
 
     @property
     def num_items(self) -> int:
         """Targets that count, which is what HF divides the summed loss by."""
         return int((self.labels[:, 1:] != IGNORE).sum())
+
+    def count_input_tokens(self, pad_token_id: int | None) -> int:
+        """Tokens that are no padding, as transformers 5.23 ``Trainer._track_num_input_tokens`` counts them.
+
+        Without a mask it goes by the padding token, wherever that stands.
+        """
+        if self.has_mask or pad_token_id is None:
+            return self.num_tokens
+        return int((self.input_ids != pad_token_id).sum())
 
     @property
     def shape(self) -> tuple[int, int]:

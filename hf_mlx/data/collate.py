@@ -58,7 +58,12 @@ def collate(
     # Without a mask TRL counts position_ids.size(1), which holds padding too.
     tokens = width if padding_free else int(lengths.sum())
     return Batch(
-        _fill(ids, width, pad_token_id), _fill(labels, width, IGNORE), lengths.astype(np.int32), tokens, segments
+        _fill(ids, width, pad_token_id),
+        _fill(labels, width, IGNORE),
+        lengths.astype(np.int32),
+        tokens,
+        segments,
+        has_mask=not padding_free,
     )
 
 

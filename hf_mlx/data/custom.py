@@ -48,7 +48,7 @@ def convert_batch(mapping: Mapping[str, Any]) -> Batch:
         starts = np.diff(segments, axis=1, prepend=-1) != 0
         labels[starts & (np.arange(ids.shape[1]) < lengths[:, None])] = IGNORE
     tokens = ids.size if mask is None else int(lengths.sum())
-    return Batch(ids, labels, lengths, tokens, segments)
+    return Batch(ids, labels, lengths, tokens, segments, has_mask=mask is not None)
 
 
 def _read_array(value: Any, key: str) -> np.ndarray:
