@@ -45,7 +45,7 @@ def test_wheel_says_what_it_is(wheel):
     assert metadata["Requires-Python"] == ">=3.11"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert required >= {"mlx", "mlx-lm", "transformers", "datasets", "safetensors"}
-    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda", "hf", "dev", "docs"}
+    assert set(metadata.get_all("Provides-Extra")) == {"cpu", "cuda", "hf", "dev", "gguf", "docs"}
     assert len(licenses) == 1
 
 
