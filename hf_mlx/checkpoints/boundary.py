@@ -44,7 +44,8 @@ class Boundary:
         random: The random states.
         epoch_order: The order's generator as it was when the epoch began; None at a boundary of epochs.
         carry: Gradients and metrics that a stream's end left for the next step.
-        offset: Steps made before the optimizer and the schedule began afresh; 0 unless weights alone were resumed.
+        offset: Steps made before the schedule began afresh; 0 unless weights alone were resumed.
+        updates: Steps that the optimizer's state has seen: more than the schedule where ``train()`` was called again.
     """
 
     epoch: int
@@ -65,6 +66,7 @@ class Boundary:
     epoch_order: dict[str, Any] | None = None
     carry: Any = None
     offset: int = 0
+    updates: int | None = None
 
     def to_tree(self) -> dict[str, Any]:
         """For ``hf_mlx_state``; reads the lazy scalars."""

@@ -32,7 +32,8 @@ from .weights import load_weights
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+# Since 2 metrics have names.
+_FORMAT, _READ = 2, (1, 2)
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Loaded:
         weights: Trained arrays by MLX name.
         moments: The optimizer's state; None begins it afresh.
         schedule: The schedule's state; None begins it afresh.
+        updates: Steps that ``moments`` has seen; None where there are no moments.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Loaded:
     weights: dict[str, mx.array]
     moments: Moments | None
     schedule: dict[str, Any] | None
+    updates: int | None = None
 
 
 class CheckpointStore:
@@ -173,21 +176,23 @@ class CheckpointStore:
             return Loaded(folder, boundary, weights, None, None)
         moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
         schedule = read_state(folder, SCHEDULER)
-        self._compare_schedules(folder, schedule, updates)
-        if run is None:
-            counted = updates if updates is not None else schedule.get("_step_count", 1) - 1
-            boundary.offset = state["global_step"] - counted
-        return Loaded(folder, boundary, weights, moments, schedule)
+        self._compare_schedules(folder, schedule, updates, boundary.updates)
+        if run is None and "num_bad_epochs" not in schedule:
+            boundary.offset = state["global_step"] - schedule["last_epoch"]
+        if updates is None:
+            made = state["global_step"] - boundary.offset
+            updates = made if boundary.updates is None else boundary.updates
+        return Loaded(folder, boundary, weights, moments, schedule, updates)
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
-        updates = global_step - boundary.offset
+        made = global_step - boundary.offset
         optimizer, for_torch = dump_optimizer(
             self.session.step,
             self.parameters,
             self.plan.optim,
-            lr=schedule.lr(updates),
+            lr=schedule.lr(made),
             base_lr=None if schedule.by_metric else schedule.base_lr,
-            updates=updates,
+            updates=self.session.step.updates,
             fused=str(getattr(self.args.optim, "value", self.args.optim)) == "adamw_torch_fused",
         )
         if has_torch() and not for_torch:
@@ -196,7 +201,7 @@ class CheckpointStore:
                 "optimizer.safetensors, which hf_mlx resumes from and TRL does not."
             )
         write_state(optimizer, folder, OPTIMIZER, torch=None if for_torch else False)
-        write_state(schedule.state_dict(updates), folder, SCHEDULER)
+        write_state(schedule.state_dict(made), folder, SCHEDULER)
         write_state(boundary.random.to_hf(), folder, RANDOM)
         run = {"format": _FORMAT, "boundary": boundary.to_tree(), "base": self._base(), "settings": self._settings()}
         write_tree(run, folder, RUN)
@@ -217,7 +222,7 @@ class CheckpointStore:
         return RandomStates.from_files(read_state(folder, RANDOM), run and run["boundary"]["random"])
 
     def _compare_runs(self, folder: Path, run: dict[str, Any]) -> None:
-        if run.get("format") != _FORMAT:
+        if run.get("format") not in _READ:
             raise CheckpointError(
                 f"{folder}: written in format {run.get('format')!r}",
                 f"format {_FORMAT}, which this version reads",
@@ -245,7 +250,9 @@ class CheckpointStore:
                 f"per_device_train_batch_size={found}; it is computed in pieces where it does not fit",
             )
 
-    def _compare_schedules(self, folder: Path, schedule: dict[str, Any], updates: int | None) -> None:
+    def _compare_schedules(
+        self, folder: Path, schedule: dict[str, Any], updates: int | None, recorded: int | None
+    ) -> None:
         by_metric = "num_bad_epochs" in schedule
         if not by_metric:
             _check_schedule(schedule, folder)
@@ -257,7 +264,10 @@ class CheckpointStore:
             )
         if by_metric:
             return
-        if updates is not None and schedule["last_epoch"] != updates:
+        # Where train() was called again, the optimizer has gone on counting and the schedule has begun anew.
+        made = schedule["last_epoch"]
+        fits = updates is None or (updates >= made if recorded is None else updates == recorded)
+        if not fits:
             raise CheckpointError(
                 f"{folder}: an optimizer after {updates} steps beside a schedule after {schedule['last_epoch']}",
                 f"{TORCH_NAMES[OPTIMIZER]} and {TORCH_NAMES[SCHEDULER]} of the same step",

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ..errors import TrainingError
 from .collate import Batch
 
 Item = TypeVar("Item")
@@ -102,11 +103,21 @@ def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
     """``items`` in their order, up to ``count`` of them made on another thread before they are asked for.
 
     What making one raises is raised when that one is asked for.
+
+    Raises:
+        TrainingError: The system has no thread to give.
     """
     end: Any = object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="rows")
-    made = deque(pool.submit(next, items, end) for _ in range(count))
     try:
+        try:
+            made = deque(pool.submit(next, items, end) for _ in range(count))
+        except RuntimeError as error:
+            raise TrainingError(
+                f"no thread to prepare the next batch on ({error})",
+                "one thread beside the training, which this system does not give",
+                "end other programs, or raise its limit: ulimit -u 4096",
+            ) from error
         while (item := made.popleft().result()) is not end:
             made.append(pool.submit(next, items, end))
             yield item

@@ -102,4 +102,5 @@ class Place:
             epoch_order=self._epoch_order,
             carry=session.step.carry,
             offset=self.offset,
+            updates=session.step.updates,
         )

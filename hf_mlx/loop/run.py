@@ -208,8 +208,10 @@ class Loop:
         place.learning_rate = self.schedule.lr(made)
         fire(self.host, "on_pre_optimizer_step")
         place.boundary = None
+        step = self.session.step
         with self._computing(window):
-            metrics = self.compute(window, made + 1, place.learning_rate)
+            metrics = self.compute(window, step.updates + 1, place.learning_rate)
+        step.updates += 1
         fire(self.host, "on_optimizer_step")
         host.state.global_step += 1
         self._pending.append(metrics, window)

@@ -30,12 +30,17 @@ def read_ahead(folder: Path) -> Iterator[None]:
         return
     stop = threading.Event()
     reader = threading.Thread(target=_read, args=(files, stop), name="hf_mlx-read-ahead", daemon=True)
-    reader.start()
+    try:
+        reader.start()
+    except RuntimeError:
+        # No thread to be had: loading reads the same files itself.
+        reader = None
     try:
         yield
     finally:
         stop.set()
-        reader.join()
+        if reader is not None:
+            reader.join()
 
 
 def _read(files: list[Path], stop: threading.Event) -> None:

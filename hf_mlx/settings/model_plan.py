@@ -9,7 +9,9 @@ from ..errors import SettingError
 from .ledger import complete_adapter
 from .plan import LoraPlan, ModelPlan, PrecisionPlan
 from .quantization import GROUP_SIZE, read_bits
-from .ranges import check_count, check_flag, check_number, check_strings
+from .ranges import check_count, check_flag, check_number, check_pattern, check_strings
+
+_RANKS = 2**20  # more than any layer is wide; what lies above is a slip, and would only run out of memory
 
 
 def resolve_model(values: Mapping[str, Any]) -> ModelPlan:
@@ -41,14 +43,15 @@ def resolve_lora(peft_config: Any) -> LoraPlan | None:
         return None
     values = complete_adapter(peft_config)
     _check_targets(values)
+    _check_patterns(values)
     return LoraPlan(
-        r=check_count("r", values["r"], "r=8"),
+        r=check_count("r", values["r"], "r=8", below=_RANKS),
         lora_alpha=check_number("lora_alpha", values["lora_alpha"], "lora_alpha=16", above=0.0),
         lora_dropout=check_number("lora_dropout", values["lora_dropout"], "lora_dropout=0.05", below=1.0),
         target_modules=check_strings("target_modules", values["target_modules"]),
         exclude_modules=check_strings("exclude_modules", values["exclude_modules"]),
         rank_pattern={
-            key: check_count(f"rank_pattern[{key!r}]", rank, f'rank_pattern={{"{key}": 8}}')
+            key: check_count(f"rank_pattern[{key!r}]", rank, f'rank_pattern={{"{key}": 8}}', below=_RANKS)
             for key, rank in _pattern(values, "rank_pattern").items()
         },
         alpha_pattern={
@@ -81,6 +84,20 @@ def resolve_last_layers(count: Any, lora: LoraPlan | None) -> int | None:
             "write layers_to_transform alone, which PEFT reads too",
         )
     return check_count("finetune_last_n_layers", count, "finetune_last_n_layers=16")
+
+
+def _check_patterns(values: Mapping[str, Any]) -> None:
+    """Everything that PEFT 0.21 (``tuners_utils``, ``get_pattern_key``) reads as a regular expression."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values[name], str) and values[name] != "all-linear":
+            check_pattern(name, values[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in _pattern(values, name):
+            check_pattern(f"a key of {name}", str(key), r"(.*\.)?({})$")
+    for key in _several("layers_pattern", values["layers_pattern"]) or ():
+        check_pattern("layers_pattern", key, r".*\.{}\.(\d+)\.")
+    for key in _several("modules_to_save", values["modules_to_save"]) or ():
+        check_pattern("modules_to_save", key, r"(^|.*\.){}($|\..*)")
 
 
 def _check_targets(values: Mapping[str, Any]) -> None:

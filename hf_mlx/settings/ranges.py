@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -31,7 +32,14 @@ def check_number(
         inside = number > above if above is not None else number >= low
         if inside and (below is None or number < below):
             return number
-    raise SettingError(f"{name}={value!r}", required, f"write {remedy}")
+    raise SettingError(f"{name}={_show(value)}", required, f"write {remedy}")
+
+
+def _show(value: Any) -> str:
+    # Python refuses to write out an int of more than 4300 digits.
+    if isinstance(value, Integral) and abs(int(value)) >= 10**4000:
+        return f"a number of {int(math.log10(abs(int(value)))) + 1} digits"
+    return repr(value)
 
 
 def _read_number(value: Any) -> float | None:
@@ -44,19 +52,21 @@ def _read_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def check_count(name: str, value: Any, remedy: str, *, low: int = 1, below: int | None = None) -> int:
-    """A whole number ``>= low``; 8.0 counts as 8.
+def check_count(name: str, value: Any, remedy: str, *, low: int = 1, below: int = 2**63) -> int:
+    """A whole number ``>= low`` and ``< below``; 8.0 counts as 8.
 
     Raises:
         SettingError: A string, a bool, a fraction, or out of range.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
+    too_large = value == math.inf
     if whole or (isinstance(value, float) and value.is_integer()):
         count = int(value)
-        if count >= low and (below is None or count < below):
+        if low <= count < below:
             return count
-    required = f"{name} is a whole number >= {low}" + (f" and < {below}" if below is not None else "")
-    raise SettingError(f"{name}={value!r}", required, f"write {remedy}")
+        too_large = count >= below
+    upper = f" and < {below}" if below < 2**63 or too_large else ""
+    raise SettingError(f"{name}={_show(value)}", f"{name} is a whole number >= {low}{upper}", f"write {remedy}")
 
 
 def check_optional_count(name: str, value: Any, remedy: str, *, low: int = 1) -> int | None:
@@ -99,8 +109,27 @@ def check_strings(name: str, value: Any) -> tuple[str, ...] | str | None:
     raise SettingError(f"{name}={value!r}", f"{name} is a string or a list of strings", f'write {name}=["q_proj"]')
 
 
+def check_pattern(name: str, value: str, form: str = "{}") -> str:
+    """A string that is a regular expression where PEFT puts it into ``form``.
+
+    Raises:
+        SettingError: It does not compile.
+    """
+    try:
+        re.compile(form.format(value))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise SettingError(
+            f"{name}={value!r}"[:200],
+            f"{name} is a regular expression that compiles ({error or type(error).__name__})",
+            f"write {name} with re.escape(...) around what is meant literally, or a list of module names",
+        ) from error
+    return value
+
+
 def check_interval(values: Mapping[str, Any], event: str) -> None:
     """``<event>_steps`` is positive when ``<event>_strategy`` is ``"steps"``; above 1 it is whole.
+
+    ``save_steps`` may also be 0 or less, which is never.
 
     Raises:
         SettingError: It is not.
@@ -108,6 +137,9 @@ def check_interval(values: Mapping[str, Any], event: str) -> None:
     if values[f"{event}_strategy"] != "steps":
         return
     name = f"{event}_steps"
+    number = _read_number(values[name])
+    if event == "save" and number is not None and number <= 0:
+        return  # never by count, as transformers' DefaultFlowCallback has it
     steps = check_number(name, values[name], f"{name}=10", above=0.0)
     if steps > 1:
         check_count(name, steps, f"{name}={math.ceil(steps)}, or a share of the run below 1")

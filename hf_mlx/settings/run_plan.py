@@ -13,6 +13,7 @@ from .plan import BatchPlan, CheckpointingPlan, LossPlan, OptimPlan, SchedulePla
 from .ranges import check_count, check_flag, check_interval, check_number, check_optional_count, check_text
 from .schedules import STEPPED_BY_METRIC, check_options
 
+_ROWS = 2**31  # MLX counts an array's rows in int32
 _SEEDS = 2**32  # numpy's range, which transformers.set_seed seeds as well
 
 
@@ -21,8 +22,8 @@ def resolve_batch(values: Mapping[str, Any]) -> BatchPlan:
     max_steps, epochs = _resolve_length(values)
     accelerator = values["accelerator_config"] or {}
     return BatchPlan(
-        train_batch_size=_count(values, "per_device_train_batch_size", "per_device_train_batch_size=1"),
-        eval_batch_size=_count(values, "per_device_eval_batch_size", "per_device_eval_batch_size=1"),
+        train_batch_size=_count(values, "per_device_train_batch_size", "per_device_train_batch_size=1", below=_ROWS),
+        eval_batch_size=_count(values, "per_device_eval_batch_size", "per_device_eval_batch_size=1", below=_ROWS),
         gradient_accumulation_steps=_resolve_accumulation(values, accelerator),
         num_train_epochs=epochs,
         max_steps=max_steps,
@@ -162,5 +163,5 @@ def _number(values: Mapping[str, Any], name: str, remedy: str, **bounds: float) 
     return check_number(name, values[name], remedy, **bounds)
 
 
-def _count(values: Mapping[str, Any], name: str, remedy: str) -> int:
-    return check_count(name, values[name], remedy)
+def _count(values: Mapping[str, Any], name: str, remedy: str, **bounds: int) -> int:
+    return check_count(name, values[name], remedy, **bounds)

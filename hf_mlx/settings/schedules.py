@@ -8,7 +8,7 @@ from numbers import Real
 from typing import Any
 
 from ..errors import SettingError
-from .verdicts import Case, Ruling, Values, given, honoured, one_of, otherwise, refused
+from .verdicts import Case, Ruling, Values, adapted, given, honoured, one_of, otherwise, refused
 
 _PLATEAU = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps")
 
@@ -58,15 +58,12 @@ SCHEDULE_CASES: tuple[Case, ...] = (
     given(
         '"constant" with warmup_steps > 0',
         lambda value, values: value == "constant" and _ignores_warmup(value, values),
-        refused(
-            "ignores warmup_steps upstream, so the warmup asked for would not happen",
-            write='lr_scheduler_type="constant_with_warmup", or warmup_steps=0',
-        ),
+        adapted("has no warmup, here as in transformers, so warmup_steps does nothing; constant_with_warmup has one"),
     ),
     given(
         '"reduce_lr_on_plateau" or "greedy" with warmup_steps > 0',
         _ignores_warmup,
-        refused("ignores warmup_steps upstream, so the warmup asked for would not happen", write="warmup_steps=0"),
+        adapted("has no warmup, here as in transformers, so warmup_steps does nothing"),
     ),
     one_of(*OPTIONS, ruling=honoured("transformers' formula, in double precision")),
     otherwise(refused(f"is not a schedule of transformers: {', '.join(OPTIONS)}", write='lr_scheduler_type="linear"')),

@@ -54,9 +54,13 @@ class Checkpoints:
                 schedule.load_state_dict(loaded.schedule)
             if trainer.args.restore_callback_states_from_checkpoint:
                 trainer.control = restore_states(trainer.callback_handler, trainer.control, state.stateful_callbacks)
+        if loaded.schedule is not None and (note := schedule.describe_resumed()):
+            logger.warning(note)
         trainer.state = state
         step = trainer.session.step
         step.load(loaded.weights, loaded.moments or step.state)
+        if loaded.updates is not None:
+            step.updates = loaded.updates
         logger.info(f"Resuming from {folder} at step {state.global_step}.")
         return loaded.boundary
 

@@ -52,6 +52,9 @@ class Running(Evaluating):
         logger.info(self.grad_clip.describe())
         start = time.time()
         schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)
+        if self._loop is not None:
+            schedule.follow(self._loop.schedule)
+        self.session.step.carry = None
         loader = self.data.train_loader(self.train_dataset)
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (

@@ -22,10 +22,32 @@ class CurveSchedule(Schedule):
     def __init__(self, plan: SchedulePlan, base_lr: float, total_steps: int) -> None:
         self.name = plan.name
         self.base_lr = base_lr
+        self._stored: tuple[int, float] | None = None
         self._factor = CURVES[plan.name](count_warmup(plan, total_steps), total_steps, base_lr, **plan.options)
 
     def lr(self, step: int) -> float:
+        # torch computes a rate when the step before it ends, so a resumed run's first rate is the stored one.
+        if self._stored is not None and step == self._stored[0]:
+            return self._stored[1]
         return self.base_lr * self._factor(step)
+
+    def follow(self, earlier: Schedule) -> None:
+        # torch's groups keep the initial_lr of the first schedule.
+        if isinstance(earlier, CurveSchedule):
+            self.base_lr = earlier.base_lr
+
+    def describe_resumed(self) -> str | None:
+        if self._stored is None:
+            return None
+        step, rate = self._stored
+        curve = self.base_lr * self._factor(step)
+        if math.isclose(rate, curve, rel_tol=1e-9, abs_tol=1e-15):
+            return None
+        return (
+            f"The schedule changed since the checkpoint: the first step still has its learning rate, {rate:g} "
+            f"(the schedule of this run has {curve:g} there), and from the second on this run's holds, "
+            "here as in transformers."
+        )
 
     def step_metric(self, value: float) -> None:
         pass
@@ -45,6 +67,7 @@ class CurveSchedule(Schedule):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # As in torch the checkpoint's base learning rate wins over the one in the arguments.
         self.base_lr = float(state["base_lrs"][0])
+        self._stored = int(state["last_epoch"]), float(state["_last_lr"][0])
 
 
 def count_warmup(plan: SchedulePlan, total_steps: int) -> int:

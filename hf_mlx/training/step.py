@@ -77,6 +77,7 @@ class Step:
         compiled: False runs the same functions eagerly, for debugging.
 
     Attributes:
+        updates: Steps that the optimizer's state has seen; its count, which lives on as the state does.
         draws: Micro-batches trained so far; with ``seed`` it is the whole random state of training.
         traces: How many distinct shapes were traced so far.
         cut: How a micro-batch is divided; no number depends on it but by rounding.
@@ -99,6 +100,7 @@ class Step:
         self.weigh = weigh or ByTokens()
         self.seed = seed % 2**32
         self.draws = 0
+        self.updates = 0
         self.traces = 0
         self.cut: Cut = keep_whole
         self._computed_in = computed_in

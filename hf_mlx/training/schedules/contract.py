@@ -32,5 +32,13 @@ class Schedule(ABC):
         """The content of ``scheduler.pt`` after ``step`` optimizer steps, as torch's scheduler writes it."""
 
     @abstractmethod
+    def follow(self, earlier: Schedule) -> None:
+        """Begin after ``earlier``, on the same optimizer: a second ``train()`` takes over what torch's groups hold."""
+
+    def describe_resumed(self) -> str | None:
+        """What is to be said of the first step after :meth:`load_state_dict`; None when nothing is."""
+        return None
+
+    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict`, or torch's scheduler of the same name, returned."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .contract import GROUPS
+from .contract import GROUPS, Schedule
 from .plateau import MetricSchedule
 
 
@@ -54,6 +54,10 @@ class GreedySchedule(MetricSchedule):
         self._init_lr = base_lr
         self._window: list[float] = []
         self._window_sum = 0.0
+
+    def follow(self, earlier: Schedule) -> None:
+        super().follow(earlier)
+        self._init_lr = self._lr
 
     def step_metric(self, value: float) -> None:
         if self.smooth:

@@ -55,6 +55,9 @@ class MetricSchedule(Schedule):
     def lr(self, step: int) -> float:
         return self._lr
 
+    def follow(self, earlier: Schedule) -> None:
+        self._lr = earlier.lr(0)
+
     def _worst(self) -> float:
         return math.inf if self.mode == "min" else -math.inf
 
