@@ -34,8 +34,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         )
     path = inside(folder, CONFIG)
     if not path.is_file():
+        named = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
         raise AdapterError(
-            f"{folder}: no {CONFIG}", "a folder that PEFT's save_pretrained wrote", "give the adapter's folder itself"
+            f"{folder}: no {CONFIG}",
+            "a folder that PEFT's save_pretrained wrote",
+            # PEFT puts an adapter that is not called "default" into a folder of its name.
+            f"give the adapter's folder itself{f': {named[0]}' if named else ''}",
         )
     try:
         if path.stat().st_size > _MAX_CONFIG:

@@ -170,6 +170,12 @@ def _find_structural_damage(folder: Path) -> str | None:
 
 
 def _check_weights(folder: Path) -> None:
+    # PEFT saves an adapter that is not called "default" into a folder of its name.
+    named = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    for other in named:
+        _check_weights(other)
+    if named and not (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return
     if (folder / ADAPTER).is_file():
         read_header(folder / ADAPTER)
         try:

@@ -16,7 +16,7 @@ from .boundary import Boundary, Layout
 from .files import disk_errors, replaced_folder
 from .fingerprint import compare_fingerprints, take_fingerprint
 from .folders import checkpoint_path, rotate
-from .inspection import ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
+from .inspection import ADAPTER, ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
 from .manifest import MANIFEST, extend_manifest, write_manifest
 from .optimizer_state import Moments, dump_optimizer, load_optimizer
 from .parameters import make_parameters
@@ -137,8 +137,8 @@ class CheckpointStore:
         Raises:
             CheckpointError: It does not fit this run.
         """
-        step, session = self.session.step, self.session
-        weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+        step = self.session.step
+        weights = self._load_weights(folder)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if (folder / f"{RUN}.json").is_file() else None
         random = self._read_random(folder, run)
@@ -166,9 +166,16 @@ class CheckpointStore:
 
     def load_best(self, folder: str | Path) -> None:
         """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
-        step, session = self.session.step, self.session
-        weights = load_weights(Path(folder), step.params, self.parameters, session.adapter, session.loaded)
+        step = self.session.step
+        weights = self._load_weights(Path(folder))
         step.load(weights, step.state)
+
+    def _load_weights(self, folder: Path) -> dict[str, mx.array]:
+        session = self.session
+        # PEFT saves an adapter that is not called "default" into a folder of its name.
+        named = folder / session.adapter_name
+        folder = named if (named / ADAPTER).is_file() else folder
+        return load_weights(folder, session.step.params, self.parameters, session.adapter, session.loaded)
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
         updates = global_step - boundary.offset

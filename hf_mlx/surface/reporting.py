@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.bridge import like_torch, to_numpy
+from ..models.torch_arrays import like_torch, to_numpy
 from ..settings.plan import TrainPlan
 
 
