@@ -44,10 +44,13 @@ class Session:
         adapter: The attached adapter, or None when all weights are trained.
         step: The compiled training step; owns the trainable arrays.
         evaluator: The compiled evaluation.
+        adapter_name: What PEFT calls the adapter.
         routers: The routers whose load is balanced; None where there is no such loss.
         progress: Counters of the run.
         packs: Whether the model keeps documents that share a row apart.
     """
+
+    adapter_name = "default"
 
     def __init__(self, plan: TrainPlan, loaded: LoadedModel) -> None:
         self.plan = plan

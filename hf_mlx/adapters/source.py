@@ -37,8 +37,12 @@ def read_config_file(folder: Path) -> dict[str, Any]:
         )
     path = inside(folder, CONFIG)
     if not lies(path):
+        named = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
         raise AdapterError(
-            f"{folder}: no {CONFIG}", "a folder that PEFT's save_pretrained wrote", "give the adapter's folder itself"
+            f"{folder}: no {CONFIG}",
+            "a folder that PEFT's save_pretrained wrote",
+            # PEFT puts an adapter that is not called "default" into a folder of its name.
+            f"give the adapter's folder itself{f': {named[0]}' if named else ''}",
         )
     return FILES.read_json(path, _TYPES, finite=True, largest=1 << 53)
 

@@ -122,7 +122,8 @@ def _name_to_id(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _id_to_name(tree: dict[str, Any], folder: Path, decayed: Decayed) -> dict[str, Any]:
     ids = [key for group in tree["param_groups"] for key in group["params"]]
-    if (folder / ADAPTER_CONFIG).is_file() or not ids or isinstance(ids[0], str):
+    adapted = (folder / ADAPTER_CONFIG).is_file() or any(folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if adapted or not ids or isinstance(ids[0], str):
         # The order of an adapter is known without torch.
         return tree
     order, norms = _live_names(folder)

@@ -189,6 +189,12 @@ def _find_structural_damage(folder: Path) -> str | None:
 
 
 def _check_weights(folder: Path) -> None:
+    # PEFT saves an adapter that is not called "default" into a folder of its name.
+    named = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    for other in named:
+        _check_weights(other)
+    if named and not lies(folder / ADAPTER_CONFIG) and not lies(folder / "config.json"):
+        return
     if lies(folder / ADAPTER):
         read_header(folder / ADAPTER)
         FILES.read_json(folder / ADAPTER_CONFIG)

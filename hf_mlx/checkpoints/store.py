@@ -19,7 +19,7 @@ from .damage import FILES
 from .files import disk_errors, replaced_folder
 from .fingerprint import compare_fingerprints, take_fingerprint
 from .folders import checkpoint_path, rotate
-from .inspection import ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
+from .inspection import ADAPTER, ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
 from .manifest import MANIFEST, extend_manifest, write_manifest
 from .optimizer_state import Moments, dump_optimizer, load_optimizer
 from .parameters import make_parameters
@@ -148,15 +148,15 @@ class CheckpointStore:
 
     def load_best(self, folder: str | Path) -> None:
         """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
-        step, session = self.session.step, self.session
+        step = self.session.step
         folder = Path(folder)
         with FILES.understood(folder, "the weights of this run's best checkpoint"):
-            weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+            weights = self._load_weights(folder)
         step.load(weights, step.state)
 
     def _load(self, folder: Path) -> Loaded:
-        step, session = self.session.step, self.session
-        weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+        step = self.session.step
+        weights = self._load_weights(folder)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if lies(folder / f"{RUN}.json") else None
         random = self._read_random(folder, run)
@@ -183,6 +183,13 @@ class CheckpointStore:
             made = state["global_step"] - boundary.offset
             updates = made if boundary.updates is None else boundary.updates
         return Loaded(folder, boundary, weights, moments, schedule, updates)
+
+    def _load_weights(self, folder: Path) -> dict[str, mx.array]:
+        session = self.session
+        # PEFT saves an adapter that is not called "default" into a folder of its name.
+        named = folder / session.adapter_name
+        folder = named if (named / ADAPTER).is_file() else folder
+        return load_weights(folder, session.step.params, self.parameters, session.adapter, session.loaded)
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
         made = global_step - boundary.offset

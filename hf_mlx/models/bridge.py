@@ -10,17 +10,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import MissingDependency, ModelError, SettingError
 from ..settings.plan import ModelPlan
 from .load import LoadedModel, assemble
+from .torch_arrays import to_mlx, to_torch
 from .weights import Checkpoint, Tensor
 
 _DTYPES = {
@@ -125,7 +124,7 @@ class TorchModel:
     def trained(self) -> set[str]:
         """Names of what ``requires_grad``, the adapter's own name left out, as PEFT's keys are."""
         names = (name for name, value in self.model.named_parameters() if value.requires_grad)
-        return {name.replace(f".{self.adapter}", "", 1) if self.adapter else name for name in names}
+        return {_without_adapter(name, self.adapter) if self.adapter else name for name in names}
 
     def place(self, device: Any) -> None:
         """Move the model to where upstream's trainer would have put it, so that ``inputs.to(device)`` still fits."""
@@ -202,49 +201,6 @@ def model_dtype(source: TorchModel) -> str:
     return _FLOATS.get(next(iter(found)), "auto") if len(found) == 1 else "auto"
 
 
-def to_mlx(tensor: Any) -> mx.array:
-    """A torch tensor on any device as an MLX array of the same dtype; a copy."""
-    import torch
-
-    tensor = tensor.detach().to("cpu").contiguous()
-    if tensor.dtype == torch.bfloat16:
-        # numpy has no bfloat16; the bits travel as integers.
-        return mx.array(tensor.view(torch.int16).numpy()).view(mx.bfloat16)
-    return mx.array(tensor.numpy())
-
-
-def to_torch(array: mx.array) -> Any:
-    """An MLX array as a torch tensor on the CPU, same dtype; a copy."""
-    import torch
-
-    if array.dtype == mx.bfloat16:
-        return torch.from_numpy(np.array(mx.contiguous(array).view(mx.int16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
-
-
-def to_parameter(array: mx.array, *, trainable: bool) -> Any:
-    """A copy as a ``torch.nn.Parameter`` where torch is installed, else the array itself."""
-    if find_spec("torch") is None:
-        return array
-    import torch
-
-    return torch.nn.Parameter(to_torch(array), requires_grad=trainable)
-
-
-def like_torch(array: np.ndarray) -> Any:
-    """A torch tensor that shares the array's memory where torch is installed, else the array."""
-    if find_spec("torch") is None:
-        return array
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def to_numpy(value: Any) -> np.ndarray:
-    """A numpy array of a torch tensor, an MLX array, or what numpy reads."""
-    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
-
-
 def _cross(held: Mapping[str, Any]) -> Iterator[tuple[str, mx.array]]:
     for name, tensor in held.items():
         array = to_mlx(tensor)
@@ -316,6 +272,18 @@ def _base_name(name: str) -> str | None:
     if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
         return None
     return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+
+
+def _without_adapter(name: str, adapter: str) -> str:
+    """The name without the adapter's: a layer may be called the same, so only below PEFT's own containers."""
+    parts = name.split(".")
+    below = (i for i, part in enumerate(parts) if part == adapter and i and _holds_adapters(parts[i - 1]))
+    place = next(below, None)
+    return name if place is None else ".".join(parts[:place] + parts[place + 1 :])
+
+
+def _holds_adapters(part: str) -> bool:
+    return part.startswith("lora_") or part == "modules_to_save"
 
 
 def _drop_tied(held: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from ..data.tables import Tables
 from ..errors import SettingError
+from ..models.alterations import check_alterations
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype
 from ..models.load import LoadedModel, open_model
 from ..models.positions import learned_positions
@@ -24,6 +25,7 @@ from ..settings.plan import TrainPlan
 from ..settings.resolve import resolve_plan
 from .facade import MLXCausalLM
 from .handover import Handover
+from .loans import take_over_loans
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,17 @@ class Base(Protocol):
         """Bring what was trained since the last call into the user's object."""
         ...
 
+    def take_over(self, event: str) -> None:
+        """Train on from what was written into the weights that were handed out.
+
+        Args:
+            event: The callbacks' event that has just been; empty between two.
+
+        Raises:
+            TrainingError: Something was written that the run cannot go on from.
+        """
+        ...
+
 
 def open_base(model: Any) -> Base:
     """The base of what the user gave as ``model``.
@@ -106,6 +119,8 @@ class NamedBase:
     _plan: TrainPlan
     _folder: Path
     _loaded: LoadedModel
+    _session: Session
+    _model: MLXCausalLM
 
     def __init__(self, name: str | Path) -> None:
         self.name = str(name)
@@ -130,10 +145,16 @@ class NamedBase:
 
     def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded)
-        return session, MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
+        self._session = session
+        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
+        self._model.settle = lambda: self.take_over("")
+        return session, self._model
 
     def write_back(self) -> None:
-        pass
+        self.take_over("")
+
+    def take_over(self, event: str) -> None:
+        take_over_loans(self._session, self._model.lent, event)
 
 
 class TorchBase:
@@ -170,6 +191,7 @@ class TorchBase:
         return load_tokenizer(self._folder, self._plan.model)
 
     def open(self) -> Tables:
+        check_alterations(self._source.model, self._source.base, self._source.adapter)
         found = _read_tables(self._source.base.config.to_dict())
         # The table itself, where the script has replaced it behind the config's back.
         embedding = getattr(self._source.base.get_input_embeddings(), "weight", None)
@@ -181,6 +203,7 @@ class TorchBase:
             source.attach(peft_config, plan.batch.seed)
         source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
         session = Session(plan, load_torch_model(source, plan.model))
+        session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.
         source.place(args.device)
         self._handover = Handover(source, session)
@@ -189,6 +212,10 @@ class TorchBase:
     def write_back(self) -> None:
         if self._handover is not None:
             self._handover.write_back()
+
+    def take_over(self, event: str) -> None:
+        if self._handover is not None:
+            self._handover.take_over(event)
 
 
 def _read_tables(config: Mapping[str, Any]) -> Tables:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .writes import follow_events
+
 
 def make_handler(
-    args: Any, callbacks: list | None, *, model: Any, tokenizer: Any, refresh: Callable[[], None] | None = None
+    args: Any,
+    callbacks: list | None,
+    *,
+    model: Any,
+    tokenizer: Any,
+    before: Callable[[str], None],
+    after: Callable[[str], None],
 ) -> tuple[Any, Any]:
     """A ``CallbackHandler`` with HF's default, reporting, the user's and the progress callbacks, in HF's order.
 
@@ -16,7 +24,7 @@ def make_handler(
         callbacks: The user's.
         model: What callbacks get as ``model``.
         tokenizer: What they get as ``processing_class``.
-        refresh: Called before an event that a callback may read the model's weights in.
+        before, after: As for :func:`~hf_mlx.surface.writes.follow_events`.
 
     Returns:
         The handler and a fresh ``TrainerControl``.
@@ -27,30 +35,8 @@ def make_handler(
     chosen = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
     handler = CallbackHandler(chosen, model, tokenizer, None, None)
     handler.add_callback(PrinterCallback if args.disable_tqdm else progress_callback())
-    if refresh is not None:
-        _refresh_before_reads(handler, refresh)
+    follow_events(handler, before, after)
     return handler, TrainerControl()
-
-
-def _refresh_before_reads(handler: Any, refresh: Callable[[], None]) -> None:
-    fire = handler.call_event
-
-    def call_event(event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if any(_may_read_weights(type(callback), event) for callback in handler.callbacks):
-            refresh()
-        return fire(event, args, state, control, **kwargs)
-
-    handler.call_event = call_event
-
-
-def _may_read_weights(callback: type, event: str) -> bool:
-    # transformers' own read the config alone, but for those that upload the model at the end or with a checkpoint.
-    if callback.__module__.startswith("transformers."):
-        return event in ("on_save", "on_train_end") and not callback.__module__.startswith(_NEVER_READ)
-    return any(event in vars(owner) for owner in callback.__mro__ if owner.__name__ != "TrainerCallback")
-
-
-_NEVER_READ = ("transformers.trainer_callback", "transformers.utils.notebook")
 
 
 def make_state(handler: Any, control: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ..models.save import write_model
 from .forward import CausalLMOutput, run_forward
 from .generation import Generation, like, read_ids, read_rows
 from .hub import upload
+from .loans import Loans
 from .parameters import ADAPTER_NAME, Parameters
 
 
@@ -41,7 +42,8 @@ class MLXCausalLM:
     """The model being trained, with the attributes and methods that scripts and callbacks use.
 
     Parameters come out as copies under HF's names (PEFT's where an adapter is attached), one at a time: torch
-    tensors where torch is installed, else MLX arrays. To change weights, use MLX: ``model.mlx``.
+    tensors where torch is installed, else MLX arrays. What is written into a copy of a trained parameter is taken over
+    before the next step, evaluation or save; a frozen one cannot be written.
 
     Args:
         loaded: The MLX model and its names.
@@ -63,6 +65,7 @@ class MLXCausalLM:
         self._parameters = Parameters(loaded, adapter)
         self.name_or_path = str(loaded.path)
         self.training = False
+        self.settle: Callable[[], None] = _nothing
         if peft_config is not None:
             self.peft_config = {ADAPTER_NAME: peft_config}
         self.config = _read_config(loaded)
@@ -70,6 +73,11 @@ class MLXCausalLM:
         pad = getattr(tokenizer, "pad_token_id", None)
         if pad is not None:
             self.config.get_text_config().pad_token_id = self.generation_config.pad_token_id = pad
+
+    @property
+    def lent(self) -> Loans:
+        """The copies of parameters that are out."""
+        return self._parameters.lent
 
     @property
     def mlx(self) -> nn.Module:
@@ -110,6 +118,21 @@ class MLXCausalLM:
     def state_dict(self) -> dict[str, Any]:
         """All parameters by name; copies."""
         return dict(self.named_parameters())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Write trained parameters by name.
+
+        Raises:
+            RuntimeError: With ``strict``, names are missing or unknown (as torch's).
+        """
+        known = self._parameters.paths
+        missing, unexpected = sorted(known.keys() - state_dict.keys()), sorted(state_dict.keys() - known.keys())
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"load_state_dict: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        for name in known.keys() & state_dict.keys():
+            copy = self._parameters.copy(name)
+            getattr(copy, "data", copy)[...] = state_dict[name]
+        self.settle()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers the parameters hold (a quantised weight counts as what it stands for)."""
@@ -195,6 +218,7 @@ class MLXCausalLM:
         push, repo = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
         if kwargs:
             raise _unknown("save_pretrained", kwargs)
+        self.settle()
         if self.adapter is not None:
             write_adapter(self.adapter, self.loaded, save_directory)
         else:
@@ -236,12 +260,17 @@ class MLXCausalLM:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
+        self.settle()
         mode = self.mlx.training
         self.mlx.eval()
         try:
             yield
         finally:
             self.mlx.train(mode)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _read_config(loaded: LoadedModel) -> Any:

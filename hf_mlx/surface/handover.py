@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,12 @@ from ..adapters.export import peft_tensors
 from ..adapters.layers import LoRAEmbedding
 from ..adapters.slots import Slot, list_slots
 from ..errors import AdapterError, SettingError
-from ..models.bridge import TorchModel, to_mlx
+from ..models.bridge import TorchModel
 from ..models.heads import module_at
+from ..models.torch_arrays import to_mlx
 from ..session import Session
+from .marks import FrozenMarks
+from .writes import differs, refuse_frozen, refuse_toggled, refuse_within, take_over
 
 
 class Handover:
@@ -34,26 +38,72 @@ class Handover:
         self.session = session
         if session.adapter is not None:
             self._adopt(session.adapter)
-        self._written = session.step.params
+        self._trained = source.trained()
+        self._hand_out()
 
     def write_back(self) -> None:
         """Copy what was trained since the last call into the user's model."""
         step = self.session.step
-        if step.params is self._written:
-            return
-        step.objective.slots.bind(step.params)
-        if self.session.adapter is not None:
-            held = self.source.adapter_tensors()
-            ours = peft_tensors(self.session.adapter)
+        if step.params is not self._written:
+            step.objective.slots.bind(step.params)
+            held, ours = self._both()
             self.source.write({key: ours[key] for key in held}, held)
-        else:
-            self.source.write(self.session.loaded.names.export_weights(step.params), self.source.tensors())
-        self._written = step.params
+        self._hand_out()
+
+    def take_over(self, event: str) -> None:
+        """Train on from what was written into the user's model since it was handed out.
+
+        Raises:
+            TrainingError: Into what is not trained, where no step would see it in time, or requires_grad was set.
+        """
+        # Weights of a checkpoint were loaded meanwhile: upstream's would have overwritten what was written.
+        if not self._out or self.session.step.params is not self._written:
+            return
+        self._out = False
+        trained = self.source.trained()
+        toggled = next(iter(sorted(trained ^ self._trained)), None)
+        if toggled is not None:
+            refuse_toggled(toggled, toggled in trained, event)
+        frozen = self._frozen.find_written(self.source)
+        if frozen is not None:
+            refuse_frozen(frozen, event)
+        held, ours = self._both()
+        changed = {key: to_mlx(value) for key, value in held.items() if differs(value, ours[key])}
+        if changed:
+            refuse_within(event, next(iter(changed)))
+            take_over(self.session, self._to_params(held, changed))
+            self._written = self.session.step.params
+
+    def _hand_out(self) -> None:
+        self._written = self.session.step.params
+        self._frozen = FrozenMarks(self.source)
+        self._out = True
+
+    def _both(self) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        """The user's trained tensors, and ours under the same names."""
+        if self.session.adapter is not None:
+            return self.source.adapter_tensors(), peft_tensors(self.session.adapter)
+        ours = self.session.loaded.names.export_weights(self.session.step.params)
+        held = self.source.tensors()
+        return {key: held[key] for key in ours}, ours
+
+    def _to_params(self, held: Mapping[str, Any], changed: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        # Stacked and fused parameters need all of their tensors, so all are read and the changed ones kept.
+        tensors = {key: changed[key] if key in changed else to_mlx(value) for key, value in held.items()}
+        adapter, names = self.session.adapter, self.session.loaded.names
+        if adapter is None:
+            params = names.import_weights(tensors)
+            return {path: params[path] for path in params if not changed.keys().isdisjoint(names.to_hf_names(path))}
+        slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
+        params = read_parameters(adapter, slots, tensors)
+        paths = {slots[key].mlx_path for key in changed if key in slots}
+        return {path: params[path] for path in paths}
 
     def _adopt(self, adapter: Adapter) -> None:
         held = self.source.adapter_tensors()
         slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
         _account(held, slots)
+        _check_scales(self.source, adapter)
         _check_trained(self.source.trained(), {adapter.hf_name(path) for path in adapter.trainable()})
         params = dict(self.session.step.params)
         params |= read_parameters(adapter, slots, {key: to_mlx(held[key]) for key in slots})
@@ -97,6 +147,19 @@ def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
             f"the {len(slots)} tensors that its LoraConfig calls for",
             "get_peft_model(model, LoraConfig(...)) on the model as it was loaded",
         )
+
+
+def _check_scales(source: TorchModel, adapter: Adapter) -> None:
+    modules = dict(source.base.named_modules())
+    for target in adapter.targets:
+        scales = getattr(modules.get(target.hf_path), "scaling", {})
+        found = scales.get(source.adapter, target.scale)
+        if not math.isclose(found, target.scale, rel_tol=1e-6):
+            raise AdapterError(
+                f"{target.hf_path} with an adapter scaled by {found:g}, whose LoraConfig says {target.scale:g}",
+                "a LoraConfig that was not changed after the adapter was made",
+                f"set it back: lora_alpha={target.alpha * found / target.scale:g}",
+            )
 
 
 def _check_trained(theirs: set[str], ours: set[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten
 from ..adapters.adapter import PREFIX, Adapter, split_parameter
 from ..adapters.layers import LoRAEmbedding, dense_weight
 from ..adapters.order import order_key
-from ..models.bridge import to_parameter
 from ..models.load import LoadedModel
+from ..models.torch_arrays import to_parameter
+from .loans import Loan, Loans, find_later
 
 # The adapter's name in PEFT's live parameter names; ``get_peft_model`` gives it this one.
 ADAPTER_NAME = "default"
@@ -34,6 +35,7 @@ class Parameters:
     def __init__(self, loaded: LoadedModel, adapter: Adapter | None) -> None:
         self.loaded = loaded
         self.adapter = adapter
+        self.lent = Loans()
 
     @cached_property
     def paths(self) -> dict[str, str]:
@@ -54,7 +56,11 @@ class Parameters:
         array = dense_weight(owner) if leaf == "weight" and "scales" in owner else owner[leaf]
         if not any(part.startswith("lora_") for part in name.split(".")):
             array = self._stored_layout(path, array)
-        return to_parameter(array, trainable=path in self._trainable())
+        trained, stored = path in self._trainable(), array
+        copy = to_parameter(stored, trainable=trained)
+        copy = mx.array(stored) if copy is stored else copy
+        self.lent.add(Loan(name, path, stored, trained, partial(self._from_stored, name, path), copy, find_later(copy)))
+        return copy
 
     def count(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers they hold; a quantised weight counts as what it stands for."""
@@ -92,6 +98,12 @@ class Parameters:
         plain = path.replace(".base_layer.", ".")
         stored = self.loaded.names.export_weights({plain: array}) if self._is_whole(plain) else {}
         return next(iter(stored.values()), array)
+
+    def _from_stored(self, name: str, path: str, array: mx.array) -> mx.array:
+        plain = path.replace(".base_layer.", ".")
+        if any(part.startswith("lora_") for part in name.split(".")) or not self._is_whole(plain):
+            return array
+        return self.loaded.names.import_weights({self.loaded.names.to_hf_name(plain): array})[plain]
 
     def _is_whole(self, path: str) -> bool:
         # One tensor on each side: neither stacked experts nor a part of a fused layer.

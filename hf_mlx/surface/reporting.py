@@ -13,7 +13,7 @@ import numpy as np
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..intake import LARGE, Intake, lies
-from ..models.bridge import like_torch, to_numpy
+from ..models.torch_arrays import like_torch, to_numpy
 from ..settings.plan import TrainPlan
 
 _FILES = Intake(CheckpointError, "move the file elsewhere, and the metrics are written into a new one")

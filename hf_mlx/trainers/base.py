@@ -149,7 +149,8 @@ class TrainerBase(Running):
             callbacks,
             model=self.model,
             tokenizer=self.processing_class,
-            refresh=base.write_back if base.is_copied else None,
+            before=lambda event: base.write_back(),
+            after=base.take_over,
         )
         self.state = make_state(self.callback_handler, self.control)
         self.accelerator = Accelerator(

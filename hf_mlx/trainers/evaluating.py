@@ -64,6 +64,7 @@ class Evaluating(Publishing):
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
     def _evaluation(self, dataset: Any, prefix: str, *, keep_logits: bool = False) -> Any:
+        self._base.take_over("")
         self.callback_handler.eval_dataloader = loader = self.data.eval_loader(dataset)
         return self._evaluate_loader(
             loader,
