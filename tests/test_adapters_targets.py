@@ -90,6 +90,28 @@ def test_rank_and_alpha_patterns_take_the_first_match(loaded):
     assert targets["1.q_proj"].scale == 16 / 2
 
 
+def test_patterns_that_match_nothing_change_nothing_and_are_said_once(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base"), ModelPlan())
+    plan = LoraPlan(rank_pattern={"qq_proj": 4, "q_proj": 2}, alpha_pattern={"up_proj": 3})
+    adapter = attach(loaded, plan, seed=0)
+    assert {(t.hf_path.rsplit(".", 1)[-1], t.r, t.alpha) for t in adapter.targets} == {
+        ("q_proj", 2, 8),
+        ("v_proj", 8, 8),
+    }
+    assert adapter.notes == (
+        "rank_pattern={'qq_proj': 4} matches no adapted module and has no effect, as in PEFT",
+        "alpha_pattern={'up_proj': 3} matches no adapted module and has no effect, as in PEFT",
+    )
+    assert adapter.deviations == ()
+
+
+def test_a_string_for_modules_to_save_is_read_by_letters_and_said(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base"), ModelPlan())
+    adapter = attach(loaded, LoraPlan(modules_to_save=tuple("d")), seed=0)
+    assert [site.hf_path for site in adapter.blueprint.saved] == ["lm_head"]
+    assert any("letter by letter: trained in full are lm_head" in line for line in adapter.notes)
+
+
 REFUSALS = {
     "nothing matches": ({"target_modules": ("query",)}, "names among embed_tokens, q_proj, k_proj"),
     "everything is excluded": ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "exclude_modules"),
@@ -99,7 +121,14 @@ REFUSALS = {
     "a norm": ({"target_modules": ("input_layernorm",)}, "a RMSNorm"),
     "rank zero": ({"r": 0}, "r=0 for model.layers.0.self_attn.q_proj"),
     "a rank below zero in a pattern": ({"rank_pattern": {"q_proj": -1}}, "r=-1"),
-    "a pattern that matches nothing": ({"rank_pattern": {"qq_proj": 4}}, "rank_pattern={'qq_proj'"),
+    "modules_to_save as a string": (
+        {"modules_to_save": tuple("lm_head")},
+        "a string, which PEFT reads letter by letter, and so matches model, which target_modules adapts too",
+    ),
+    "modules_to_save as a string within another": (
+        {"modules_to_save": tuple("jp"), "target_modules": ("lm_head",)},
+        "both model.layers.0.mlp.gate_proj and a module around it",
+    ),
     "target_parameters": ({"target_parameters": ("mlp.weight",)}, "target_parameters"),
     "DoRA on an embedding": (
         {"use_dora": True, "target_modules": ("embed_tokens",)},

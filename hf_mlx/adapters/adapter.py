@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..settings.plan import LoraPlan
-from .blueprint import Blueprint
+from .blueprint import Blueprint, is_spelled
 from .defaults import SPLIT_TYPES
 from .order import order_key
-from .targets import Target
+from .targets import Target, idle_patterns
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -50,12 +51,14 @@ class Adapter:
         loaded: The model, its config and its names.
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
+        folder: Where it was read from; None for one that was made here.
     """
 
     plan: LoraPlan
     loaded: LoadedModel
     blueprint: Blueprint
     conv1d: bool = False
+    folder: Path | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -82,10 +85,18 @@ class Adapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said once about this adapter, :attr:`deviations` included."""
+        idle = idle_patterns(self.plan, (target.hf_path for target in self.targets))
+        lines = [*self.deviations]
+        lines += [f"{entry} matches no adapted module and has no effect, as in PEFT" for entry in idle]
+        if is_spelled(self.plan.modules_to_save or ()):
+            lines.append(
+                "modules_to_save is a string, which PEFT reads letter by letter: trained in full are "
+                + (", ".join(site.hf_path for site in self.blueprint.saved) or "no modules")
+            )
         if self.torch_class == "AutoModelForCausalLM":
-            return self.deviations
+            return tuple(lines)
         return (
-            *self.deviations,
+            *lines,
             f"the adapter's keys are those of {self.torch_class}, as trl's are: load it on that class "
             "(AutoModelForCausalLM builds a text-only model, which PEFT would leave as it is)",
         )

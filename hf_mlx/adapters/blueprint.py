@@ -124,10 +124,12 @@ def _saved_sites(
     sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, tied: bool
 ) -> list[Site]:
     saved = []
-    for name in plan.modules_to_save or ():
+    names = plan.modules_to_save or ()
+    spelled = is_spelled(names)
+    for name in names:
         # PEFT compares with str.endswith, dot or no dot (peft.utils.other._set_trainable).
         matched = [site for site in sites if site.hf_path.endswith(name)]
-        if not matched:
+        if not matched and not spelled:
             leaves = sorted({site.hf_path.rsplit(".", 1)[-1] for site in sites} - {str(i) for i in range(1000)})
             raise AdapterError(
                 f"modules_to_save names {name!r}, which matches no module"
@@ -137,11 +139,32 @@ def _saved_sites(
             )
         saved += [site for site in matched if site not in saved]
     for site in saved:
-        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()))
+        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()), spelled=spelled)
+    if spelled:
+        _check_spelled(saved, names)
     return saved
 
 
-def _check_saved(site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...]) -> None:
+def is_spelled(names: tuple[str, ...]) -> bool:
+    """Whether ``modules_to_save`` was one string, which PEFT reads letter by letter."""
+    return bool(names) and all(len(name) == 1 for name in names)
+
+
+def _check_spelled(saved: list[Site], names: tuple[str, ...]) -> None:
+    paths = [site.mlx_path for site in saved]
+    nested = next((site for site in saved if any(site.mlx_path.startswith(f"{path}.") for path in paths)), None)
+    if nested is not None:
+        raise AdapterError(
+            f"modules_to_save={''.join(names)!r}, a string: PEFT reads it letter by letter, and both {nested.hf_path} "
+            "and a module around it end with one of them",
+            "a list of names",
+            "LoraConfig(..., modules_to_save=[...]) with brackets around the name",
+        )
+
+
+def _check_saved(
+    site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...], spelled: bool
+) -> None:
     below = [s for s in sites if s.mlx_path == site.mlx_path or s.mlx_path.startswith(f"{site.mlx_path}.")]
     paths = {s.mlx_path for s in below}
     problem = None
@@ -158,9 +181,16 @@ def _check_saved(site: Site, sites: list[Site], targets: list[Target], *, tied: 
     if problem:
         leaf = site.hf_path.rsplit(".", 1)[-1]
         raise AdapterError(
-            f"modules_to_save matches {site.hf_path}, {problem[0]}",
-            problem[1],
-            f"leave {leaf!r} out of modules_to_save",
+            (
+                "modules_to_save is a string, which PEFT reads letter by letter, and so "
+                if spelled
+                else "modules_to_save "
+            )
+            + f"matches {site.hf_path}, {problem[0]}",
+            "a list of names" if spelled else problem[1],
+            'LoraConfig(..., modules_to_save=["lm_head"]), with brackets around the name'
+            if spelled
+            else f"leave {leaf!r} out of modules_to_save",
         )
 
 

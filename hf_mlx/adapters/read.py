@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
     values = _to_parameters(loaded, slots, tensors, held)
     loaded.model.update(tree_unflatten(list(values.items())))
     mx.eval([layer.parameters() for layer in layers.values()])
-    return make_adapter(loaded, plan, blueprint)
+    return dataclasses.replace(make_adapter(loaded, plan, blueprint), folder=folder)
 
 
 def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint, dict[str, Slot], dict[str, mx.array]]:

@@ -35,7 +35,7 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
         ModelError: The weights are quantised, or a part that transformers would look for is not in the base.
     """
     folder = Path(folder)
-    _check_whole(loaded, folder)
+    _check_whole(loaded)
     folder.mkdir(parents=True, exist_ok=True)
     params = dict(tree_flatten(loaded.model.parameters())) if params is None else params
     weights = loaded.names.export_weights(params)
@@ -53,7 +53,7 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
         mx.save_safetensors(str(path), weights, metadata={"format": "pt"})
 
 
-def _check_whole(loaded: LoadedModel, folder: Path) -> None:
+def _check_whole(loaded: LoadedModel) -> None:
     from transformers import CONFIG_MAPPING
 
     # mlx-lm leaves vision_config out of the config.json it writes, so the class has to tell.
@@ -64,7 +64,7 @@ def _check_whole(loaded: LoadedModel, folder: Path) -> None:
         raise ModelError(
             f"{loaded.path}, which mlx-lm converted without what {towers[0]} describes",
             "a base with every part, which AutoModelForCausalLM would otherwise fill with random weights",
-            f"train from the original Hugging Face folder, or save the adapter alone (nothing was written to {folder})",
+            "train from the original Hugging Face folder, or save the adapter alone (nothing was written)",
         )
 
 
