@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from adapter_folders import make_llama
+from adapter_folders import logits, make_llama
 from mlx.utils import tree_flatten
 
 from hf_mlx.adapters.attach import attach
@@ -166,9 +167,35 @@ def test_refuses_and_leaves_the_model_as_it_was(loaded, name):
         {"modules_to_save": ("lm_head",)},
     ],
 )
-def test_refuses_to_untie_a_tied_head(tied, settings):
+def test_training_one_end_of_a_tied_pair_unties_it_and_leaves_the_other(tmp_path, settings):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    before = logits(loaded)
+    adapter = attach(loaded, LoraPlan(**settings), seed=0)
+    assert loaded.untied and {t.hf_path for t in adapter.targets} | {s.hf_path for s in adapter.blueprint.saved}
+    np.testing.assert_allclose(logits(loaded), before, rtol=0, atol=1e-6)
+    ends = {"lm_head": loaded.model.lm_head, "embed_tokens": loaded.model.model.embed_tokens}
+    trained = [name for name, end in ends.items() if end.trainable_parameters()]
+    assert trained == [name for name in ends if name in str(settings)]
+
+
+def test_a_tied_pair_that_cannot_be_trained_apart_is_refused_and_stays_tied(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    with pytest.raises(AdapterError, match="match no module"):
+        attach(loaded, LoraPlan(target_modules=("query",), modules_to_save=("lm_head",)), seed=0)
+    assert not loaded.untied and "lm_head" not in loaded.model
+    assert len(logits(loaded))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ("embed_tokens",)}, {"modules_to_save": ("lm_head",)}], ids=["LoRA", "in full"]
+)
+def test_a_head_that_is_the_embedding_in_mlx_too_is_refused(tmp_path, settings, monkeypatch):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    # As gemma's and gpt2's code: nothing to switch.
+    monkeypatch.delattr(loaded.model.args, "tie_word_embeddings")
+    monkeypatch.setattr(type(loaded.model.args), "tie_word_embeddings", property(lambda _: 1))
     with pytest.raises(AdapterError, match=r"ties|the head is the embedding"):
-        attach(tied, LoraPlan(**settings), seed=0)
+        attach(loaded, LoraPlan(**settings), seed=0)
 
 
 def test_a_model_without_default_targets_says_so(loaded, monkeypatch):

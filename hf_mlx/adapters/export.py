@@ -17,6 +17,7 @@ from .files import write_files, write_text
 from .origin import resolve_origin
 from .slots import Slot, list_slots
 from .source import CONFIG, WEIGHTS
+from .vocabulary import carried_slots
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -108,6 +109,9 @@ def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
         AdapterError: A key is missing or left over, a shape is wrong, or a value is NaN or infinite.
     """
     slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
+    if adapter.loaded.resized:
+        carried = carried_slots(adapter.loaded, adapter.blueprint)
+        slots = {key: slot for key, slot in carried.items() if slot.mlx_path} | slots
     held = dict(tree_flatten(adapter.loaded.model.parameters()))
     untold = sorted(set(adapter.trainable()) - {slot.mlx_path for slot in slots.values()})
     absent = sorted(key for key, slot in slots.items() if slot.mlx_path not in held)

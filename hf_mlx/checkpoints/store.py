@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Loaded:
         folder: Where it was read.
         boundary: Where the run stood.
         weights: Trained arrays by MLX name.
+        frozen: Frozen ones that the adapter's file holds as well.
         moments: The optimizer's state; None begins it afresh.
         schedule: The schedule's state; None begins it afresh.
     """
@@ -47,6 +48,7 @@ class Loaded:
     folder: Path
     boundary: Boundary
     weights: dict[str, mx.array]
+    frozen: dict[str, mx.array]
     moments: Moments | None
     schedule: dict[str, Any] | None
 
@@ -138,12 +140,12 @@ class CheckpointStore:
             CheckpointError: It does not fit this run.
         """
         step, session = self.session.step, self.session
-        weights = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
+        weights, frozen = load_weights(folder, step.params, self.parameters, session.adapter, session.loaded)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if (folder / f"{RUN}.json").is_file() else None
         random = self._read_random(folder, run)
         if run is not None:
-            self._compare_runs(folder, run)
+            self._compare_runs(folder, run, replaced=frozen)
             boundary = Boundary.from_tree(run["boundary"], random)
         else:
             self._check_batch(folder, state.get("train_batch_size"))
@@ -155,19 +157,20 @@ class CheckpointStore:
         if not has_state(folder, OPTIMIZER):
             self._check_weights_only(folder)
             boundary.offset = state["global_step"]
-            return Loaded(folder, boundary, weights, None, None)
+            return Loaded(folder, boundary, weights, frozen, None, None)
         moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
         schedule = read_state(folder, SCHEDULER)
         self._compare_schedules(folder, schedule, updates)
         if run is None:
             counted = updates if updates is not None else schedule.get("_step_count", 1) - 1
             boundary.offset = state["global_step"] - counted
-        return Loaded(folder, boundary, weights, moments, schedule)
+        return Loaded(folder, boundary, weights, frozen, moments, schedule)
 
     def load_best(self, folder: str | Path) -> None:
         """Put the weights of the best checkpoint into the model; the optimizer is left as it is."""
         step, session = self.session.step, self.session
-        weights = load_weights(Path(folder), step.params, self.parameters, session.adapter, session.loaded)
+        weights, frozen = load_weights(Path(folder), step.params, self.parameters, session.adapter, session.loaded)
+        session.adopt_frozen(frozen)
         step.load(weights, step.state)
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
@@ -207,14 +210,16 @@ class CheckpointStore:
             return RandomStates.capture(self.data.rng)
         return RandomStates.from_files(read_state(folder, RANDOM), run and run["boundary"]["random"])
 
-    def _compare_runs(self, folder: Path, run: dict[str, Any]) -> None:
+    def _compare_runs(self, folder: Path, run: dict[str, Any], replaced: Iterable[str]) -> None:
         if run.get("format") != _FORMAT:
             raise CheckpointError(
                 f"{folder}: written in format {run.get('format')!r}",
                 f"format {_FORMAT}, which this version reads",
                 "pip install -U hf-mlx",
             )
-        compare_fingerprints(run["base"], self._base(), folder, self.session.loaded.path)
+        compare_fingerprints(run["base"], self._base(), folder, self.session.loaded.path, replaced)
+        # Those weights are about to be the checkpoint's own.
+        self._fingerprint = None
         now = self._settings()
         changed = [
             f"{name} {run['settings'].get(name)!r} → {now[name]!r}"

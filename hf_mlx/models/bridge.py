@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten
 from ..errors import MissingDependency, ModelError, SettingError
 from ..settings.plan import ModelPlan
 from .load import LoadedModel, assemble
+from .vocabulary import recorded_rows
 from .weights import Checkpoint, Tensor
 
 _DTYPES = {
@@ -190,6 +191,8 @@ def load_torch_model(source: TorchModel, plan: ModelPlan) -> LoadedModel:
 
     own = replace(plan, precision=replace(plan.precision, dtype="auto"))
     loaded = assemble(Path(source.name), source.config, read, own)
+    recorded, rows = recorded_rows(source.name), source.base.config.get_text_config().vocab_size
+    loaded.resized = recorded not in (None, rows)
     if source.adapter is None:
         loaded.buffers += _frozen_parameters(loaded, source.frozen())
         loaded.freeze_buffers()

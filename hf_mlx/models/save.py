@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -69,8 +70,13 @@ def _check_whole(loaded: LoadedModel) -> None:
 
 
 def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config", "torch_dtype")}
+    left_out = ("quantization", "quantization_config", "torch_dtype")
+    config = {key: copy.copy(value) for key, value in loaded.config.items() if key not in left_out}
     dtypes = {value.dtype for value in weights.values() if mx.issubdtype(value.dtype, mx.floating)}
+    if loaded.untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or part.get("tie_word_embeddings")):
+                part["tie_word_embeddings"] = False
     if len(dtypes) == 1:
         config["dtype"] = _DTYPES[dtypes.pop()]
     return config

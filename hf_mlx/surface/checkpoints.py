@@ -54,6 +54,7 @@ class Checkpoints:
         if trainer.args.restore_callback_states_from_checkpoint:
             trainer.control = restore_states(trainer.callback_handler, trainer.control, state.stateful_callbacks)
         step = trainer.session.step
+        trainer.session.adopt_frozen(loaded.frozen)
         step.load(loaded.weights, loaded.moments or step.state)
         logger.info(f"Resuming from {folder} at step {state.global_step}.")
         return loaded.boundary

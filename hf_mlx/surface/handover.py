@@ -37,8 +37,9 @@ class Handover:
         self._written = session.step.params
 
     def write_back(self) -> None:
-        """Copy what was trained since the last call into the user's model."""
+        """Copy what was trained since the last call, and what came from a checkpoint, into the user's model."""
         step = self.session.step
+        self._write_restored()
         if step.params is self._written:
             return
         step.objective.slots.bind(step.params)
@@ -49,6 +50,15 @@ class Handover:
         else:
             self.source.write(self.session.loaded.names.export_weights(step.params), self.source.tensors())
         self._written = step.params
+
+    def _write_restored(self) -> None:
+        restored, self.session.restored = self.session.restored, {}
+        if restored:
+            plain = {name.replace(".base_layer.", "."): value for name, value in restored.items()}
+            held = self.source.tensors()
+            exported = self.session.loaded.names.export_weights(plain)
+            # Of a tied pair the object has one tensor.
+            self.source.write({name: value for name, value in exported.items() if name in held}, held)
 
     def _adopt(self, adapter: Adapter) -> None:
         held = self.source.adapter_tensors()
