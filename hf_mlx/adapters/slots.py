@@ -43,6 +43,11 @@ class Slot:
     base: bool = False
     as_stored: bool = False
 
+    @property
+    def plain(self) -> str:
+        """The MLX parameter's path before an adapter was put around it."""
+        return self.mlx_path.replace(".base_layer.", ".")
+
 
 def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dict[str, Slot]:
     """PEFT key → slot, for every tensor that PEFT would write and read."""

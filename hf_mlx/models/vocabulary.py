@@ -49,7 +49,8 @@ def head_path(loaded: LoadedModel) -> str:
 
 def count_rows(loaded: LoadedModel) -> int:
     """Ids that the model can embed."""
-    return module_at(loaded.model, embedding_path(loaded.model)).weight.shape[0]
+    module = module_at(loaded.model, embedding_path(loaded.model))
+    return (module.base_layer if "base_layer" in module else module).weight.shape[0]
 
 
 def put_rows(loaded: LoadedModel, arrays: Mapping[str, mx.array]) -> Undo:

@@ -79,6 +79,10 @@ class Base(Protocol):
         """Bring what was trained since the last call into the user's object."""
         ...
 
+    def complete(self, folder: Path) -> None:
+        """Add to what ``model.save_pretrained(folder)`` wrote what it leaves out."""
+        ...
+
 
 def open_base(model: Any) -> Base:
     """The base of what the user gave as ``model``.
@@ -133,6 +137,9 @@ class NamedBase:
     def write_back(self) -> None:
         pass
 
+    def complete(self, folder: Path) -> None:
+        pass
+
 
 class TorchBase:
     """A transformers model or a PeftModel: trained as it is, and written back into."""
@@ -184,6 +191,10 @@ class TorchBase:
     def write_back(self) -> None:
         if self._handover is not None:
             self._handover.write_back()
+
+    def complete(self, folder: Path) -> None:
+        if self._handover is not None:
+            self._handover.complete_adapter(folder)
 
 
 def _vocabulary_size(config: Mapping[str, Any]) -> int | None:

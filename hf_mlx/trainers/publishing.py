@@ -22,6 +22,7 @@ class Publishing(Records):
         with disk_errors(folder):
             self._base.write_back()
             self._model.save_pretrained(folder)
+            self._base.complete(folder)
             self.processing_class.save_pretrained(folder)
             if has_torch():
                 pickle_object(self.args, folder / ARGUMENTS)
