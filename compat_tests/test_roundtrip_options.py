@@ -69,6 +69,8 @@ OPTIONS = {
     "the head": {"target_modules": ["lm_head", "q_proj"]},
     "embedding and head by regex": {"target_modules": r".*(embed_tokens|lm_head)", "use_rslora": True},
     "patterns that match nothing": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"nothing": 1}},
+    "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 200, 7]},
+    "rows of both ends": {"trainable_token_indices": {"lm_head": [9, 4], "embed_tokens": [250]}},
     "a task type": {"task_type": "CAUSAL_LM"},
 }
 # Not options that PEFT's config can hold twice: a list's order, and where PEFT expands a shorthand.

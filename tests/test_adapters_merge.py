@@ -25,6 +25,7 @@ PLANS = {
     "dora": LoraPlan(r=4, target_modules="all-linear", use_dora=True),
     "biases": LoraPlan(r=4, target_modules=("q_proj", "o_proj"), lora_bias=True, bias="all"),
     "embedding and head": LoraPlan(r=4, target_modules=("embed_tokens", "lm_head")),
+    "rows": LoraPlan(r=4, trainable_token_indices={"embed_tokens": (5, 17), "lm_head": (3, 120)}),
     "modules_to_save": LoraPlan(r=4, modules_to_save=("mlp",)),
 }
 

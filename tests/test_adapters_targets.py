@@ -122,6 +122,18 @@ REFUSALS = {
     "a norm": ({"target_modules": ("input_layernorm",)}, "a RMSNorm"),
     "rank zero": ({"r": 0}, "r=0 for model.layers.0.self_attn.q_proj"),
     "a rank below zero in a pattern": ({"rank_pattern": {"q_proj": -1}}, "r=-1"),
+    "rows below zero": ({"trainable_token_indices": (-1,)}, "ids from 0 to 127, each once"),
+    "rows beyond the table": ({"trainable_token_indices": (5, 128)}, "ids from 0 to 127, each once"),
+    "a row twice": ({"trainable_token_indices": (5, 6, 5)}, "each once"),
+    "rows of an inner layer": ({"trainable_token_indices": {"q_proj": (1,)}}, "trainable_token_indices names 'q_proj'"),
+    "rows of what is trained in full": (
+        {"trainable_token_indices": (1,), "modules_to_save": ("embed_tokens",)},
+        "which modules_to_save trains in full",
+    ),
+    "rows of what is adapted": (
+        {"trainable_token_indices": (1,), "target_modules": ("embed_tokens",)},
+        "which target_modules adapts too",
+    ),
     "modules_to_save as a string": (
         {"modules_to_save": tuple("lm_head")},
         "a string, which PEFT reads letter by letter, and so matches model, which target_modules adapts too",

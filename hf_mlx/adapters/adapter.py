@@ -30,6 +30,7 @@ PEFT_LEAVES = {
     "lora_embedding_A": "lora_embedding_A",
     "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
+    "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
 }
 _RANKS = {leaf: rank for rank, leaf in enumerate([*PEFT_LEAVES, "weight", "bias"])}
 
@@ -121,6 +122,8 @@ class Adapter:
         path = self._hf_module(module)
         if any(t.kind == "experts" and t.mlx_path == module for t in self.targets):
             path = path.replace(".experts.0.", ".experts.*.")
+        if leaf.startswith("base_layer.") and any(rows.site.mlx_path == module for rows in self.blueprint.rows):
+            path = f"{path}.token_adapter"
         return f"{PREFIX}{path}.{PEFT_LEAVES.get(leaf, leaf)}"
 
     def _hf_module(self, mlx_path: str) -> str:

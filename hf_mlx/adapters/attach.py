@@ -15,6 +15,7 @@ from .defaults import CONV1D_TYPES
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
 from .targets import Target
+from .token_rows import TrainableTokens
 from .vocabulary import draw_untied
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def install_layers(
     """
     modules = {site.mlx_path: site.module for site in blueprint.sites}
     layers = {t.mlx_path: _make_layer(modules[t.mlx_path], t, plan, compute_dtype) for t in blueprint.targets}
+    rows = {chosen.site.mlx_path: TrainableTokens(chosen.site.module, chosen.indices) for chosen in blueprint.rows}
     loaded.model.freeze()
-    loaded.model.update_modules(tree_unflatten(list(layers.items())))
+    loaded.model.update_modules(tree_unflatten([*layers.items(), *rows.items()]))
     for site in blueprint.saved:
         site.module.unfreeze()
     for site in blueprint.biased:

@@ -22,6 +22,7 @@ from .targets import (
     resolve_selector,
     select_targets,
 )
+from .token_rows import TokenRows, TrainableTokens, choose_rows
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -36,6 +37,7 @@ class Blueprint:
         targets: Those that get LoRA layers, in HF order.
         saved: Those trained in full.
         biased: Those whose bias is trained.
+        rows: Single rows of embedding and head that are trained.
         selector: ``target_modules`` as it is to be written to adapter_config.json.
     """
 
@@ -44,6 +46,7 @@ class Blueprint:
     saved: tuple[Site, ...]
     biased: tuple[Site, ...]
     selector: Selector
+    rows: tuple[TokenRows, ...] = ()
 
 
 def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None = None) -> Blueprint:
@@ -59,7 +62,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
             'experts by name: LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])',
         )
     sites = list_sites(loaded)
-    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear)) for site in sites):
+    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear, TrainableTokens)) for site in sites):
         raise AdapterError(
             "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
         )
@@ -76,6 +79,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
         saved=tuple(saved),
         biased=tuple(_biased_sites(sites, targets, saved, plan)),
         selector=_written_selector(sites, plan, loaded.model_type, targets, restricted=layers is not None),
+        rows=tuple(choose_rows(sites, plan, targets, saved, tied=tied)),
     )
 
 

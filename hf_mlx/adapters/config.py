@@ -29,7 +29,6 @@ _UNUSED: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -66,6 +65,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
         "revision": plan.revision or revision,
         "target_modules": _names(selector),
         "task_type": plan.task_type,
+        "trainable_token_indices": _indices_to_json(plan.trainable_token_indices),
         "use_dora": plan.use_dora,
         "use_rslora": plan.use_rslora,
     }
@@ -140,6 +140,7 @@ _TYPES: dict[str, Any] = {
     "modules_to_save": (list, str),
     "fan_in_fan_out": bool,
     "task_type": str,
+    "trainable_token_indices": (list, dict),
 }
 
 
@@ -147,7 +148,7 @@ def _read(name: str, value: Any) -> Any:
     types = _TYPES[name] if isinstance(_TYPES[name], tuple) else (_TYPES[name],)
     # In Python True is an int, too.
     wrong = bool not in types if isinstance(value, bool) else not isinstance(value, types)
-    kind = int if name == "layers_to_transform" else str
+    kind = int if name in ("layers_to_transform", "trainable_token_indices") else str
     wrong |= isinstance(value, list) and not all(
         isinstance(item, kind) and not isinstance(item, bool) for item in value
     )
@@ -174,6 +175,8 @@ def _is_sound(name: str, value: Any) -> bool:
         return _compiles(value)
     if name == "layers_to_transform":
         return all(0 <= layer <= _LARGEST for layer in (value if isinstance(value, list) else [value]))
+    if name == "trainable_token_indices" and isinstance(value, dict):
+        return all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in value.values())
     if name in ("layers_pattern", "modules_to_save"):
         return all(_compiles(part) for part in ([value] if isinstance(value, str) else value))
     return True
@@ -208,6 +211,12 @@ def _order_free(adapter: Adapter, patterns: Mapping[str, Any]) -> dict[str, Any]
         return dict(patterns)
     found = {re.escape(path): pattern_value(patterns, path, None) for path in paths}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _indices_to_json(indices: Any) -> Any:
+    if isinstance(indices, Mapping):
+        return {name: list(ids) for name, ids in indices.items()}
+    return None if indices is None else list(indices)
 
 
 def _names(value: tuple | str | None) -> list | str | None:

@@ -220,7 +220,8 @@ def _merged_bias(path: str, layer: LoRALinear) -> mx.array:
 
 def _layers(adapter: Adapter) -> dict:
     modules = dict(adapter.loaded.model.named_modules())
-    return {target.mlx_path: modules[target.mlx_path] for target in adapter.targets}
+    rows = [chosen.site.mlx_path for chosen in adapter.blueprint.rows]
+    return {path: modules[path] for path in [*(target.mlx_path for target in adapter.targets), *rows]}
 
 
 def _is_quantized(model: nn.Module) -> bool:

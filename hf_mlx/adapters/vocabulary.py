@@ -57,6 +57,7 @@ def carried_slots(loaded: LoadedModel, blueprint: Blueprint) -> dict[str, Slot]:
     """
     adapted = {target.mlx_path for target in blueprint.targets}
     saved = {site.mlx_path for site in blueprint.saved}
+    rows = {chosen.site.mlx_path: len(chosen.indices) for chosen in blueprint.rows}
     found: dict[str, Slot] = {}
     for hf_path, path in _named_ends(loaded):
         module = _base_of(module_at(loaded.model, path))
@@ -66,6 +67,11 @@ def carried_slots(loaded: LoadedModel, blueprint: Blueprint) -> dict[str, Slot]:
             if path in saved:
                 keys = (f"{stem}.original_module.{leaf}", f"{stem}.modules_to_save.{leaf}")
                 found |= dict.fromkeys(keys, Slot("", shape, base=True))
+            elif path in rows:
+                where = f"{path}.base_layer.{leaf}"
+                found[f"{stem}.token_adapter.base_layer.{leaf}"] = Slot(where, shape, base=True, as_stored=True)
+                # A tied head's rows are the embedding's, of which PEFT may write a second copy.
+                found[f"{stem}.token_adapter.trainable_tokens_delta"] = Slot("", (rows[path], shape[1]), base=True)
             elif path in adapted:
                 found[f"{stem}.base_layer.{leaf}"] = Slot(f"{path}.base_layer.{leaf}", shape, base=True, as_stored=True)
             else:

@@ -316,9 +316,9 @@ def _check_model(base: Any) -> None:
 def _base_name(name: str) -> str | None:
     """The name a state-dict key has without PEFT's layers around it; None for an adapter's own tensor."""
     parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
+    if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts) or "modules_to_save" in parts:
         return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 def _drop_tied(held: Mapping[str, Any]) -> dict[str, Any]:
