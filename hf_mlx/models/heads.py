@@ -67,7 +67,7 @@ def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
     wrapper = module_at(loaded.model, prefix)
     if inner is None:
         return None
-    if "lm_head" in wrapper and not _ties(wrapper):
+    if "lm_head" in wrapper and not ties_head(wrapper):
         head_path, tied = "lm_head", False
     else:
         embedding = _embedding(wrapper[inner])
@@ -128,7 +128,8 @@ def _embedding(inner: nn.Module) -> str | None:
     return next((n for n in names if n in inner), None)
 
 
-def _ties(wrapper: nn.Module) -> bool:
+def ties_head(wrapper: nn.Module) -> bool:
+    """Whether the module that would own a head projects with the embedding."""
     args = getattr(wrapper, "args", None)
     # A tied model may still own an unused head (Helium).
     return bool(getattr(wrapper, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)))

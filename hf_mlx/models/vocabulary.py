@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from .heads import embedding_path, model_parts
+from .heads import embedding_path, model_parts, ties_head
 from .load import LoadedModel, module_at
 from .precision import CastEmbedding, CastLinear
 
@@ -37,7 +37,7 @@ def find_ends(loaded: LoadedModel) -> Ends | None:
         return None
     prefix, _ = model_parts(loaded.model)
     wrapper = module_at(loaded.model, prefix)
-    head = next((name for name in HEADS if name in wrapper), None)
+    head = None if ties_head(wrapper) else next((name for name in HEADS if name in wrapper), None)
     return Ends(embedding, None if head is None else f"{prefix}.{head}".lstrip("."))
 
 
