@@ -63,7 +63,8 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
     for site in blueprint.saved:
         slots |= _saved_slots(loaded, site)
     for rows in blueprint.rows:
-        shape = (len(rows.indices), rows.site.module.weight.shape[1])
+        module: Any = rows.site.module
+        shape = (len(rows.indices), module.weight.shape[1])
         leaf = "trainable_tokens_delta"
         slots[f"{PREFIX}{rows.site.hf_path}.{PEFT_LEAVES[leaf]}"] = Slot(f"{rows.site.mlx_path}.{leaf}", shape)
     adapted = {target.mlx_path for target in blueprint.targets}
