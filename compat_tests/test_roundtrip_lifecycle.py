@@ -139,7 +139,8 @@ def make_trainer(kind, case, base, tokenizer, output_dir, *, seed=3):
     arguments = SFTConfig(
         output_dir=str(output_dir), max_steps=4, save_strategy="steps", save_steps=2, eval_strategy="steps",
         eval_steps=2, load_best_model_at_end=True, learning_rate=1e-2, logging_steps=1, seed=3,
-        per_device_train_batch_size=2, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=2, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        disable_tqdm=True,
     )  # fmt: skip
     return kind(
         model=model,
