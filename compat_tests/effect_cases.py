@@ -112,6 +112,7 @@ ADAPTER: dict[str, Case] = {
     "layers_pattern": Case("layers", {"layers_to_transform": [1]}, stays=True),
     "init_lora_weights": Case("gaussian"),
     "modules_to_save": Case(["lm_head"]),
+    "trainable_token_indices": Case([40, 41, 42, 43, 44, 45, 46, 47, 48]),
     "use_dora": Case(True),
     "lora_bias": Case(True),
     "bias": Case("all"),

@@ -6,8 +6,10 @@ import warnings
 import numpy as np
 import peft
 import pytest
+import transformers
 from adapter_pairs import (
     CLOSE,
+    SEED,
     adapt_mlx,
     adapt_torch,
     distance,
@@ -17,12 +19,15 @@ from adapter_pairs import (
     logits_torch,
     make_base,
     quiet,
+    trained_by_peft,
 )
 from safetensors.numpy import load_file
 
+from hf_mlx.adapters.attach import attach
 from hf_mlx.adapters.export import export_adapter
 from hf_mlx.adapters.merge import merge_adapter
 from hf_mlx.adapters.read import read_adapter
+from hf_mlx.settings.model_plan import resolve_lora
 
 OPTIONS = {
     "default targets": {},
@@ -63,6 +68,9 @@ OPTIONS = {
     "the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "the head": {"target_modules": ["lm_head", "q_proj"]},
     "embedding and head by regex": {"target_modules": r".*(embed_tokens|lm_head)", "use_rslora": True},
+    "patterns that match nothing": {"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"nothing": 1}},
+    "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 200, 7]},
+    "rows of both ends": {"trainable_token_indices": {"lm_head": [9, 4], "embed_tokens": [250]}},
     "a task type": {"task_type": "CAUSAL_LM"},
 }
 # Not options that PEFT's config can hold twice: a list's order, and where PEFT expands a shorthand.
@@ -121,6 +129,24 @@ def test_in_from_peft_and_out_again(base, plain, tmp_path, name):
     after = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert set(after) == set(before)
     assert all(np.array_equal(after[key], before[key]) for key in before)
+
+
+def test_a_string_for_modules_to_save_means_its_letters_as_in_peft(base, tmp_path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save="dw")
+    model = load_torch(base)
+    with quiet():
+        transformers.set_seed(SEED)
+        theirs = peft.get_peft_model(model, config)
+    loaded = load_mlx(base)
+    adapter = attach(loaded, resolve_lora(config), seed=SEED)
+    start = trained_by_peft(theirs)
+    assert [adapter.hf_name(name) for name in adapter.trainable()] == list(start)
+    assert "base_model.model.lm_head.weight" in start
+    for name, value in adapter.trainable().items():
+        np.testing.assert_allclose(value, start[adapter.hf_name(name)], rtol=0, atol=1e-7, err_msg=name)
+    export_adapter(adapter, tmp_path / "ours")
+    loads = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "ours")
+    assert distance(logits_mlx(loaded.model), logits_torch(loads)) <= CLOSE
 
 
 def test_overlapping_patterns_keep_their_meaning_although_peft_sorts_them(base, tmp_path):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from .adapters.adapter import Adapter
 from .adapters.attach import attach
@@ -48,6 +48,7 @@ class Session:
         routers: The routers whose load is balanced; None where there is no such loss.
         progress: Counters of the run.
         packs: Whether the model keeps documents that share a row apart.
+        restored: Frozen weights that came from a checkpoint, as it stores them; see :meth:`adopt_frozen`.
     """
 
     adapter_name = "default"
@@ -82,6 +83,7 @@ class Session:
         )
         self.evaluator = Evaluator(objective)
         self.progress = Progress()
+        self.restored: dict[str, mx.array] = {}
 
     @contextmanager
     def evaluation(self, *, in_train: bool) -> Iterator[tuple[Evaluator, dict[str, mx.array]]]:
@@ -98,6 +100,22 @@ class Session:
         objective.slots.bind(self.step.params)
         with cast_weights(self.loaded.model, getattr(mx, dtype)):
             yield Evaluator(objective), objective.slots.read()
+
+    def adopt_frozen(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take a checkpoint's frozen weights in place of those at hand, where they differ.
+
+        Args:
+            arrays: MLX path → array in any dtype; kept in ``restored``, for a user's own model.
+        """
+        held: dict[str, mx.array] = dict(tree_flatten(self.loaded.model.parameters()))
+        cast = {name: value.astype(held[name].dtype) for name, value in arrays.items()}
+        changed = {name for name, value in cast.items() if not mx.array_equal(value, held[name]).item()}
+        if changed:
+            self.restored |= {name: arrays[name] for name in changed}
+            self.loaded.model.update(tree_unflatten([(name, cast[name]) for name in changed]))
+            # Frozen weights are constants of a trace.
+            self.step.retrace()
+            self.evaluator = Evaluator(self.step.objective)
 
     def hf_name(self, name: str) -> str:
         """The name PEFT (or, without adapter, the HF checkpoint) gives a trainable array."""

@@ -177,10 +177,33 @@ BROKEN = {
     "another method": (change_config(peft_type="IA3"), "peft_type='IA3'"),
     "a feature not supported": (change_config(use_qalora=True), "use_qalora=True"),
     "parameters as targets": (change_config(target_parameters=["mlp.weight"]), "target_parameters"),
-    "trainable tokens": (change_config(trainable_token_indices=[1, 2]), "trainable_token_indices"),
+    "trainable tokens that are not there": (change_config(trainable_token_indices=[1, 2]), "token_adapter"),
+    "trainable tokens beyond the table": (change_config(trainable_token_indices=[1, 128]), "ids from 0 to 127"),
+    "trainable tokens by name": (change_config(trainable_token_indices=["a"]), "trainable_token_indices=['a']"),
     "a start that changed the base": (change_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "a rank of the wrong type": (change_config(r="4"), "r='4'"),
     "a rank that is true": (change_config(r=True), "r=True"),
+    "a rank of zero": (change_config(r=0), "r=0"),
+    "a rank without end": (change_config(r=10**400), "r=1000"),
+    "an alpha that is NaN": (change_config(lora_alpha=float("nan")), "lora_alpha=nan"),
+    "an infinite alpha": (change_config(lora_alpha=float("-inf")), "lora_alpha=-inf"),
+    "an absurd alpha": (change_config(lora_alpha=1e30), "lora_alpha=1e+30"),
+    "an alpha without end": (change_config(lora_alpha=10**400), "lora_alpha=1000"),
+    "an alpha of zero": (change_config(lora_alpha=0), "lora_alpha=0"),
+    "a NaN among the alphas": (change_config(alpha_pattern={"q_proj": float("nan")}), "alpha_pattern={'q_proj': nan}"),
+    "a rank of a half": (change_config(rank_pattern={"q_proj": 0.5}), "rank_pattern={'q_proj': 0.5}"),
+    "a negative rank": (change_config(rank_pattern={"q_proj": -4}), "rank_pattern={'q_proj': -4}"),
+    "a pattern that does not compile": (change_config(rank_pattern={"q_(proj": 4}), "rank_pattern={'q_(proj'"),
+    "another rank in a pattern": (change_config(rank_pattern={"q_proj": 8}), "shape (8, 64)"),
+    "a dropout of five": (change_config(lora_dropout=5), "lora_dropout=5"),
+    "a dropout of one": (change_config(lora_dropout=1.0), "lora_dropout=1.0"),
+    "a negative dropout": (change_config(lora_dropout=-0.1), "lora_dropout=-0.1"),
+    "a dropout that is NaN": (change_config(lora_dropout=float("nan")), "lora_dropout=nan"),
+    "targets that do not compile": (change_config(target_modules="(q_proj"), "target_modules='(q_proj'"),
+    "targets that are numbers": (change_config(target_modules=[1, 2]), "target_modules=[1, 2]"),
+    "a negative layer": (change_config(layers_to_transform=[-1]), "layers_to_transform=[-1]"),
+    "layers that are names": (change_config(layers_to_transform=["0"]), "layers_to_transform=['0']"),
+    "a base that is a number": (change_config(base_model_name_or_path=5), "base_model_name_or_path=5"),
     "an unknown bias": (change_config(bias="some"), "bias='some'"),
     "another rank": (change_config(r=8), "shape (8, 64)"),
     "more targets than weights": (change_config(target_modules=["q_proj", "v_proj", "k_proj"]), "4 key(s) missing"),
@@ -224,7 +247,7 @@ def test_a_broken_adapter_is_refused_by_name(base, folder, name, monkeypatch, tm
 
 
 def test_enough_ways_to_break_an_adapter_were_tried():
-    assert len(BROKEN) >= 35
+    assert len(BROKEN) >= 55
 
 
 @pytest.mark.parametrize("change", ["sizes", "layers"])

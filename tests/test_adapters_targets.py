@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from adapter_folders import make_llama
+from adapter_folders import logits, make_llama
 from mlx.utils import tree_flatten
 
 from hf_mlx.adapters.attach import attach
@@ -90,6 +91,28 @@ def test_rank_and_alpha_patterns_take_the_first_match(loaded):
     assert targets["1.q_proj"].scale == 16 / 2
 
 
+def test_patterns_that_match_nothing_change_nothing_and_are_said_once(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base"), ModelPlan())
+    plan = LoraPlan(rank_pattern={"qq_proj": 4, "q_proj": 2}, alpha_pattern={"up_proj": 3})
+    adapter = attach(loaded, plan, seed=0)
+    assert {(t.hf_path.rsplit(".", 1)[-1], t.r, t.alpha) for t in adapter.targets} == {
+        ("q_proj", 2, 8),
+        ("v_proj", 8, 8),
+    }
+    assert adapter.notes == (
+        "rank_pattern={'qq_proj': 4} matches no adapted module and has no effect, as in PEFT",
+        "alpha_pattern={'up_proj': 3} matches no adapted module and has no effect, as in PEFT",
+    )
+    assert adapter.deviations == ()
+
+
+def test_a_string_for_modules_to_save_is_read_by_letters_and_said(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base"), ModelPlan())
+    adapter = attach(loaded, LoraPlan(modules_to_save=tuple("d")), seed=0)
+    assert [site.hf_path for site in adapter.blueprint.saved] == ["lm_head"]
+    assert any("letter by letter: trained in full are lm_head" in line for line in adapter.notes)
+
+
 REFUSALS = {
     "nothing matches": ({"target_modules": ("query",)}, "names among embed_tokens, q_proj, k_proj"),
     "everything is excluded": ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "exclude_modules"),
@@ -99,7 +122,26 @@ REFUSALS = {
     "a norm": ({"target_modules": ("input_layernorm",)}, "a RMSNorm"),
     "rank zero": ({"r": 0}, "r=0 for model.layers.0.self_attn.q_proj"),
     "a rank below zero in a pattern": ({"rank_pattern": {"q_proj": -1}}, "r=-1"),
-    "a pattern that matches nothing": ({"rank_pattern": {"qq_proj": 4}}, "rank_pattern={'qq_proj'"),
+    "rows below zero": ({"trainable_token_indices": (-1,)}, "ids from 0 to 127, each once"),
+    "rows beyond the table": ({"trainable_token_indices": (5, 128)}, "ids from 0 to 127, each once"),
+    "a row twice": ({"trainable_token_indices": (5, 6, 5)}, "each once"),
+    "rows of an inner layer": ({"trainable_token_indices": {"q_proj": (1,)}}, "trainable_token_indices names 'q_proj'"),
+    "rows of what is trained in full": (
+        {"trainable_token_indices": (1,), "modules_to_save": ("embed_tokens",)},
+        "which modules_to_save trains in full",
+    ),
+    "rows of what is adapted": (
+        {"trainable_token_indices": (1,), "target_modules": ("embed_tokens",)},
+        "which target_modules adapts too",
+    ),
+    "modules_to_save as a string": (
+        {"modules_to_save": tuple("lm_head")},
+        "a string, which PEFT reads letter by letter, and so matches model, which target_modules adapts too",
+    ),
+    "modules_to_save as a string within another": (
+        {"modules_to_save": tuple("jp"), "target_modules": ("lm_head",)},
+        "both model.layers.0.mlp.gate_proj and a module around it",
+    ),
     "target_parameters": ({"target_parameters": ("mlp.weight",)}, "target_parameters"),
     "DoRA on an embedding": (
         {"use_dora": True, "target_modules": ("embed_tokens",)},
@@ -137,9 +179,35 @@ def test_refuses_and_leaves_the_model_as_it_was(loaded, name):
         {"modules_to_save": ("lm_head",)},
     ],
 )
-def test_refuses_to_untie_a_tied_head(tied, settings):
+def test_training_one_end_of_a_tied_pair_unties_it_and_leaves_the_other(tmp_path, settings):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    before = logits(loaded)
+    adapter = attach(loaded, LoraPlan(**settings), seed=0)
+    assert loaded.untied and {t.hf_path for t in adapter.targets} | {s.hf_path for s in adapter.blueprint.saved}
+    np.testing.assert_allclose(logits(loaded), before, rtol=0, atol=1e-6)
+    ends = {"lm_head": loaded.model.lm_head, "embed_tokens": loaded.model.model.embed_tokens}
+    trained = [name for name, end in ends.items() if end.trainable_parameters()]
+    assert trained == [name for name in ends if name in str(settings)]
+
+
+def test_a_tied_pair_that_cannot_be_trained_apart_is_refused_and_stays_tied(tmp_path):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    with pytest.raises(AdapterError, match="match no module"):
+        attach(loaded, LoraPlan(target_modules=("query",), modules_to_save=("lm_head",)), seed=0)
+    assert not loaded.untied and "lm_head" not in loaded.model
+    assert len(logits(loaded))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ("embed_tokens",)}, {"modules_to_save": ("lm_head",)}], ids=["LoRA", "in full"]
+)
+def test_a_head_that_is_the_embedding_in_mlx_too_is_refused(tmp_path, settings, monkeypatch):
+    loaded = load_model(make_llama(tmp_path / "base", tied=True), ModelPlan())
+    # As gemma's and gpt2's code: nothing to switch.
+    monkeypatch.delattr(loaded.model.args, "tie_word_embeddings")
+    monkeypatch.setattr(type(loaded.model.args), "tie_word_embeddings", property(lambda _: 1))
     with pytest.raises(AdapterError, match=r"ties|the head is the embedding"):
-        attach(tied, LoraPlan(**settings), seed=0)
+        attach(loaded, LoraPlan(**settings), seed=0)
 
 
 def test_a_model_without_default_targets_says_so(loaded, monkeypatch):

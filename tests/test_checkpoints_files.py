@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapter_folders import make_llama
 
 from hf_mlx.atomic import replaced
 from hf_mlx.checkpoints.files import replaced_folder, tidy
@@ -151,13 +153,13 @@ def test_a_file_that_a_callback_added_before_the_manifest_is_known(tmp_path):
     assert find_checkpoint(tmp_path, True)[0] == tmp_path / "checkpoint-1"
 
 
-def test_an_unknown_file_is_refused_with_the_command_that_moves_it(tmp_path):
+def test_an_unknown_file_is_refused_by_name(tmp_path):
     folder = make(tmp_path / "checkpoint-1", **{"hf_mlx_state.json": "{}"})
     (folder / "surprise.bin").write_text("1")
     (folder / ".DS_Store").write_text("1")
     with pytest.raises(CheckpointError) as refused:
         find_checkpoint(tmp_path, True)
-    assert "surprise.bin" in refused.value.received and f"mv {folder / 'surprise.bin'}" in refused.value.remedy
+    assert "surprise.bin" in refused.value.received and "beside it" in refused.value.remedy
 
 
 TREES = [
@@ -215,3 +217,26 @@ def test_the_manifest_lists_every_file(tmp_path):
     folder = make(tmp_path / "checkpoint-1", a="1", b="22")
     listed = json.loads((folder / MANIFEST).read_text())["files"]
     assert {name: entry["size"] for name, entry in listed.items()} == {"a": 1, "b": 2, "trainer_state.json": 18}
+
+
+def make_unknown(folder):
+    (folder / "trainer_state.json").write_text('{"global_step": 1}')
+    make_llama(folder)
+    (folder / "data.db").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "trainer_state.json is missing"),
+        (lambda folder: make_llama(folder), "trainer_state.json is missing"),
+        (make_unknown, "data.db, not known as a part of a checkpoint"),
+    ],
+    ids=["a folder of something else", "a base model", "a file of the user's"],
+)
+def test_a_folder_that_is_no_checkpoint_is_said_to_lack_something_and_never_to_be_deleted(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(tmp_path, str(tmp_path))
+    assert message in str(caught.value)
+    assert not re.search(r"\b(rm|mv|delete|remove|rmdir)\b", str(caught.value))

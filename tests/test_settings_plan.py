@@ -214,6 +214,8 @@ BAD_INPUT = [
     (({}, {"lora_alpha": nan}), "lora_alpha=nan", "lora_alpha=16"),
     (({}, {"lora_dropout": 1.0}), "lora_dropout=1.0", "lora_dropout=0.05"),
     (({}, {"lora_dropout": -0.1}), "lora_dropout=-0.1", "lora_dropout=0.05"),
+    (({}, {"trainable_token_indices": [5, -1]}), "trainable_token_indices=-1", "trainable_token_indices=["),
+    (({}, {"trainable_token_indices": "<tool>"}), "trainable_token_indices='<tool>'", "trainable_token_indices=["),
     (({}, {"rank_pattern": {"q_proj": 0}}), "rank_pattern['q_proj']=0", "rank_pattern="),
     (({}, {"rank_pattern": [4]}), "rank_pattern=[4]", "rank_pattern="),
     (({}, {"alpha_pattern": {"q_proj": "x"}}), "alpha_pattern['q_proj']='x'", "alpha_pattern="),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..settings.plan import LoraPlan
-from .blueprint import Blueprint
+from .blueprint import Blueprint, is_spelled
 from .defaults import SPLIT_TYPES
 from .order import order_key
-from .targets import Target
+from .targets import Target, idle_patterns
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -29,6 +30,7 @@ PEFT_LEAVES = {
     "lora_embedding_A": "lora_embedding_A",
     "lora_embedding_B": "lora_embedding_B",
     "lora_magnitude_vector": "lora_magnitude_vector",
+    "trainable_tokens_delta": "token_adapter.trainable_tokens_delta",
 }
 _RANKS = {leaf: rank for rank, leaf in enumerate([*PEFT_LEAVES, "weight", "bias"])}
 
@@ -50,12 +52,14 @@ class Adapter:
         loaded: The model, its config and its names.
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
+        folder: Where it was read from; None for one that was made here.
     """
 
     plan: LoraPlan
     loaded: LoadedModel
     blueprint: Blueprint
     conv1d: bool = False
+    folder: Path | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -82,10 +86,18 @@ class Adapter:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said once about this adapter, :attr:`deviations` included."""
+        idle = idle_patterns(self.plan, (target.hf_path for target in self.targets))
+        lines = [*self.deviations]
+        lines += [f"{entry} matches no adapted module and has no effect, as in PEFT" for entry in idle]
+        if is_spelled(self.plan.modules_to_save or ()):
+            lines.append(
+                "modules_to_save is a string, which PEFT reads letter by letter: trained in full are "
+                + (", ".join(site.hf_path for site in self.blueprint.saved) or "no modules")
+            )
         if self.torch_class == "AutoModelForCausalLM":
-            return self.deviations
+            return tuple(lines)
         return (
-            *self.deviations,
+            *lines,
             f"the adapter's keys are those of {self.torch_class}, as trl's are: load it on that class "
             "(AutoModelForCausalLM builds a text-only model, which PEFT would leave as it is)",
         )
@@ -110,6 +122,8 @@ class Adapter:
         path = self._hf_module(module)
         if any(t.kind == "experts" and t.mlx_path == module for t in self.targets):
             path = path.replace(".experts.0.", ".experts.*.")
+        if leaf.startswith("base_layer.") and any(rows.site.mlx_path == module for rows in self.blueprint.rows):
+            path = f"{path}.token_adapter"
         return f"{PREFIX}{path}.{PEFT_LEAVES.get(leaf, leaf)}"
 
     def _hf_module(self, mlx_path: str) -> str:

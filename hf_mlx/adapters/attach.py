@@ -10,11 +10,13 @@ from mlx.utils import tree_unflatten
 
 from ..settings.plan import LoraPlan
 from .adapter import Adapter
-from .blueprint import Blueprint, draw_blueprint
+from .blueprint import Blueprint
 from .defaults import CONV1D_TYPES
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
 from .targets import Target
+from .token_rows import TrainableTokens
+from .vocabulary import draw_untied
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -49,7 +51,7 @@ def attach(
     Raises:
         AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
     """
-    blueprint = draw_blueprint(loaded, plan, last_n_layers)
+    blueprint = draw_untied(loaded, plan, last_n_layers)
     layers = install_layers(loaded, plan, blueprint, compute_dtype)
     if start == "mlx_lm":
         start_as_mlx_lm(loaded.model, layers, last_n_layers, seed)
@@ -69,8 +71,9 @@ def install_layers(
     """
     modules = {site.mlx_path: site.module for site in blueprint.sites}
     layers = {t.mlx_path: _make_layer(modules[t.mlx_path], t, plan, compute_dtype) for t in blueprint.targets}
+    rows = {chosen.site.mlx_path: TrainableTokens(chosen.site.module, chosen.indices) for chosen in blueprint.rows}
     loaded.model.freeze()
-    loaded.model.update_modules(tree_unflatten(list(layers.items())))
+    loaded.model.update_modules(tree_unflatten([*layers.items(), *rows.items()]))
     for site in blueprint.saved:
         site.module.unfreeze()
     for site in blueprint.biased:

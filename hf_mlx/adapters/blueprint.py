@@ -22,6 +22,7 @@ from .targets import (
     resolve_selector,
     select_targets,
 )
+from .token_rows import TokenRows, TrainableTokens, choose_rows
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -36,6 +37,7 @@ class Blueprint:
         targets: Those that get LoRA layers, in HF order.
         saved: Those trained in full.
         biased: Those whose bias is trained.
+        rows: Single rows of embedding and head that are trained.
         selector: ``target_modules`` as it is to be written to adapter_config.json.
     """
 
@@ -44,6 +46,7 @@ class Blueprint:
     saved: tuple[Site, ...]
     biased: tuple[Site, ...]
     selector: Selector
+    rows: tuple[TokenRows, ...] = ()
 
 
 def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None = None) -> Blueprint:
@@ -59,7 +62,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
             'experts by name: LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])',
         )
     sites = list_sites(loaded)
-    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear)) for site in sites):
+    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear, TrainableTokens)) for site in sites):
         raise AdapterError(
             "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
         )
@@ -76,6 +79,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
         saved=tuple(saved),
         biased=tuple(_biased_sites(sites, targets, saved, plan)),
         selector=_written_selector(sites, plan, loaded.model_type, targets, restricted=layers is not None),
+        rows=tuple(choose_rows(sites, plan, targets, saved, tied=tied)),
     )
 
 
@@ -124,10 +128,12 @@ def _saved_sites(
     sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, tied: bool
 ) -> list[Site]:
     saved = []
-    for name in plan.modules_to_save or ():
+    names = plan.modules_to_save or ()
+    spelled = is_spelled(names)
+    for name in names:
         # PEFT compares with str.endswith, dot or no dot (peft.utils.other._set_trainable).
         matched = [site for site in sites if site.hf_path.endswith(name)]
-        if not matched:
+        if not matched and not spelled:
             leaves = sorted({site.hf_path.rsplit(".", 1)[-1] for site in sites} - {str(i) for i in range(1000)})
             raise AdapterError(
                 f"modules_to_save names {name!r}, which matches no module"
@@ -137,11 +143,32 @@ def _saved_sites(
             )
         saved += [site for site in matched if site not in saved]
     for site in saved:
-        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()))
+        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()), spelled=spelled)
+    if spelled:
+        _check_spelled(saved, names)
     return saved
 
 
-def _check_saved(site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...]) -> None:
+def is_spelled(names: tuple[str, ...]) -> bool:
+    """Whether ``modules_to_save`` was one string, which PEFT reads letter by letter."""
+    return bool(names) and all(len(name) == 1 for name in names)
+
+
+def _check_spelled(saved: list[Site], names: tuple[str, ...]) -> None:
+    paths = [site.mlx_path for site in saved]
+    nested = next((site for site in saved if any(site.mlx_path.startswith(f"{path}.") for path in paths)), None)
+    if nested is not None:
+        raise AdapterError(
+            f"modules_to_save={''.join(names)!r}, a string: PEFT reads it letter by letter, and both {nested.hf_path} "
+            "and a module around it end with one of them",
+            "a list of names",
+            "LoraConfig(..., modules_to_save=[...]) with brackets around the name",
+        )
+
+
+def _check_saved(
+    site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...], spelled: bool
+) -> None:
     below = [s for s in sites if s.mlx_path == site.mlx_path or s.mlx_path.startswith(f"{site.mlx_path}.")]
     paths = {s.mlx_path for s in below}
     problem = None
@@ -158,9 +185,16 @@ def _check_saved(site: Site, sites: list[Site], targets: list[Target], *, tied: 
     if problem:
         leaf = site.hf_path.rsplit(".", 1)[-1]
         raise AdapterError(
-            f"modules_to_save matches {site.hf_path}, {problem[0]}",
-            problem[1],
-            f"leave {leaf!r} out of modules_to_save",
+            (
+                "modules_to_save is a string, which PEFT reads letter by letter, and so "
+                if spelled
+                else "modules_to_save "
+            )
+            + f"matches {site.hf_path}, {problem[0]}",
+            "a list of names" if spelled else problem[1],
+            'LoraConfig(..., modules_to_save=["lm_head"]), with brackets around the name'
+            if spelled
+            else f"leave {leaf!r} out of modules_to_save",
         )
 
 

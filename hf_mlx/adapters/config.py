@@ -29,7 +29,6 @@ _UNUSED: dict[str, Any] = {
     "monteclora_config": None,
     "qalora_group_size": 16,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -66,6 +65,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
         "revision": plan.revision or revision,
         "target_modules": _names(selector),
         "task_type": plan.task_type,
+        "trainable_token_indices": _indices_to_json(plan.trainable_token_indices),
         "use_dora": plan.use_dora,
         "use_rslora": plan.use_rslora,
     }
@@ -97,10 +97,19 @@ def config_from_json(config: Mapping[str, Any], source: str) -> LoraPlan:
             "a plain LoRA or DoRA adapter (this feature is not supported here)",
             "convert it with PEFT first, or merge it there: model.merge_and_unload()",
         )
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), (str, type(None))):
+            raise AdapterError(
+                f"{source}: {key}={config[key]!r}"[:200], f"{key} as a string or null", "the name of the base model"
+            )
     try:
         plan = LoraPlan(**{name: _read(name, config[name]) for name in known if config.get(name) is not None})
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"{source}: {error}", "the types that PEFT writes", "fetch the adapter again") from error
+        raise AdapterError(
+            f"{source}: {error}",
+            "the types and ranges that PEFT trains with",
+            "the adapter_config.json that was saved with these weights",
+        ) from error
     if plan.init_lora_weights not in (True, False, "gaussian"):
         raise AdapterError(
             f"{source}: init_lora_weights={plan.init_lora_weights!r}",
@@ -109,6 +118,9 @@ def config_from_json(config: Mapping[str, Any], source: str) -> LoraPlan:
         )
     return plan
 
+
+# Far beyond every rank and alpha that was ever trained with; a scale above it turns any weight into noise.
+_LARGEST = 1_000_000
 
 _TYPES: dict[str, Any] = {
     "r": int,
@@ -128,6 +140,7 @@ _TYPES: dict[str, Any] = {
     "modules_to_save": (list, str),
     "fan_in_fan_out": bool,
     "task_type": str,
+    "trainable_token_indices": (list, dict),
 }
 
 
@@ -135,13 +148,55 @@ def _read(name: str, value: Any) -> Any:
     types = _TYPES[name] if isinstance(_TYPES[name], tuple) else (_TYPES[name],)
     # In Python True is an int, too.
     wrong = bool not in types if isinstance(value, bool) else not isinstance(value, types)
-    wrong |= isinstance(value, list) and not all(isinstance(item, (str, int)) for item in value)
+    kind = int if name in ("layers_to_transform", "trainable_token_indices") else str
+    wrong |= isinstance(value, list) and not all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
     wrong |= name == "bias" and value not in ("none", "all", "lora_only")
-    if wrong:
-        raise ValueError(f"{name}={value!r}")
-    if name in ("layers_to_transform", "layers_pattern", "modules_to_save") and not isinstance(value, list):
+    if wrong or not _is_sound(name, value):
+        raise ValueError(f"{name}={value!r}"[:200])
+    if name == "modules_to_save" and isinstance(value, str):
+        return tuple(dict.fromkeys(value)) or None
+    if name in ("layers_to_transform", "layers_pattern") and not isinstance(value, list):
         value = [value]
     return tuple(value) if isinstance(value, list) else value
+
+
+def _is_sound(name: str, value: Any) -> bool:
+    """Whether a value of the right type is one that an adapter can have been trained with."""
+    if name in ("r", "lora_alpha"):
+        return _is_rank(value) if name == "r" else _is_alpha(value)
+    if name == "lora_dropout":
+        return 0 <= value < 1
+    if name in ("rank_pattern", "alpha_pattern"):
+        fits = _is_rank if name == "rank_pattern" else _is_alpha
+        return all(_compiles(key) and fits(number) for key, number in value.items())
+    if name in ("target_modules", "exclude_modules") and isinstance(value, str):
+        return _compiles(value)
+    if name == "layers_to_transform":
+        return all(0 <= layer <= _LARGEST for layer in (value if isinstance(value, list) else [value]))
+    if name == "trainable_token_indices" and isinstance(value, dict):
+        return all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in value.values())
+    if name in ("layers_pattern", "modules_to_save"):
+        return all(_compiles(part) for part in ([value] if isinstance(value, str) else value))
+    return True
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
+
+
+def _is_alpha(value: Any) -> bool:
+    # A negative one subtracts what was learnt, which is how tasks are negated.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < abs(value) <= _LARGEST
+
+
+def _compiles(pattern: Any) -> bool:
+    try:
+        return bool(re.compile(pattern))
+    except (re.error, TypeError, RecursionError, OverflowError):
+        return False
 
 
 def _order_free(adapter: Adapter, patterns: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +211,12 @@ def _order_free(adapter: Adapter, patterns: Mapping[str, Any]) -> dict[str, Any]
         return dict(patterns)
     found = {re.escape(path): pattern_value(patterns, path, None) for path in paths}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _indices_to_json(indices: Any) -> Any:
+    if isinstance(indices, Mapping):
+        return {name: list(ids) for name, ids in indices.items()}
+    return None if indices is None else list(indices)
 
 
 def _names(value: tuple | str | None) -> list | str | None:

@@ -17,6 +17,7 @@ from .files import write_files, write_text
 from .origin import resolve_origin
 from .slots import Slot, list_slots
 from .source import CONFIG, WEIGHTS
+from .vocabulary import carried_slots
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -37,7 +38,8 @@ def export_adapter(
         The folder.
 
     Raises:
-        AdapterError: There is no adapter, its tensors are not what PEFT expects, or a value is not finite.
+        AdapterError: There is no adapter, its tensors are not what PEFT expects, a value is not finite, or the
+            folder holds a whole model.
     """
     adapter = trainer_or_model if isinstance(trainer_or_model, Adapter) else getattr(trainer_or_model, "adapter", None)
     if not isinstance(adapter, Adapter):
@@ -46,7 +48,18 @@ def export_adapter(
             "a trainer made with peft_config, or an adapter",
             "MLXSFTTrainer(..., peft_config=LoraConfig(...)); a full fine-tune: trainer.save_model(dir)",
         )
+    _check_no_model(Path(folder).expanduser())
     return write_adapter(adapter, adapter.loaded, folder, base=base, revision=revision)
+
+
+def _check_no_model(folder: Path) -> None:
+    # transformers takes a folder with adapter_config.json for an adapter, whatever model lies beside it.
+    if any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        raise AdapterError(
+            f"folder {folder}, which holds a whole model",
+            "a folder for the adapter alone: with both in one, transformers would load the model as an adapter's base",
+            f'another place: export_adapter(trainer, "{folder.resolve()}-adapter")',
+        )
 
 
 def write_adapter(
@@ -96,6 +109,9 @@ def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
         AdapterError: A key is missing or left over, a shape is wrong, or a value is NaN or infinite.
     """
     slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
+    if adapter.loaded.resized:
+        carried = carried_slots(adapter.loaded, adapter.blueprint)
+        slots = {key: slot for key, slot in carried.items() if slot.mlx_path} | slots
     held = dict(tree_flatten(adapter.loaded.model.parameters()))
     untold = sorted(set(adapter.trainable()) - {slot.mlx_path for slot in slots.values()})
     absent = sorted(key for key, slot in slots.items() if slot.mlx_path not in held)

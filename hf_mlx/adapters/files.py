@@ -26,6 +26,40 @@ def write_files(folder: str | Path, writers: Mapping[str, Callable[[Path], None]
             write(temporary / name)
 
 
+def check_vacant(folder: Path) -> None:
+    """Raise unless ``folder`` does not exist yet or is empty.
+
+    Raises:
+        AdapterError: With what is there.
+    """
+    if not folder.exists() and not folder.is_symlink():
+        return
+    try:
+        held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [f"{folder.name}, a file"]
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise AdapterError(
+            f"folder {folder}, which holds {held[0]}{more}",
+            "a folder that does not exist yet or is empty: what lies in it would be loaded together with the model",
+            f'another place, for instance "{_vacant_name(folder)}"',
+        )
+
+
+def _vacant_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name or 'model'}-merged{n}") for n in ("", *range(2, 1000)))
+    return next((path for path in names if not path.exists()), folder / "merged")
+
+
+def _unwritable(folder: Path, error: OSError) -> AdapterError:
+    return AdapterError(
+        f"folder {folder}: {error.strerror or error}",
+        "a folder that can be created and written, with room for it",
+        f'another place, for instance "{Path.home() / (folder.name or "model")}"',
+    )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, line ends as given."""
     path.write_text(text, encoding="utf-8", newline="")

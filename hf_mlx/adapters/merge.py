@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..intake import LARGE
 from ..models.config import FILES
 from ..models.save import write_model
 from .adapter import Adapter
+from .files import check_vacant
 from .layers import LoRALinear, dense_weight
 
 # Below this share of a delta surviving re-quantisation, merging would visibly undo the training.
@@ -28,20 +30,22 @@ def merge_adapter(adapter: Adapter, folder: str | Path, *, dequantize: bool = Fa
 
     Args:
         adapter: Stays attached; the model in memory does not change.
-        folder: Where to write; must not be the base's own folder.
+        folder: Where to write: a folder that does not exist yet or is empty. It appears whole or not at all.
         dequantize: Agree that a quantised base is written in floating point.
 
     Returns:
         The folder.
 
     Raises:
-        AdapterError: The base is quantised and ``dequantize`` was not given, or the adapter cannot be merged.
+        AdapterError: The base is quantised and ``dequantize`` was not given, the adapter cannot be merged, a merged
+            value is not finite, or ``folder`` holds something.
     """
-    folder = Path(folder)
-    if folder.resolve() == adapter.loaded.path.resolve():
+    folder = Path(folder).expanduser()
+    if folder.exists() and folder.resolve() == adapter.loaded.path.expanduser().resolve():
         raise AdapterError(
             f"folder {folder}, the base itself", "another folder", f'merge_adapter(..., "{folder}-merged")'
         )
+    check_vacant(folder)
     kept = measure_survival(adapter)
     if _is_quantized(adapter.loaded.model) and not dequantize:
         worst = f"; quantised again, {min(kept.values()):.0%} of the adapter would survive" if kept else ""
@@ -50,13 +54,45 @@ def merge_adapter(adapter: Adapter, folder: str | Path, *, dequantize: bool = Fa
             "a base in floating point, as Hugging Face stores it",
             f"hf-mlx merge ADAPTER {folder} --dequantize, or merge into the original with --base OWNER/MODEL",
         )
+    params = merged_parameters(adapter)
+    check_merged(adapter, params)
     with staged(folder, AdapterError) as temporary:
-        write_model(adapter.loaded, temporary, merged_parameters(adapter))
+        write_model(adapter.loaded, temporary, params)
+        source = _tokenizer_folder(adapter)
         for pattern in _TOKENIZER_FILES:
-            for file in adapter.loaded.path.glob(pattern):
+            for file in source.glob(pattern):
                 FILES.check(file, LARGE)
                 shutil.copyfile(file, temporary / file.name)
     return folder
+
+
+def check_merged(adapter: Adapter, params: Mapping[str, mx.array]) -> None:
+    """Evaluate merged parameters, each in the dtype it is written in, and refuse NaN and infinite values.
+
+    Raises:
+        AdapterError: With the tensor's name, and whether the base or the adapter is to blame.
+    """
+    adapted = {f"{target.mlx_path}.weight" for target in adapter.targets}
+    for path, value in params.items():
+        if not mx.issubdtype(value.dtype, mx.floating) or mx.isfinite(value).all().item():
+            continue
+        name = adapter.loaded.names.to_hf_names(path)[0]
+        dtype = str(value.dtype).rsplit(".", 1)[-1]
+        raise AdapterError(
+            f"{name}: NaN or infinite values in {dtype} "
+            + ("once the adapter is folded in" if path in adapted else "in the base or among the trained weights"),
+            "finite weights",
+            "an adapter and a base whose own logits are finite (hf-mlx verify ADAPTER); a base in float16 may "
+            "overflow where bfloat16 or float32 do not",
+        )
+
+
+def _tokenizer_folder(adapter: Adapter) -> Path:
+    """The tokenizer that was saved with the adapter, which knows added tokens, else the base's."""
+    own = adapter.folder
+    if own is not None and (own / "tokenizer_config.json").is_file():
+        return own
+    return adapter.loaded.path
 
 
 def merged_parameters(adapter: Adapter) -> dict[str, mx.array]:
@@ -102,6 +138,7 @@ def merge_and_unload(adapter: Adapter, *, threshold: float = SURVIVAL) -> nn.Mod
         The model, without adapter.
     """
     kept = measure_survival(adapter)
+    check_merged(adapter, {f"{path}.weight": layer.merged_weight() for path, layer in _layers(adapter).items()})
     replaced = {}
     for path, layer in _layers(adapter).items():
         base, weight = layer.base_layer, layer.merged_weight()
@@ -187,7 +224,8 @@ def _merged_bias(path: str, layer: LoRALinear) -> mx.array:
 
 def _layers(adapter: Adapter) -> dict:
     modules = dict(adapter.loaded.model.named_modules())
-    return {target.mlx_path: modules[target.mlx_path] for target in adapter.targets}
+    rows = [chosen.site.mlx_path for chosen in adapter.blueprint.rows]
+    return {path: modules[path] for path in [*(target.mlx_path for target in adapter.targets), *rows]}
 
 
 def _is_quantized(model: nn.Module) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +15,12 @@ from ..errors import AdapterError
 from ..settings.plan import LoraPlan, ModelPlan, PrecisionPlan
 from .adapter import Adapter
 from .attach import install_layers, make_adapter
-from .blueprint import Blueprint, draw_blueprint
+from .blueprint import Blueprint
 from .config import config_from_json
 from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
+from .vocabulary import carried_slots, draw_untied, put_carried
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -101,30 +104,45 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
     values = _to_parameters(loaded, slots, tensors, held)
     loaded.model.update(tree_unflatten(list(values.items())))
     mx.eval([layer.parameters() for layer in layers.values()])
-    return make_adapter(loaded, plan, blueprint)
+    return dataclasses.replace(make_adapter(loaded, plan, blueprint), folder=folder)
 
 
 def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint, dict[str, Slot], dict[str, mx.array]]:
-    """Everything :func:`read_adapter` checks, without attaching: plan, blueprint, slots and tensors by PEFT key."""
+    """Everything :func:`read_adapter` checks, without attaching: plan, blueprint, slots and tensors by PEFT key.
+
+    The ends of the vocabulary that travel with the adapter are put into ``loaded``, whose head is untied for it.
+    """
     plan = config_from_json(read_config_file(folder), str(folder / CONFIG))
     pickled = read_pickle(folder) if has_pickle_only(folder) else None
     shapes = read_shapes(folder) if pickled is None else {key: tuple(v.shape) for key, v in pickled.items()}
-    blueprint = draw_blueprint(loaded, plan)
-    slots = list_slots(loaded, plan, blueprint)
-    _account(shapes, slots, folder, loaded)
-    return plan, blueprint, slots, pickled if pickled is not None else read_tensors(folder)
+    tensors = cache(lambda: read_tensors(folder) if pickled is None else pickled)
+    # The ends decide how many rows everything else has; whatever does not fit then undoes them.
+    undo = put_carried(loaded, plan, shapes, tensors, folder)
+    try:
+        blueprint = draw_untied(loaded, plan)
+        slots = list_slots(loaded, plan, blueprint)
+        _account(shapes, carried_slots(loaded, blueprint) | slots, slots, folder, loaded)
+        return plan, blueprint, slots, tensors()
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
 
 
 def _account(
-    shapes: Mapping[str, tuple[int, ...]], slots: Mapping[str, Slot], folder: Path, loaded: LoadedModel
+    shapes: Mapping[str, tuple[int, ...]],
+    known: Mapping[str, Slot],
+    slots: Mapping[str, Slot],
+    folder: Path,
+    loaded: LoadedModel,
 ) -> None:
     missing = [key for key, slot in slots.items() if key not in shapes and not slot.base]
-    unexpected = [key for key in shapes if key not in slots]
-    wrong = [key for key in shapes if key in slots and shapes[key] != slots[key].shape]
+    unexpected = [key for key in shapes if key not in known]
+    wrong = [key for key in shapes if key in known and shapes[key] != known[key].shape]
     if wrong:
         raise AdapterError(
             f"{folder}: {wrong[0]} of shape {shapes[wrong[0]]} ({len(wrong)} such tensor(s))",
-            f"shape {slots[wrong[0]].shape}, which {loaded.path} and {CONFIG} call for",
+            f"shape {known[wrong[0]].shape}, which {loaded.path} and {CONFIG} call for",
             "the base it was trained on, with its own adapter_config.json",
         )
     if missing or unexpected:
@@ -146,7 +164,7 @@ def _to_parameters(
     values: dict[str, mx.array] = {}
     experts: dict[str, dict[int, mx.array]] = {}
     for key, slot in slots.items():
-        if key not in tensors:
+        if key not in tensors or slot.base:
             continue
         value = tensors[key].astype(held[slot.mlx_path].dtype)
         if slot.expert is not None:

@@ -43,6 +43,11 @@ class Slot:
     base: bool = False
     as_stored: bool = False
 
+    @property
+    def plain(self) -> str:
+        """The MLX parameter's path before an adapter was put around it."""
+        return self.mlx_path.replace(".base_layer.", ".")
+
 
 def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dict[str, Slot]:
     """PEFT key → slot, for every tensor that PEFT would write and read."""
@@ -57,6 +62,11 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
             slots |= _base_slots(site)
     for site in blueprint.saved:
         slots |= _saved_slots(loaded, site)
+    for rows in blueprint.rows:
+        module: Any = rows.site.module
+        shape = (len(rows.indices), module.weight.shape[1])
+        leaf = "trainable_tokens_delta"
+        slots[f"{PREFIX}{rows.site.hf_path}.{PEFT_LEAVES[leaf]}"] = Slot(f"{rows.site.mlx_path}.{leaf}", shape)
     adapted = {target.mlx_path for target in blueprint.targets}
     for site in blueprint.biased:
         leaf = "base_layer.bias" if site.mlx_path in adapted else "bias"
@@ -120,7 +130,7 @@ def _saved_slots(loaded: LoadedModel, saved: Site) -> dict[str, Slot]:
 def _saves_embeddings(plan: LoraPlan, blueprint: Blueprint) -> bool:
     # peft.utils.save_and_load.get_peft_model_state_dict, save_embedding_layers="auto".
     selector = blueprint.selector
-    if is_all_linear(selector):
+    if is_all_linear(selector) or plan.trainable_token_indices is not None:
         return False
     if isinstance(selector, str):
         named = (site.hf_path for site in blueprint.sites if site.hf_path.rsplit(".", 1)[-1] in _EMBEDDINGS)

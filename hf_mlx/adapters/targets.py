@@ -83,7 +83,6 @@ def select_targets(
         _check_untied(chosen, plan, selector)
     if any(site.kind == "experts" for site in chosen):
         _check_experts(plan, model_type, chosen, restricted=layers is not None)
-    _check_patterns(plan, chosen)
     return [_target(site, plan) for site in chosen]
 
 
@@ -105,6 +104,17 @@ def is_matched(plan: LoraPlan, selector: Selector, path: str) -> bool:
 def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     """The value of the first pattern that matches ``(.*\\.)?(pattern)$``, else the default."""
     return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def idle_patterns(plan: LoraPlan, paths: Iterable[str]) -> list[str]:
+    """``rank_pattern`` and ``alpha_pattern`` entries that match none of these module paths; PEFT is silent there."""
+    paths = list(paths)
+    return [
+        f"{name}={{{key!r}: {value!r}}}"
+        for name in ("rank_pattern", "alpha_pattern")
+        for key, value in getattr(plan, name).items()
+        if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
+    ]
 
 
 def minimal_names(targets: Iterable[str], paths: Iterable[str]) -> list[str]:
@@ -292,14 +302,3 @@ def _check_experts(plan: LoraPlan, model_type: str, chosen: list[Site], *, restr
             "none of it: PEFT cannot express it for fused experts",
             'leave it out, or LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])',
         )
-
-
-def _check_patterns(plan: LoraPlan, chosen: list[Site]) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(plan, name):
-            if not any(re.match(rf"(.*\.)?({key})$", site.hf_path) for site in chosen):
-                raise AdapterError(
-                    f"{name}={{{key!r}: ...}}, which matches no adapted module",
-                    "patterns that each match a module in target_modules",
-                    f'LoraConfig(..., {name}={{"{chosen[0].hf_path.rsplit(".", 1)[-1]}": ...}})',
-                )

@@ -110,11 +110,11 @@ def verify_adapter(
             'verify_adapter(dir, "owner/base-model")',
         )
     revision = config.get("revision") if base is None else None
-    rows, ours, torch_class = _mlx_logits(folder, source, revision, prompts)
+    rows, ours, torch_class, resized = _mlx_logits(folder, source, revision, prompts)
     if not all(np.isfinite(logits).all() for logits in ours):
         raise FILES.refuse(folder, f"on {source} it gives logits that are NaN or infinite", "finite weights in both")
     with FILES.understood(folder, "an adapter and a base that PEFT and transformers load"):
-        plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows, torch_class)
+        plain, theirs, keys, missing, unexpected = _peft_logits(folder, source, revision, rows, torch_class, resized)
     difference = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs, strict=True))
     largest = max(float(np.abs(b).max()) for b in theirs)
     report = Report(
@@ -125,7 +125,7 @@ def verify_adapter(
         prompts=len(rows),
         largest_difference=difference,
         relative_difference=difference / largest,
-        adapter_effect=max(float(np.abs(a - b).max()) for a, b in zip(plain, theirs, strict=True)),
+        adapter_effect=max(_change(a, b) for a, b in zip(plain, theirs, strict=False)),
         missing=missing,
         unexpected=unexpected,
         versions=dict(_versions()),
@@ -136,25 +136,45 @@ def verify_adapter(
     return report
 
 
-def _mlx_logits(folder: Path, source: str, revision: str | None, prompts: Any) -> tuple[list[list[int]], list, str]:
+def _change(before: np.ndarray, after: np.ndarray) -> float:
+    # A resized model has other columns; those of both are compared.
+    columns = min(before.shape[-1], after.shape[-1])
+    return float(np.abs(before[..., :columns] - after[..., :columns]).max())
+
+
+def _mlx_logits(
+    folder: Path, source: str, revision: str | None, prompts: Any
+) -> tuple[list[list[int]], list, str, int | None]:
+    """Rows of ids, our logits, the torch class, and the tokens that the adapter's model was resized to.
+
+    Where it has new tokens, the last row is made of those.
+    """
     import mlx.core as mx
 
     from ..models.load import load_model
+    from ..models.vocabulary import count_rows
     from .read import read_adapter
 
     loaded = load_model(source, ModelPlan(revision=revision))
-    rows = _token_rows(prompts, loaded.path, loaded.config)
+    rows, before = _token_rows(prompts, loaded.path, loaded.config), count_rows(loaded)
     adapter = read_adapter(folder, loaded)
-    return rows, [np.array(loaded.model(mx.array([row])).astype(mx.float32)) for row in rows], adapter.torch_class
+    after = count_rows(loaded)
+    if prompts is None:
+        rows = [[token for token in row if token < after] or [0] for row in rows]
+        rows += [list(range(before, min(after, before + 16)))] if after > before else []
+    logits = [np.array(loaded.model(mx.array([row])).astype(mx.float32)) for row in rows]
+    return rows, logits, adapter.torch_class, after if loaded.resized else None
 
 
-def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[list[int]], torch_class: str):
+def _peft_logits(
+    folder: Path, source: str, revision: str | None, rows: list[list[int]], torch_class: str, resized: int | None
+):
     import torch
     import transformers
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    def logits(model: Any) -> list[np.ndarray]:
+    def logits(model: Any, rows: list[list[int]]) -> list[np.ndarray]:
         with torch.no_grad():
             return [model(torch.tensor([row])).logits.float().numpy() for row in rows]
 
@@ -163,10 +183,15 @@ def _peft_logits(folder: Path, source: str, revision: str | None, rows: list[lis
         model = (
             getattr(transformers, torch_class).from_pretrained(source, revision=revision, dtype=torch.float32).eval()
         )
-        plain = logits(model)
+        known = model.get_input_embeddings().weight.shape[0]
+        plain = logits(model, [row for row in rows if max(row) < known])
+        if resized is not None:
+            # As the script did that trained it; every row then comes from the adapter's file.
+            model.resize_token_embeddings(resized, mean_resizing=False)
         adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-        theirs = logits(adapted)
-        held = set(get_peft_model_state_dict(adapted))
+        theirs = logits(adapted, rows)
+        # What is loaded beside the adapter's own: ends of the vocabulary.
+        held = set(get_peft_model_state_dict(adapted)) | set(adapted.state_dict())
     with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
         keys = set(file.keys())
     missing = tuple(sorted({key for warning in caught for key in _missing_keys(str(warning.message))}))

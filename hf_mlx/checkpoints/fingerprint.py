@@ -36,8 +36,12 @@ def take_fingerprint(loaded: LoadedModel, trained: Iterable[str]) -> dict[str, A
     }
 
 
-def compare_fingerprints(recorded: dict[str, Any], current: dict[str, Any], folder: Path, base: Path) -> None:
+def compare_fingerprints(
+    recorded: dict[str, Any], current: dict[str, Any], folder: Path, base: Path, replaced: Iterable[str] = ()
+) -> None:
     """Raise when a checkpoint was trained on another base than the one at hand.
+
+    Arrays among ``replaced`` are the checkpoint's own, so their values do not matter.
 
     Raises:
         CheckpointError: With the first array that differs.
@@ -50,7 +54,9 @@ def compare_fingerprints(recorded: dict[str, Any], current: dict[str, Any], fold
         name = min(changed, default="")
         what = f"{name} in {recorded['dtypes'].get(name)}" if name else "fewer weights"
     else:
-        different = [n for n, values in recorded["samples"].items() if values != current["samples"][n]]
+        own = set(replaced)
+        compared = {n: values for n, values in recorded["samples"].items() if n not in own}
+        different = [n for n, values in compared.items() if values != current["samples"][n]]
         what = f"other values in {different[0]}" if different else None
     if what:
         raise CheckpointError(

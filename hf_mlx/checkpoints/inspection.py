@@ -122,7 +122,7 @@ def check_complete(folder: Path) -> None:
         raise DamagedCheckpoint(
             f"{folder}: {damage}",
             "a folder that was written to its end and not changed since",
-            f"rm -r {folder}, then trainer.train(resume_from_checkpoint=True) takes the newest complete one",
+            "trainer.train(resume_from_checkpoint=True) takes the newest complete checkpoint in output_dir",
         )
 
 
@@ -150,7 +150,7 @@ def check_foreign(folder: Path) -> None:
         raise CheckpointError(
             f"{folder}: {', '.join(unknown[:3])}, not known as a part of a checkpoint",
             "files whose meaning is known, so that no training state is dropped silently",
-            f"mv {folder / unknown[0]} elsewhere if it is yours, then resume again",
+            "the checkpoint folder as the run wrote it; files of your own belong beside it, not in it",
         )
 
 

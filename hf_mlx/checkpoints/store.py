@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Loaded:
         folder: Where it was read.
         boundary: Where the run stood.
         weights: Trained arrays by MLX name.
+        frozen: Frozen ones that the adapter's file holds as well.
         moments: The optimizer's state; None begins it afresh.
         schedule: The schedule's state; None begins it afresh.
         updates: Steps that ``moments`` has seen; None where there are no moments.
@@ -52,6 +53,7 @@ class Loaded:
     folder: Path
     boundary: Boundary
     weights: dict[str, mx.array]
+    frozen: dict[str, mx.array]
     moments: Moments | None
     schedule: dict[str, Any] | None
     updates: int | None = None
@@ -151,17 +153,18 @@ class CheckpointStore:
         step = self.session.step
         folder = Path(folder)
         with FILES.understood(folder, "the weights of this run's best checkpoint"):
-            weights = self._load_weights(folder)
+            weights, frozen = self._load_weights(folder)
+        self.session.adopt_frozen(frozen)
         step.load(weights, step.state)
 
     def _load(self, folder: Path) -> Loaded:
         step = self.session.step
-        weights = self._load_weights(folder)
+        weights, frozen = self._load_weights(folder)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if lies(folder / f"{RUN}.json") else None
         random = self._read_random(folder, run)
         if run is not None:
-            self._compare_runs(folder, run)
+            self._compare_runs(folder, run, replaced=frozen)
             boundary = Boundary.from_tree(run["boundary"], random)
         else:
             self._check_batch(folder, state.get("train_batch_size"))
@@ -173,7 +176,7 @@ class CheckpointStore:
         if not has_state(folder, OPTIMIZER):
             self._check_weights_only(folder)
             boundary.offset = state["global_step"]
-            return Loaded(folder, boundary, weights, None, None)
+            return Loaded(folder, boundary, weights, frozen, None, None)
         moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
         schedule = read_state(folder, SCHEDULER)
         self._compare_schedules(folder, schedule, updates, boundary.updates)
@@ -182,9 +185,9 @@ class CheckpointStore:
         if updates is None:
             made = state["global_step"] - boundary.offset
             updates = made if boundary.updates is None else boundary.updates
-        return Loaded(folder, boundary, weights, moments, schedule, updates)
+        return Loaded(folder, boundary, weights, frozen, moments, schedule, updates)
 
-    def _load_weights(self, folder: Path) -> dict[str, mx.array]:
+    def _load_weights(self, folder: Path) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
         session = self.session
         # PEFT saves an adapter that is not called "default" into a folder of its name.
         named = folder / session.adapter_name
@@ -228,14 +231,16 @@ class CheckpointStore:
             return RandomStates.capture(self.data.rng)
         return RandomStates.from_files(read_state(folder, RANDOM), run and run["boundary"]["random"])
 
-    def _compare_runs(self, folder: Path, run: dict[str, Any]) -> None:
+    def _compare_runs(self, folder: Path, run: dict[str, Any], replaced: Iterable[str]) -> None:
         if run.get("format") not in _READ:
             raise CheckpointError(
                 f"{folder}: written in format {run.get('format')!r}",
                 f"format {_FORMAT}, which this version reads",
                 "pip install -U hf-mlx",
             )
-        compare_fingerprints(run["base"], self._base(), folder, self.session.loaded.path)
+        compare_fingerprints(run["base"], self._base(), folder, self.session.loaded.path, replaced)
+        # Those weights are about to be the checkpoint's own.
+        self._fingerprint = None
         now = self._settings()
         changed = [
             f"{name} {run['settings'].get(name)!r} → {now[name]!r}"

@@ -10,6 +10,8 @@ import mlx.core as mx
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import config_to_json
+from ..adapters.slots import Slot
+from ..adapters.vocabulary import carried_slots
 from ..errors import CheckpointError, ModelError
 from ..intake import lies
 from ..models.load import LoadedModel
@@ -25,8 +27,8 @@ _MEANING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_
 
 def load_weights(
     folder: Path, params: Mapping[str, mx.array], parameters: Parameters, adapter: Adapter | None, loaded: LoadedModel
-) -> dict[str, mx.array]:
-    """The trained arrays by MLX name, evaluated, in the dtypes of ``params``.
+) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+    """The trained arrays by MLX name, evaluated, in the dtypes of ``params``, and frozen ones that travel with them.
 
     Args:
         folder: The checkpoint.
@@ -34,6 +36,10 @@ def load_weights(
         parameters: Their names and layouts in torch.
         adapter: The run's adapter, or None when all weights are trained.
         loaded: The model.
+
+    Returns:
+        The trained arrays, and those of embedding and head that PEFT saves beside an adapter, as stored: a script that
+        resized its model may have drawn other new rows this time, and upstream goes on with the checkpoint's.
 
     Raises:
         CheckpointError: Weights of another model, or of another adapter.
@@ -53,25 +59,33 @@ def load_weights(
     if adapter is not None:
         _compare_adapters(folder, adapter)
     expected = {name: tuple(value.shape) for name, value in parameters.to_hf(params).items()}
-    _compare_shapes(folder, shapes, expected, allowed=frozenset() if adapter else loaded.names.stored)
+    carried = carried_slots(loaded, adapter.blueprint) if adapter else {}
+    _compare_shapes(folder, shapes, expected, carried, allowed=frozenset() if adapter else loaded.names.stored)
     tensors: dict[str, mx.array] = {}
     for file in files:
         tensors |= load_arrays(folder / file)
     values = parameters.from_hf({name: tensors[name] for name in expected})
     weights = {name: values[name].astype(value.dtype) for name, value in params.items()}
+    frozen = {slot.mlx_path: tensors[key] for key, slot in carried.items() if key in tensors and slot.mlx_path}
     # The file may be replaced or deleted while the run goes on.
-    mx.eval(weights)
-    for name, value in weights.items():
+    mx.eval(weights, frozen)
+    for name, value in (weights | frozen).items():
         if not mx.isfinite(value).all().item():
             raise FILES.refuse(folder, f"{name} holds NaN or infinite values", "finite weights")
-    return weights
+    return weights, frozen
 
 
 def _compare_shapes(
-    folder: Path, found: Mapping[str, tuple], expected: Mapping[str, tuple], *, allowed: frozenset[str]
+    folder: Path,
+    found: Mapping[str, tuple],
+    trained: Mapping[str, tuple],
+    carried: Mapping[str, Slot],
+    *,
+    allowed: frozenset[str],
 ) -> None:
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(name for name in set(found) - set(expected) - allowed if not _is_base(name))
+    expected = {name: slot.shape for name, slot in carried.items()} | dict(trained)
+    missing = sorted(set(trained) - set(found))
+    extra = sorted(set(found) - set(expected) - allowed)
     wrong = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
     if not (missing or extra or wrong):
         return
@@ -96,8 +110,3 @@ def _compare_adapters(folder: Path, adapter: Adapter) -> None:
                 f"the adapter of this run, with {key}={ours[key]!r}",
                 f"LoraConfig({key}={theirs[key]!r}, ...), or a new run without resume_from_checkpoint",
             )
-
-
-def _is_base(name: str) -> bool:
-    # Embeddings that PEFT saves along with an adapter.
-    return ".base_layer." in name

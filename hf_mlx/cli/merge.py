@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -13,17 +14,20 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description="Write base plus adapter as a folder that AutoModelForCausalLM loads, under Hugging Face names.",
     )
     parser.add_argument("adapter", help="folder with adapter_config.json")
-    parser.add_argument("output", help="folder to write")
+    parser.add_argument("output", help="folder to write, new or empty")
     parser.add_argument("--base", help="folder or hub id of the base (default: the one in adapter_config.json)")
     parser.add_argument("--dequantize", action="store_true", help="write a quantised base in floating point")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from ..adapters.files import check_vacant
     from ..adapters.merge import merge_adapter
     from ..adapters.read import import_adapter, recorded_base
 
     base = arguments.base or recorded_base(arguments.adapter)
+    # Before gigabytes are read.
+    check_vacant(Path(arguments.output).expanduser())
     adapter = import_adapter(arguments.adapter, base)
     merge_adapter(adapter, arguments.output, dequantize=arguments.dequantize)
     print(f"wrote {arguments.output}: {base} with {len(adapter.targets)} modules merged")

@@ -20,6 +20,7 @@ from ..errors import MissingDependency, ModelError, SettingError
 from ..settings.plan import ModelPlan
 from .load import LoadedModel, assemble
 from .torch_arrays import to_mlx, to_torch
+from .vocabulary import recorded_rows
 from .weights import Checkpoint, Tensor
 
 _DTYPES = {
@@ -189,6 +190,8 @@ def load_torch_model(source: TorchModel, plan: ModelPlan) -> LoadedModel:
 
     own = replace(plan, precision=replace(plan.precision, dtype="auto"))
     loaded = assemble(Path(source.name), source.config, read, own)
+    recorded, rows = recorded_rows(source.name), source.base.config.get_text_config().vocab_size
+    loaded.resized = recorded not in (None, rows)
     if source.adapter is None:
         loaded.buffers += _frozen_parameters(loaded, source.frozen())
         loaded.freeze_buffers()
@@ -269,9 +272,9 @@ def _check_model(base: Any) -> None:
 def _base_name(name: str) -> str | None:
     """The name a state-dict key has without PEFT's layers around it; None for an adapter's own tensor."""
     parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts) or "modules_to_save" in parts:
+    if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts) or "modules_to_save" in parts:
         return None
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
 def _without_adapter(name: str, adapter: str) -> str:
@@ -283,7 +286,7 @@ def _without_adapter(name: str, adapter: str) -> str:
 
 
 def _holds_adapters(part: str) -> bool:
-    return part.startswith("lora_") or part == "modules_to_save"
+    return part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save"
 
 
 def _drop_tied(held: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,11 +63,11 @@ def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
         ``backbone(model, input_ids, cache=None, input_embeddings=None)`` → hidden (B, T, H), and the head.
         Neither holds the model, so both may be used inside ``mx.compile`` and after adapters were attached.
     """
-    prefix, inner = _inner(loaded.model)
+    prefix, inner = model_parts(loaded.model)
     wrapper = module_at(loaded.model, prefix)
     if inner is None:
         return None
-    if "lm_head" in wrapper and not _ties(wrapper):
+    if "lm_head" in wrapper and not ties_head(wrapper):
         head_path, tied = "lm_head", False
     else:
         embedding = _embedding(wrapper[inner])
@@ -99,7 +99,7 @@ def layers(model: Any) -> list[nn.Module]:
 
 def embedding_path(model: nn.Module) -> str:
     """Module path of the input embedding."""
-    prefix, inner = _inner(model)
+    prefix, inner = model_parts(model)
     root = module_at(model, prefix)
     name = _embedding(root[inner]) if inner else None
     if inner is None or name is None:
@@ -116,7 +116,8 @@ def _join(*parts: str) -> str:
     return ".".join(p for p in parts if p)
 
 
-def _inner(model: nn.Module) -> tuple[str, str | None]:
+def model_parts(model: nn.Module) -> tuple[str, str | None]:
+    """Path of the module that owns the head, and the name of the decoder stack below it (None: not known)."""
     prefix = "language_model" if "language_model" in model else ""
     root = module_at(model, prefix)
     return prefix, next((n for n in ("model", "transformer", "backbone") if n in root), None)
@@ -127,7 +128,8 @@ def _embedding(inner: nn.Module) -> str | None:
     return next((n for n in names if n in inner), None)
 
 
-def _ties(wrapper: nn.Module) -> bool:
+def ties_head(wrapper: nn.Module) -> bool:
+    """Whether the module that would own a head projects with the embedding."""
     args = getattr(wrapper, "args", None)
     # A tied model may still own an unused head (Helium).
     return bool(getattr(wrapper, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)))

@@ -51,6 +51,8 @@ class LoadedModel:
         counts_every_label: Whether that count takes in the first label of each row, which is no target.
         buffers: Parameter paths that transformers holds as buffers: never to be trained.
         notes: What is done another way than upstream, one line each, to be said once.
+        resized: Embedding and head have another number of rows than in the base that ``path`` names.
+        untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
     """
 
     model: nn.Module
@@ -63,6 +65,8 @@ class LoadedModel:
     counts_every_label: bool = False
     buffers: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    resized: bool = False
+    untied: bool = False
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""

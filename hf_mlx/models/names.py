@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import mlx.core as mx
 
 from ..errors import ModelError
 from .layouts import Rename, Step
-from .weights import Checkpoint
+from .weights import Checkpoint, Tensor
 
 # Where a language model's head is stored; one of these that no parameter holds is tied to the embedding.
 _HEADS = ("lm_head.weight", "embed_out.weight")
@@ -56,6 +57,21 @@ class NameMap:
         if self._checkpoint.layout == "mlx":
             return frozenset()
         return self.stored - {n for p in self._shapes for n in self.to_hf_names(p)}
+
+    def with_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> NameMap:
+        """The map of a model in which these parameters have these shapes, or are new.
+
+        Args:
+            shapes: MLX path → shape; the same in both layouts, as for embedding and head.
+        """
+        tensors = dict(self._checkpoint.tensors)
+        if self._checkpoint.layout == "hf":
+            for path, shape in shapes.items():
+                name = self.to_hf_name(path)
+                known = tensors.get(name)
+                tensors[name] = Tensor(known.dtype if known else "F32", shape, known.file if known else "")
+        checkpoint = replace(self._checkpoint, tensors=tensors)
+        return NameMap(self._steps, self._modules, {**self._shapes, **shapes}, checkpoint)
 
     def load_untouched(self, folder: Path) -> dict[str, mx.array]:
         """The tensors of :attr:`untouched` from the files in ``folder``, by stored name.

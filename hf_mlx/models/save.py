@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,7 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
         ModelError: The weights are quantised, or a part that transformers would look for is not in the base.
     """
     folder = Path(folder)
-    _check_whole(loaded, folder)
+    _check_whole(loaded)
     params = dict(tree_flatten(loaded.model.parameters())) if params is None else params
     weights = loaded.names.export_weights(params)
     config = _config(loaded, weights)
@@ -51,7 +52,7 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
         mx.save_safetensors(str(temporary / WEIGHTS), weights, metadata={"format": "pt"})
 
 
-def _check_whole(loaded: LoadedModel, folder: Path) -> None:
+def _check_whole(loaded: LoadedModel) -> None:
     from transformers import CONFIG_MAPPING
 
     # mlx-lm leaves vision_config out of the config.json it writes, so the class has to tell.
@@ -62,13 +63,18 @@ def _check_whole(loaded: LoadedModel, folder: Path) -> None:
         raise ModelError(
             f"{loaded.path}, which mlx-lm converted without what {towers[0]} describes",
             "a base with every part, which AutoModelForCausalLM would otherwise fill with random weights",
-            f"train from the original Hugging Face folder, or save the adapter alone (nothing was written to {folder})",
+            "train from the original Hugging Face folder, or save the adapter alone (nothing was written)",
         )
 
 
 def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, Any]:
-    config = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config", "torch_dtype")}
+    left_out = ("quantization", "quantization_config", "torch_dtype")
+    config = {key: copy.copy(value) for key, value in loaded.config.items() if key not in left_out}
     dtypes = {value.dtype for value in weights.values() if mx.issubdtype(value.dtype, mx.floating)}
+    if loaded.untied:
+        for part in (config, config.get("text_config")):
+            if isinstance(part, dict) and (part is config or part.get("tie_word_embeddings")):
+                part["tie_word_embeddings"] = False
     if len(dtypes) == 1:
         config["dtype"] = _DTYPES[dtypes.pop()]
     return config

@@ -76,7 +76,8 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
                 raise ModelError(
                     f"{folder}: tensor {name!r} is stored in {tensors[name].file} and again in {file.name}",
                     "each tensor stored once, so that it is clear which weights are meant",
-                    f"remove the file that does not belong to this model: rm {folder / file.name}",
+                    "a folder with the files of one model: AutoModelForCausalLM.from_pretrained(original)"
+                    '.save_pretrained("a-new-folder")',
                 )
             tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), file.name)
     _check_weight_map(folder, tensors)

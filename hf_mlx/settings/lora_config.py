@@ -56,6 +56,9 @@ TARGETS = (
 
 BEYOND_LINEAR = (
     honour("modules_to_save", None, "trained in full and written beside the adapter"),
+    honour(
+        "trainable_token_indices", None, "rows of embedding and head, trained in full and written beside the adapter"
+    ),
     honour("use_dora", False, "magnitudes are trained too"),
     honour("lora_bias", False, "a bias on B"),
     cases(
@@ -66,7 +69,6 @@ BEYOND_LINEAR = (
     ),
     honour("fan_in_fan_out", False, "of Conv1D weights, as GPT-2 has"),
     _variant("target_parameters", None, "LoRA on bare parameters"),
-    _variant("trainable_token_indices", None, "training of single embedding rows"),
     _variant("ensure_weight_tying", False, "adapters shared by tied layers"),
 )
 

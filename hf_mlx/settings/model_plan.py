@@ -65,7 +65,8 @@ def resolve_lora(peft_config: Any) -> LoraPlan | None:
         init_lora_weights=values["init_lora_weights"],
         layers_to_transform=_resolve_layers(values["layers_to_transform"]),
         layers_pattern=_several("layers_pattern", values["layers_pattern"]),
-        modules_to_save=_several("modules_to_save", values["modules_to_save"]),
+        modules_to_save=_spelled("modules_to_save", values["modules_to_save"]),
+        trainable_token_indices=_resolve_indices(values["trainable_token_indices"]),
         fan_in_fan_out=check_flag("fan_in_fan_out", values["fan_in_fan_out"]),
         task_type=values["task_type"],
         auto_mapping=values["auto_mapping"],
@@ -126,6 +127,25 @@ def _pattern(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _several(name: str, value: Any) -> tuple[str, ...] | None:
     strings = check_strings(name, value)
     return (strings,) if isinstance(strings, str) else strings
+
+
+def _spelled(name: str, value: Any) -> tuple[str, ...] | None:
+    # PEFT 0.21 iterates over modules_to_save whatever it is: a string stands for its letters.
+    strings = check_strings(name, value)
+    return tuple(dict.fromkeys(strings)) or None if isinstance(strings, str) else strings
+
+
+def _resolve_indices(indices: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    if isinstance(indices, Mapping):
+        return {str(name): _resolve_ids(ids) for name, ids in indices.items()}
+    return None if indices is None else _resolve_ids(indices)
+
+
+def _resolve_ids(ids: Any) -> tuple[int, ...]:
+    remedy = 'trainable_token_indices=[32000, 32001], or {"embed_tokens": [32000, 32001]}'
+    if not isinstance(ids, (list, tuple)) or not ids:
+        raise SettingError(f"trainable_token_indices={ids!r}", "ids of tokens in a list", f"write {remedy}")
+    return tuple(check_count("trainable_token_indices", index, remedy, low=0) for index in ids)
 
 
 def _resolve_layers(layers: Any) -> tuple[int, ...] | None:

@@ -133,6 +133,7 @@ class LoraPlan:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     target_parameters: tuple[str, ...] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None

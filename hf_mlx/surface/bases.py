@@ -94,6 +94,10 @@ class Base(Protocol):
         """
         ...
 
+    def complete(self, folder: Path) -> None:
+        """Add to what ``model.save_pretrained(folder)`` wrote what it leaves out."""
+        ...
+
 
 def open_base(model: Any) -> Base:
     """The base of what the user gave as ``model``.
@@ -156,6 +160,9 @@ class NamedBase:
     def take_over(self, event: str) -> None:
         take_over_loans(self._session, self._model.lent, event)
 
+    def complete(self, folder: Path) -> None:
+        pass
+
 
 class TorchBase:
     """A transformers model or a PeftModel: trained as it is, and written back into."""
@@ -216,6 +223,10 @@ class TorchBase:
     def take_over(self, event: str) -> None:
         if self._handover is not None:
             self._handover.take_over(event)
+
+    def complete(self, folder: Path) -> None:
+        if self._handover is not None:
+            self._handover.complete_adapter(folder)
 
 
 def _read_tables(config: Mapping[str, Any]) -> Tables:

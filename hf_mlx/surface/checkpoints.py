@@ -58,6 +58,7 @@ class Checkpoints:
             logger.warning(note)
         trainer.state = state
         step = trainer.session.step
+        trainer.session.adopt_frozen(loaded.frozen)
         step.load(loaded.weights, loaded.moments or step.state)
         if loaded.updates is not None:
             step.updates = loaded.updates

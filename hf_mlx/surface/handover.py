@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..adapters.adapter import Adapter
 from ..adapters.export import peft_tensors
+from ..adapters.files import write_files
 from ..adapters.layers import LoRAEmbedding
 from ..adapters.slots import Slot, list_slots
+from ..adapters.source import WEIGHTS, read_shapes, read_tensors
+from ..adapters.vocabulary import carried_slots
 from ..errors import AdapterError, SettingError
 from ..models.bridge import TorchModel
 from ..models.heads import module_at
@@ -42,8 +47,9 @@ class Handover:
         self._hand_out()
 
     def write_back(self) -> None:
-        """Copy what was trained since the last call into the user's model."""
+        """Copy what was trained since the last call, and what came from a checkpoint, into the user's model."""
         step = self.session.step
+        self._write_restored()
         if step.params is not self._written:
             step.objective.slots.bind(step.params)
             held, ours = self._both()
@@ -98,6 +104,36 @@ class Handover:
         params = read_parameters(adapter, slots, tensors)
         paths = {slots[key].mlx_path for key in changed if key in slots}
         return {path: params[path] for path in paths}
+
+    def complete_adapter(self, folder: Path) -> None:
+        """Add to a saved adapter what PEFT leaves out of it.
+
+        Of a resized model of which one end is targeted and the other is not, PEFT 0.21 writes the first alone: new rows
+        of the other would be lost. PEFT reads them where they are there.
+
+        Args:
+            folder: What ``save_pretrained`` of the user's object has written.
+        """
+        adapter, loaded = self.session.adapter, self.session.loaded
+        if adapter is None or not loaded.resized or not (folder / WEIGHTS).is_file():
+            return
+        there, held = read_shapes(folder), self.source.tensors()
+        slots = {key: slot for key, slot in carried_slots(loaded, adapter.blueprint).items() if key not in there}
+        names = {key: loaded.names.to_hf_name(slot.plain) for key, slot in slots.items() if slot.mlx_path}
+        lost = {key: to_mlx(held[name]) for key, name in names.items() if name in held}
+        if lost:
+            tensors = read_tensors(folder) | lost
+            save = partial(mx.save_safetensors, arrays=tensors, metadata={"format": "pt"})
+            write_files(folder, {WEIGHTS: lambda path: save(str(path))})
+
+    def _write_restored(self) -> None:
+        restored, self.session.restored = self.session.restored, {}
+        if restored:
+            plain = {name.replace(".base_layer.", "."): value for name, value in restored.items()}
+            held = self.source.tensors()
+            exported = self.session.loaded.names.export_weights(plain)
+            # Of a tied pair the object has one tensor.
+            self.source.write({name: value for name, value in exported.items() if name in held}, held)
 
     def _adopt(self, adapter: Adapter) -> None:
         held = self.source.adapter_tensors()

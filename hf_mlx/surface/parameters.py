@@ -81,7 +81,7 @@ class Parameters:
             return self.loaded.names.to_hf_names(path)[0].replace(".experts.0.", ".experts.*.")
         name = self.adapter.hf_name(path)
         leaf = split_parameter(path)[1]
-        if leaf.startswith("lora_embedding"):
+        if leaf.startswith(("lora_embedding", "trainable_tokens")):
             return f"{name}.{ADAPTER_NAME}"
         if leaf.startswith("lora_magnitude"):
             return f"{name}.{ADAPTER_NAME}.weight"

@@ -22,6 +22,7 @@ class Publishing(Records):
         with saved_folder(folder) as temporary:
             self._base.write_back()
             self._model.save_pretrained(temporary)
+            self._base.complete(temporary)
             self.processing_class.save_pretrained(temporary)
             if has_torch():
                 pickle_object(self.args, temporary / ARGUMENTS)

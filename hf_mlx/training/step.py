@@ -188,6 +188,10 @@ class Step:
         self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
         self._bind()
 
+    def retrace(self) -> None:
+        """Forget what was traced, once frozen weights of the model are others."""
+        self._compile()
+
     def hold(self) -> Held:
         """What :meth:`restore` goes back to."""
         return Held(self._params, self._state, self._carry, self.draws)
