@@ -110,6 +110,16 @@ def test_parameters_that_mlx_holds_otherwise_are_refused(model_type, names, tmp_
     assert ours(base, settings) == theirs(base, settings)
 
 
+@pytest.mark.parametrize("names", [None, ["query"], []])
+def test_the_line_for_a_list_that_means_nothing_holds(names, tmp_path):
+    base, settings = make_base("olmoe", tmp_path), {"target_modules": names}
+    with pytest.raises(AdapterError) as refused:
+        ours(base, settings)
+    settings = corrected(settings, refused.value)
+    assert len(ours(base, settings)) == 16
+    assert ours(base, settings) == theirs(base, settings)
+
+
 @pytest.mark.parametrize("setting", [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}])
 def test_settings_that_peft_refuses_on_a_router_are_refused(setting, tmp_path):
     base, settings = make_base("mixtral", tmp_path), {"target_modules": ["q_proj", "gate"], **setting}

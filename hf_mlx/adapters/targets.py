@@ -17,7 +17,7 @@ from .defaults import (
     TARGET_MODULES,
     UNWRAPPED_MODULES,
 )
-from .experts import check_parameters, choose_sites
+from .experts import check_parameters, choose_sites, plain_names
 from .matching import Selector, is_all_linear, is_excluded, is_matched, layer_index, pattern_value
 from .sites import HEADS, Kind, Site
 
@@ -40,6 +40,8 @@ def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
     Raises:
         AdapterError: PEFT has no default for this model type, or the list is empty.
     """
+    names = '["q_proj", "k_proj", "v_proj", "o_proj"]' if model_type in REWRITTEN_NAMES else '"all-linear"'
+    remedy = f"LoraConfig(target_modules={names})"
     selector = plan.target_modules
     if selector is None:
         selector = TARGET_MODULES.get(model_type)
@@ -47,13 +49,13 @@ def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
             raise AdapterError(
                 f"target_modules=None for model type {model_type!r}",
                 "a model type for which PEFT has a default",
-                'LoraConfig(target_modules="all-linear")',
+                remedy,
             )
     if not selector:
         raise AdapterError(
             f"target_modules={plan.target_modules!r}",
             "at least one module to adapt",
-            'LoraConfig(target_modules="all-linear")',
+            remedy,
         )
     return selector
 
@@ -79,7 +81,7 @@ def select_targets(
     if layers is not None:
         chosen = [site for site in chosen if layer_index(site.mlx_path, None) in layers]
     if not chosen:
-        raise _no_match(sites, plan, selector)
+        raise _no_match(sites, plan, selector, model_type)
     for site in chosen:
         _check_site(site, model_type)
     if tied:
@@ -110,7 +112,7 @@ def _target(site: Site, plan: LoraPlan) -> Target:
     return Target(site.mlx_path, site.hf_path, site.kind, r, alpha, scale)
 
 
-def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector) -> AdapterError:
+def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> AdapterError:
     names = dict.fromkeys(s.hf_path.rsplit(".", 1)[-1] for s in sites if s.kind != "other")
     limits = {
         "exclude_modules": plan.exclude_modules,
@@ -122,7 +124,9 @@ def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector) -> AdapterE
     return AdapterError(
         f"target_modules={shown!r}{given}, which match no module of the model",
         f"names among {', '.join(names)}",
-        'LoraConfig(target_modules="all-linear")',
+        f"LoraConfig(target_modules={plain_names(sites, model_type)!r})"
+        if model_type in REWRITTEN_NAMES
+        else 'LoraConfig(target_modules="all-linear")',
     )
 
 
