@@ -44,8 +44,9 @@ refused.
 |---|---|---|---|---|---|---|
 """
 _NOTES = """Experts as `target_modules` ({experts} types) load in PEFT and evaluate alike, but start and so train
-otherwise than there: this is said once, and refused under `strict=True`. ¹ Beside `transformers.Trainer`, because trl
-{trl} cannot train the type."""
+otherwise than there: this is said once, and refused under `strict=True`. Where PEFT makes parameters of these names
+`all-linear` is refused, with the list of layers that are Linear on both sides. ¹ Beside `transformers.Trainer`,
+because trl {trl} cannot train the type."""
 
 
 def record(measured: Path, page: Path, *, passes: Any = None, training: Any = None) -> None:

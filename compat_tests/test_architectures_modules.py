@@ -10,7 +10,7 @@ from architecture_checks import load_quietly
 from architecture_zoo import make_model
 from training_checks import quiet
 
-from hf_mlx.adapters.defaults import EXPERT_NAMES, RENAMED_MODULES
+from hf_mlx.adapters.defaults import RENAMED_MODULES
 from hf_mlx.adapters.sites import list_sites
 from hf_mlx.adapters.start import count_loading_draws
 from hf_mlx.models.architectures import VERIFIED
@@ -53,6 +53,6 @@ def test_loading_draws_as_often_from_the_generator_as_counted(model_type, tmp_pa
 
 def _is_reached_otherwise(model_type, site) -> bool:
     leaf = site.hf_path.rsplit(".", 1)[-1]
-    # Refused by name; a part of a fused layer, likewise; a router, which PEFT finds under its older name.
+    # Refused by name; a part of a fused layer, likewise.
     renamed = leaf in RENAMED_MODULES.get(model_type, ())
-    return renamed or site.shared or (leaf == "gate" and model_type in EXPERT_NAMES)
+    return renamed or site.shared

@@ -100,7 +100,9 @@ def test_mlx_lm_computes_our_logits(name, tmp_path):
 def test_other_families(model_type, tmp_path):
     base = mlx_base(model_type, tmp_path / "base")
     loaded = load_mlx(base)
-    adapter = adapt_mlx(loaded, {"r": 4, "target_modules": "all-linear"})
+    mixture = ["q_proj", "o_proj", "gate", "gate_proj", "up_proj", "down_proj"]
+    targets = mixture if model_type == "qwen3_moe" else "all-linear"
+    adapter = adapt_mlx(loaded, {"r": 4, "target_modules": targets})
     check_out(base, loaded, adapter, tmp_path / "out")
 
 

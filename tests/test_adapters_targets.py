@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from hf_mlx.adapters.attach import attach
 from hf_mlx.adapters.blueprint import draw_blueprint
-from hf_mlx.adapters.targets import minimal_names
+from hf_mlx.adapters.matching import minimal_names
 from hf_mlx.errors import AdapterError
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import LoraPlan, ModelPlan

@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 from ..settings.plan import LoraPlan
 from .blueprint import Blueprint, is_spelled
 from .defaults import SPLIT_TYPES
+from .matching import idle_patterns
 from .order import order_key
-from .targets import Target, idle_patterns
+from .targets import Target
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel

@@ -9,19 +9,12 @@ import mlx.core as mx
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import RENAMED_MODULES
+from .defaults import RENAMED_MODULES, UNWRAPPED_MODULES
+from .experts import check_selector
 from .layers import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .matching import Selector, is_all_linear, is_excluded, is_matched, minimal_names
 from .sites import HEADS, Site, is_tied, layer_count, list_sites
-from .targets import (
-    Selector,
-    Target,
-    is_all_linear,
-    is_excluded,
-    is_matched,
-    minimal_names,
-    resolve_selector,
-    select_targets,
-)
+from .targets import Target, resolve_selector, select_targets
 from .token_rows import TokenRows, TrainableTokens, choose_rows
 
 if TYPE_CHECKING:
@@ -66,6 +59,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
         raise AdapterError(
             "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
         )
+    check_selector(sites, plan, resolve_selector(plan, loaded.model_type), loaded.model_type)
     _check_paths(loaded, plan)
     tied = is_tied(loaded)
     layers = _last_layers(loaded, last_n_layers)
@@ -89,6 +83,7 @@ def _check_paths(loaded: LoadedModel, plan: LoraPlan) -> None:
     touched = sorted(path for path in absent if _reaches(plan, selector, path))
     if touched:
         towers = sorted({next(part for part in path.split(".") if part != "model") for path in touched})
+        towers += UNWRAPPED_MODULES.get(loaded.model_type, ())
         raise AdapterError(
             f"target_modules matches {touched[0]}, which MLX does not load",
             "modules of the language model (PEFT would adapt the other ones, too)",

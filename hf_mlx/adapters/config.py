@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .adapter import Adapter
-from .targets import pattern_value
+from .matching import pattern_value
 
 FORMAT = "0.21.2"
 

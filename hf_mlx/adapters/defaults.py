@@ -33,6 +33,12 @@ EXPERT_NAMES: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(_GATE_UP_DOWN_TYPES.split(), _GATE_UP_DOWN),
 }
 
+# The names that PEFT turns into parameters: those of the experts, and of LongCat's, whose keys do not come back here.
+REWRITTEN_NAMES: dict[str, tuple[str, ...]] = {**EXPERT_NAMES, "longcat_flash": _GATE_UP_DOWN}
+
+# Linear layers whose own forward PEFT's wrapper does not serve: Llama 4's router gives back two tensors.
+UNWRAPPED_MODULES: dict[str, tuple[str, ...]] = dict.fromkeys(("llama4", "llama4_text"), ("router",))
+
 # Modules of state-space layers whose weight torch reads directly, past any adapter around it. PEFT refuses the
 # first two itself (``_check_lora_target_modules_mamba``); dt_proj it wraps to no effect.
 _STATE_SPACE = ("out_proj", "conv1d", "dt_proj")

@@ -23,11 +23,12 @@ from .adapter import Adapter
 from .attach import install_layers, make_adapter
 from .blueprint import draw_blueprint
 from .files import write_files, write_text
+from .matching import minimal_names
 from .mlx_lm_check import check_in_mlx_lm
 from .origin import resolve_origin
 from .sites import list_sites
 from .source import CONFIG, check_finite, inside
-from .targets import Target, minimal_names
+from .targets import Target
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel

@@ -16,8 +16,9 @@ from ..settings.plan import LoraPlan
 from .adapter import PEFT_LEAVES, PREFIX
 from .blueprint import Blueprint
 from .layers import layer_dims
+from .matching import is_all_linear, is_matched
 from .sites import HEADS, Site
-from .targets import Target, is_all_linear, is_matched
+from .targets import Target
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel

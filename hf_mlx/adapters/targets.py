@@ -1,22 +1,24 @@
-"""Which modules a LoraConfig adapts, by PEFT's own matching rules.
-
-Source: ``peft.tuners.tuners_utils.check_target_module_exists`` and ``get_pattern_key`` (peft 0.21).
-"""
+"""Which modules a LoraConfig adapts, and with what rank and scale."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import BYPASSED_MODULES, EXPERT_NAMES, LOST_ON_LOADING, RENAMED_MODULES, TARGET_MODULES
+from .defaults import (
+    BYPASSED_MODULES,
+    LOST_ON_LOADING,
+    RENAMED_MODULES,
+    REWRITTEN_NAMES,
+    TARGET_MODULES,
+    UNWRAPPED_MODULES,
+)
+from .experts import check_parameters, choose_sites, plain_names
+from .matching import Selector, is_all_linear, is_excluded, is_matched, layer_index, pattern_value
 from .sites import HEADS, Kind, Site
-
-Selector = tuple[str, ...] | str
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
     Raises:
         AdapterError: PEFT has no default for this model type, or the list is empty.
     """
+    names = '["q_proj", "k_proj", "v_proj", "o_proj"]' if model_type in REWRITTEN_NAMES else '"all-linear"'
+    remedy = f"LoraConfig(target_modules={names})"
     selector = plan.target_modules
     if selector is None:
         selector = TARGET_MODULES.get(model_type)
@@ -44,13 +48,13 @@ def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
             raise AdapterError(
                 f"target_modules=None for model type {model_type!r}",
                 "a model type for which PEFT has a default",
-                'LoraConfig(target_modules="all-linear")',
+                remedy,
             )
     if not selector:
         raise AdapterError(
             f"target_modules={plan.target_modules!r}",
             "at least one module to adapt",
-            'LoraConfig(target_modules="all-linear")',
+            remedy,
         )
     return selector
 
@@ -74,130 +78,27 @@ def select_targets(
     selector = resolve_selector(plan, model_type)
     chosen = _choose(sites, plan, selector, model_type)
     if layers is not None:
-        chosen = [site for site in chosen if _layer_index(site.mlx_path, None) in layers]
+        chosen = [site for site in chosen if layer_index(site.mlx_path, None) in layers]
     if not chosen:
-        raise _no_match(sites, plan, selector)
+        raise _no_match(sites, plan, selector, model_type)
     for site in chosen:
         _check_site(site, model_type)
     if tied:
         _check_untied(chosen, plan, selector)
-    if any(site.kind == "experts" for site in chosen):
-        _check_experts(plan, model_type, chosen, restricted=layers is not None)
+    check_parameters(plan, model_type, chosen, restricted=layers is not None)
     return [_target(site, plan) for site in chosen]
 
 
-def is_matched(plan: LoraPlan, selector: Selector, path: str) -> bool:
-    """Whether PEFT would adapt the module at this HF path, judging by its name alone."""
-    if is_excluded(plan, path):
-        return False
-    if isinstance(selector, str):
-        return re.fullmatch(selector, path) is not None
-    if path in selector:
-        return True
-    if not any(path.endswith(f".{name}") for name in selector):
-        return False
-    if not plan.layers_to_transform:
-        return True
-    return _layer_index(path, plan.layers_pattern) in plan.layers_to_transform
-
-
-def pattern_value(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that matches ``(.*\\.)?(pattern)$``, else the default."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
-
-
-def idle_patterns(plan: LoraPlan, paths: Iterable[str]) -> list[str]:
-    """``rank_pattern`` and ``alpha_pattern`` entries that match none of these module paths; PEFT is silent there."""
-    paths = list(paths)
-    return [
-        f"{name}={{{key!r}: {value!r}}}"
-        for name in ("rank_pattern", "alpha_pattern")
-        for key, value in getattr(plan, name).items()
-        if not any(re.match(rf"(.*\.)?({key})$", path) for path in paths)
-    ]
-
-
-def minimal_names(targets: Iterable[str], paths: Iterable[str]) -> list[str]:
-    """The shortest list that, matched by suffix, selects exactly these modules.
-
-    A module whose last name stands for nothing else is written by that name, any other in full.
-    """
-    targets = list(targets)
-    others = {path.rsplit(".", 1)[-1] for path in set(paths) - set(targets)}
-    names = (path.rsplit(".", 1)[-1] if path.rsplit(".", 1)[-1] not in others else path for path in targets)
-    return list(dict.fromkeys(names))
-
-
-def is_all_linear(selector: Selector) -> bool:
-    """Whether this is PEFT's shorthand for every Linear layer but the head."""
-    return isinstance(selector, str) and selector.lower() == "all-linear"
-
-
 def _choose(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> list[Site]:
-    everything = is_all_linear(selector)
-    if model_type in EXPERT_NAMES and any(site.kind == "experts" for site in sites):
-        if everything:
-            linear = {s.hf_path.rsplit(".", 1)[-1] for s in sites if s.kind == "linear" and not _is_head(s)}
-            selector = tuple(sorted(linear | {"gate", *EXPERT_NAMES[model_type]}))
-        elif isinstance(selector, str):
-            _refuse_expert_regex(sites, plan, selector)
-            return [site for site in sites if is_matched(plan, selector, site.hf_path)]
-        return _choose_with_experts(sites, plan, selector, EXPERT_NAMES[model_type])
+    if model_type in REWRITTEN_NAMES:
+        return choose_sites(sites, plan, selector, model_type)
     # Elsewhere the experts of transformers 5 are parameters, which no name in target_modules reaches.
     sites = [site for site in sites if site.kind != "experts"]
-    if everything:
-        linear = [site for site in sites if site.kind == "linear" and not _is_head(site)]
-        return [site for site in linear if not is_excluded(plan, site.hf_path)]
-    return [site for site in sites if is_matched(plan, selector, site.hf_path)]
-
-
-def _choose_with_experts(
-    sites: list[Site], plan: LoraPlan, selector: tuple[str, ...], expert_names: tuple[str, ...]
-) -> list[Site]:
-    # PEFT turns the expert names (and the router's) into parameters of the fused experts, wherever they
-    # stand; a dense projection of the same name (a shared expert's) is then no longer matched.
-    converted = ("gate", *expert_names)
-    moved = {name for entry in selector for name in converted if entry == name or entry.endswith(f".{name}")}
-    kept = tuple(entry for entry in selector if not any(entry == n or entry.endswith(f".{n}") for n in converted))
-    modules, parameters = [], []
-    for site in sites:
-        leaf = site.hf_path.rsplit(".", 1)[-1]
-        if leaf in moved and (site.kind == "experts" or leaf == "gate"):
-            parameters.append(site)
-        elif site.kind != "experts" and is_matched(plan, kept, site.hf_path):
-            modules.append(site)
-    # PEFT wraps (and draws first values for) all modules before any parameter.
-    return modules + parameters
-
-
-def _refuse_expert_regex(sites: list[Site], plan: LoraPlan, selector: str) -> None:
-    if any(site.kind == "experts" and is_matched(plan, selector, site.hf_path) for site in sites):
-        raise AdapterError(
-            f"target_modules={selector!r}, which matches experts",
-            "experts named in a list (PEFT rewrites a pattern that reaches them)",
-            'LoraConfig(target_modules=["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"])',
-        )
-
-
-def _is_head(site: Site) -> bool:
-    return site.hf_path.rsplit(".", 1)[-1] in HEADS
-
-
-def is_excluded(plan: LoraPlan, path: str) -> bool:
-    """Whether PEFT leaves this module out, for ``exclude_modules`` or because it is trained in full."""
-    excluded = plan.exclude_modules
-    if isinstance(excluded, str) and excluded:
-        if re.fullmatch(excluded, path):
-            return True
-    elif excluded and (path in excluded or any(path.endswith(f".{name}") for name in excluded)):
-        return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in plan.modules_to_save or ())
-
-
-def _layer_index(path: str, patterns: tuple[str, ...] | None) -> int | None:
-    forms = [rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\." for p in patterns] if patterns else [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-    match = next((m for form in forms if (m := re.match(form, path))), None)
-    return int(match["idx"]) if match else None
+    if not is_all_linear(selector):
+        return [site for site in sites if is_matched(plan, selector, site.hf_path)]
+    unwrapped = UNWRAPPED_MODULES.get(model_type, ())
+    named = [(site, site.hf_path.rsplit(".", 1)[-1]) for site in sites if not is_excluded(plan, site.hf_path)]
+    return [site for site, leaf in named if (site.kind == "linear" and leaf not in HEADS) or leaf in unwrapped]
 
 
 def _target(site: Site, plan: LoraPlan) -> Target:
@@ -209,7 +110,7 @@ def _target(site: Site, plan: LoraPlan) -> Target:
     return Target(site.mlx_path, site.hf_path, site.kind, r, alpha, scale)
 
 
-def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector) -> AdapterError:
+def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> AdapterError:
     names = dict.fromkeys(s.hf_path.rsplit(".", 1)[-1] for s in sites if s.kind != "other")
     limits = {
         "exclude_modules": plan.exclude_modules,
@@ -221,7 +122,9 @@ def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector) -> AdapterE
     return AdapterError(
         f"target_modules={shown!r}{given}, which match no module of the model",
         f"names among {', '.join(names)}",
-        'LoraConfig(target_modules="all-linear")',
+        f"LoraConfig(target_modules={plain_names(sites, model_type)!r})"
+        if model_type in REWRITTEN_NAMES
+        else 'LoraConfig(target_modules="all-linear")',
     )
 
 
@@ -233,6 +136,13 @@ def _check_site(site: Site, model_type: str) -> None:
             f"target_modules matches {site.hf_path} of a {model_type} model",
             "modules that torch calls (it reads this weight past any adapter)",
             f"LoraConfig(..., exclude_modules={list(bypassed)!r})",
+        )
+    unwrapped = UNWRAPPED_MODULES.get(model_type, ())
+    if leaf in unwrapped:
+        raise AdapterError(
+            f"target_modules matches {site.hf_path} of a {model_type} model",
+            "modules whose forward PEFT's wrapper serves (with this one torch's own forward fails)",
+            f"LoraConfig(..., exclude_modules={list(unwrapped)!r})",
         )
     if leaf in RENAMED_MODULES.get(model_type, ()):
         raise AdapterError(
@@ -269,36 +179,4 @@ def _check_untied(chosen: list[Site], plan: LoraPlan, selector: Selector) -> Non
             f"target_modules matches {named[0]}, which this model ties to its other end",
             "an embedding and a head with weights of their own (LoRA on one of a tied pair unties them)",
             f'LoraConfig(..., exclude_modules=["{named[0].rsplit(".", 1)[-1]}"])',
-        )
-
-
-def _check_experts(plan: LoraPlan, model_type: str, chosen: list[Site], *, restricted: bool) -> None:
-    names = EXPERT_NAMES[model_type]
-    leaves = {site.hf_path.rsplit(".", 1)[-1] for site in chosen if site.kind == "experts"}
-    pair = set(names[:2])
-    if leaves & pair and not pair <= leaves:
-        raise AdapterError(
-            f"target_modules with {sorted(leaves & pair)} but not {sorted(pair - leaves)}",
-            f"both of {sorted(pair)}: PEFT holds them as one matrix",
-            f"LoraConfig(target_modules=[..., {', '.join(map(repr, names))}])",
-        )
-    # PEFT's fused form has one rank and one alpha for all experts of all layers, and no room for the rest.
-    settings = {
-        "lora_dropout": plan.lora_dropout,
-        "use_dora": plan.use_dora,
-        "lora_bias": plan.lora_bias,
-        "use_rslora": plan.use_rslora,
-        "rank_pattern": plan.rank_pattern,
-        "alpha_pattern": plan.alpha_pattern,
-        "exclude_modules": plan.exclude_modules,
-        "layers_to_transform": plan.layers_to_transform,
-    }
-    wrong = next((f"{name}={value!r}" for name, value in settings.items() if value), None)
-    if restricted:
-        wrong = "finetune_last_n_layers"
-    if wrong:
-        raise AdapterError(
-            f"{wrong} with experts among target_modules",
-            "none of it: PEFT cannot express it for fused experts",
-            'leave it out, or LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])',
         )

@@ -243,6 +243,7 @@ CONVERSIONS: dict[str, Build] = {
 
 # Checkpoint name → path in the live transformers 5.23 model, where the two differ.
 MODULES: dict[str, tuple[Rename, ...]] = {
+    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.gate.{r*}", "{p*}.mlp.gate.{r*}"),)),
     "gemma3": (
         Rename("language_model.model.{r*}", "model.language_model.{r*}"),
         Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),
