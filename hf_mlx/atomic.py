@@ -8,18 +8,17 @@ half written, and ends what was whole and only had to be moved. Nothing that bea
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import HFMLXError
+from .locks import host, runs, try_lock
 
 TEMPORARY = ".hf_mlx-tmp-"
 _PLAN = ".plan.json"
@@ -34,7 +33,6 @@ _DISK_FULL = re.compile(
 # Below this a write that failed is taken to have failed for want of room, whatever the writer called it.
 _NO_ROOM = 1 << 20
 _MARK = "disk_failure"
-_NO_LOCKS = (errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EBADF, errno.ENOSYS)
 
 
 @contextmanager
@@ -167,31 +165,6 @@ def sync_tree(folder: Path) -> None:
         for name in files:
             sync(Path(root, name))
         sync(Path(root))
-
-
-def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file for as long as it is open; None where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError as error:
-        return None if error.errno in _NO_LOCKS else False
-
-
-def runs(process: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        pass
-    return True
-
-
-def host() -> str:
-    """This machine's name, as a part of a file's name."""
-    return re.sub(r"[^\w-]", "-", socket.gethostname())
 
 
 def _claim(place: Path) -> tuple[Path, int]:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..atomic import host, runs, try_lock
 from ..errors import CheckpointError
 from ..intake import Intake
+from ..locks import host, runs, try_lock
 
 LOCK = ".hf_mlx.lock"
 _FILES = Intake(CheckpointError, "delete that file; it only says which run is in the folder")

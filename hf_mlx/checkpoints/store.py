@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import CheckpointError
-from ..intake import has_type, lies, show
+from ..intake import lies
 from .boundary import Boundary, Layout
 from .damage import FILES
 from .files import disk_errors, replaced_folder
@@ -24,6 +23,7 @@ from .manifest import MANIFEST, extend_manifest, write_manifest
 from .optimizer_state import Moments, dump_optimizer, load_optimizer
 from .parameters import make_parameters
 from .random_states import RandomStates
+from .schedules import compare_schedules
 from .state_files import OPTIMIZER, RANDOM, SCHEDULER, TORCH_NAMES, has_state, read_state, write_state
 from .torch_files import has_torch, pickle_object
 from .trainer_state import write_trainer_state
@@ -179,7 +179,7 @@ class CheckpointStore:
             return Loaded(folder, boundary, weights, frozen, None, None)
         moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
         schedule = read_state(folder, SCHEDULER)
-        self._compare_schedules(folder, schedule, updates, boundary.updates)
+        compare_schedules(schedule, self.plan, folder, updates=updates, recorded=boundary.updates)
         if run is None and "num_bad_epochs" not in schedule:
             boundary.offset = state["global_step"] - schedule["last_epoch"]
         if updates is None:
@@ -262,36 +262,6 @@ class CheckpointStore:
                 f"per_device_train_batch_size={found}; it is computed in pieces where it does not fit",
             )
 
-    def _compare_schedules(
-        self, folder: Path, schedule: dict[str, Any], updates: int | None, recorded: int | None
-    ) -> None:
-        by_metric = "num_bad_epochs" in schedule
-        if not by_metric:
-            _check_schedule(schedule, folder)
-        if by_metric != (self.plan.schedule.name in ("reduce_lr_on_plateau", "greedy")):
-            raise CheckpointError(
-                f"{folder}: the state of another schedule than lr_scheduler_type={self.plan.schedule.name!r}",
-                "the schedule that the checkpoint was written with",
-                "set lr_scheduler_type as in that run",
-            )
-        if by_metric:
-            return
-        # Where train() was called again, the optimizer has gone on counting and the schedule has begun anew.
-        made = schedule["last_epoch"]
-        fits = updates is None or (updates >= made if recorded is None else updates == recorded)
-        if not fits:
-            raise CheckpointError(
-                f"{folder}: an optimizer after {updates} steps beside a schedule after {schedule['last_epoch']}",
-                f"{TORCH_NAMES[OPTIMIZER]} and {TORCH_NAMES[SCHEDULER]} of the same step",
-                "resume from another checkpoint of that run",
-            )
-        before, now = schedule["base_lrs"][0], self.plan.optim.learning_rate
-        if before != now:
-            logger.warning(
-                f"learning_rate={now:g} has no effect on a resumed run, here as in transformers: the schedule goes on "
-                f"from the checkpoint's {before:g}. For another one begin a new run from these weights."
-            )
-
     def _check_weights_only(self, folder: Path) -> None:
         if not self.args.save_only_model:
             raise CheckpointError(
@@ -304,11 +274,3 @@ class CheckpointStore:
             f"{folder.name} holds weights only (save_only_model=True): the optimizer and the warmup begin anew. "
             "save_only_model=False makes checkpoints that a run goes on from exactly."
         )
-
-
-def _check_schedule(schedule: dict[str, Any], folder: Path) -> None:
-    rates, steps = schedule.get("base_lrs"), schedule.get("last_epoch")
-    if not (isinstance(rates, list) and rates and all(has_type(x, float) and 0 <= x < math.inf for x in rates)):
-        raise FILES.refuse(folder, f"a schedule with base_lrs={show(rates)}", "base_lrs: a list of learning rates")
-    if not has_type(steps, int) or not has_type(schedule.get("_step_count", 1), int):
-        raise FILES.refuse(folder, f"a schedule with last_epoch={show(steps)}", "last_epoch: a number of steps")
