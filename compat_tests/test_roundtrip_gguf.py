@@ -29,7 +29,6 @@ SETTINGS = {
     "plain": {"r": 4, "lora_alpha": 8},
     "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True},
     "patterns": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 31, "layers.1.mlp.up_proj": 1}},
-    "nothing": {"r": 4, "lora_alpha": 0},
 }
 
 

@@ -36,7 +36,7 @@ from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.adapters.start import start_as_mlx_lm
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import LossPlan, ModelPlan
-from hf_mlx.training.objective import Objective
+from hf_mlx.training.objective import TokenObjective
 
 SEEDS = range(15)
 STEPS = 8
@@ -125,7 +125,7 @@ def run_mlx_lm(
 
 def our_loss(loaded: Any, batches: Batches) -> tuple[Callable, Iterator]:
     """The loss of this library, on the model with mlx-lm's layers."""
-    objective = Objective(loaded, [], LossPlan())
+    objective = TokenObjective(loaded, [], LossPlan())
     key = mx.array([0, 0], mx.uint32)
 
     def loss(_: Any, arrays: dict[str, mx.array], share: mx.array) -> tuple[mx.array, mx.array]:

@@ -82,7 +82,8 @@ def load_tokenizer(path: str | Path, plan: ModelPlan) -> Any:
         ):
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=plan.trust_remote_code)
     except ModelError as error:
-        if "trust_remote_code" not in str(error):
+        # What transformers said is cut short in the message.
+        if "trust_remote_code" not in f"{error} {error.__cause__}":
             raise
         raise ModelError(
             f"{folder}: a tokenizer with Python code of its own",
