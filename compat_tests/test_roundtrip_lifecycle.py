@@ -76,6 +76,10 @@ def cases(draw):
     saved = draw(st.lists(st.sampled_from([*ENDS, "norm", "input_layernorm"]), max_size=2, unique=True))
     if saved := [name for name in saved if name not in ends]:
         lora["modules_to_save"] = saved
+    if not ends and not set(saved) & set(ENDS) and draw(st.booleans()):
+        tokens = draw(st.lists(st.integers(0, 49), min_size=1, max_size=4, unique=True))
+        both = {"embed_tokens": tokens, "lm_head": tokens}
+        lora["trainable_token_indices"] = draw(st.sampled_from([tokens, {"embed_tokens": tokens}, both]))
     if not ends:
         lora["use_dora"] = draw(st.booleans())
     lora["bias"] = draw(st.sampled_from(["none", "lora_only", "all"]))
@@ -270,6 +274,15 @@ KNOWN = {
     ),
     "the embedding in full, tied and cut": Case(
         True, {"new_num_tokens": 50}, {"target_modules": ["v_proj"], "modules_to_save": ["embed_tokens"]}
+    ),
+    "the embedding in full, tied and grown": Case(
+        True, {"new_num_tokens": 62}, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    ),
+    "the head in full, tied and grown": Case(
+        True, {"new_num_tokens": 62}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    ),
+    "the embedding of a tied and grown base": Case(
+        True, {"new_num_tokens": 62}, {"target_modules": ["q_proj", "embed_tokens"]}
     ),
     "new rows of an embedding": Case(
         False, {"new_num_tokens": 62}, {"target_modules": ["q_proj"], "trainable_token_indices": [60, 61]}

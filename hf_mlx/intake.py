@@ -153,8 +153,9 @@ class Intake:
             raise self.refuse(path, f"{part}not readable as JSON ({error})", "a JSON object") from error
         if not isinstance(content, dict):
             raise self.refuse(path, f"{part}not a JSON object but {_name(content)}", "a JSON object")
-        if what := _strangeness(content, finite, largest or 10**_MAX_DIGITS):
-            raise self.refuse(path, what, "the JSON that its writer writes")
+        largest = largest or 10**_MAX_DIGITS
+        if what := _strangeness(content, finite, largest):
+            raise self.refuse(path, _place(content, finite, largest) + what, "the JSON that its writer writes")
         return content
 
     def check_types(self, content: Mapping[str, Any], types: Mapping[str, Types], path: Path) -> None:
@@ -231,6 +232,15 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError) and path.is_symlink():
         return f"a link to {os.readlink(path)}, which is not there"
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _place(content: Mapping[str, Any], finite: bool, largest: float) -> str:
+    """The key and value that are strange, for a message; nothing where they lie deep."""
+    for key, value in content.items():
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if not any(isinstance(item, (dict, list)) for item in inner) and _strangeness(inner, finite, largest):
+            return f"{key[:80]}={show(value)}: "
+    return ""
 
 
 def _strangeness(content: Any, finite: bool, largest: float) -> str | None:

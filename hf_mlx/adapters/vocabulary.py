@@ -79,6 +79,28 @@ def carried_slots(loaded: LoadedModel, blueprint: Blueprint) -> dict[str, Slot]:
     return found
 
 
+def read_carried(loaded: LoadedModel, carried: Mapping[str, Slot], tensors: Tensors) -> dict[str, mx.array]:
+    """The frozen weights of both ends that a file holds.
+
+    Of a model that torch ties, and whose frozen ends are thus one tensor, PEFT may write it under one name: then it is
+    that of the other end, too.
+
+    Args:
+        loaded: The model, adapted.
+        carried: What :func:`carried_slots` names.
+        tensors: Those of the file, by PEFT's keys.
+
+    Returns:
+        MLX path → (rows, dim), as stored.
+    """
+    found = {slot.mlx_path: tensors[key] for key, slot in carried.items() if key in tensors and slot.mlx_path}
+    weights = {slot.mlx_path for slot in carried.values() if slot.mlx_path.endswith(".weight")}
+    there = next((path for path in found if path in weights), None)
+    if loaded.untied and there is not None:
+        found = dict.fromkeys(weights, found[there]) | found
+    return found
+
+
 def put_carried(
     loaded: LoadedModel, plan: LoraPlan, shapes: Shapes, read: Callable[[], Tensors], folder: Path
 ) -> Undo | None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..adapters.adapter import Adapter
 from ..adapters.config import config_to_json
 from ..adapters.slots import Slot
-from ..adapters.vocabulary import carried_slots
+from ..adapters.vocabulary import carried_slots, read_carried
 from ..errors import CheckpointError, ModelError
 from ..intake import lies
 from ..models.load import LoadedModel
@@ -66,7 +66,7 @@ def load_weights(
         tensors |= load_arrays(folder / file)
     values = parameters.from_hf({name: tensors[name] for name in expected})
     weights = {name: values[name].astype(value.dtype) for name, value in params.items()}
-    frozen = {slot.mlx_path: tensors[key] for key, slot in carried.items() if key in tensors and slot.mlx_path}
+    frozen = read_carried(loaded, carried, tensors)
     # The file may be replaced or deleted while the run goes on.
     mx.eval(weights, frozen)
     for name, value in (weights | frozen).items():

@@ -101,12 +101,12 @@ class TorchModel:
         self.model = get_peft_model(self.model, peft_config)
         self.adapter = "default"
 
-    def tensors(self) -> dict[str, Any]:
-        """The base's tensors under the names and layouts of its checkpoint files, tied copies left out."""
+    def tensors(self, *, tied: bool = False) -> dict[str, Any]:
+        """The base's tensors under the names and layouts of its checkpoint files; ``tied`` copies too, or without."""
         from transformers.core_model_loading import revert_weight_conversion
 
         held = {plain: value for name, value in self.base.state_dict().items() if (plain := _base_name(name))}
-        if self.base.config.get_text_config().tie_word_embeddings:
+        if not tied and self.base.config.get_text_config().tie_word_embeddings:
             held = _drop_tied(held)
         return revert_weight_conversion(self.base, held)
 

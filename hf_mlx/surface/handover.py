@@ -130,9 +130,9 @@ class Handover:
         restored, self.session.restored = self.session.restored, {}
         if restored:
             plain = {name.replace(".base_layer.", "."): value for name, value in restored.items()}
-            held = self.source.tensors()
+            # Of a tied pair the object has one tensor; either end alone may come from the checkpoint.
+            held = self.source.tensors(tied=True)
             exported = self.session.loaded.names.export_weights(plain)
-            # Of a tied pair the object has one tensor.
             self.source.write({name: value for name, value in exported.items() if name in held}, held)
 
     def _adopt(self, adapter: Adapter) -> None:
