@@ -150,7 +150,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "download the whole folder",
     ),
     "index is not one": (lambda f: _index(f, 3), "not a readable index", "save_pretrained"),
-    "tensor stored twice": (_stored_twice, "again in", "save_pretrained(\"a-new-folder\")"),
+    "tensor stored twice": (_stored_twice, "again in", 'save_pretrained("a-new-folder")'),
     "tensor missing": (_drop_tensor, "up_proj", "save_pretrained"),
     "tensor too many": (_extra_tensor, "q_proj.bias", "save_pretrained"),
     "config of a wider model": (lambda f: _edit_config(f, intermediate_size=64), "do not fit", "save_pretrained"),

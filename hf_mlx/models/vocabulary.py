@@ -15,7 +15,6 @@ from mlx.utils import tree_unflatten
 
 from .heads import embedding_path, model_parts, ties_head
 from .load import LoadedModel, module_at
-from .precision import CastEmbedding, CastLinear
 
 HEADS = ("lm_head", "embed_out")
 Undo = Callable[[], None]
@@ -88,6 +87,9 @@ def untie_head(loaded: LoadedModel) -> Undo | None:
     Returns:
         Ties it again; None where the model's code has no such head, or its embedding is quantised.
     """
+    # Brings mlx-lm, and with it torch, which whoever only asks for rows must not pay for.
+    from .precision import CastEmbedding, CastLinear
+
     ends = find_ends(loaded)
     prefix, _ = model_parts(loaded.model)
     wrapper: Any = module_at(loaded.model, prefix)
