@@ -70,11 +70,11 @@ def held_out():
     return Dataset.from_list(rows_of("prompt", 5, seed=3))
 
 
-def assert_balanced(theirs, ours, *, weights=WEIGHTS, steps=2):
+def assert_balanced(theirs, ours, *, weights=WEIGHTS, steps=2, epochs=1):
     """Both curves agree, and both log the routers' loss of every step and evaluation."""
     logged = [key for entry in ours.history for key in entry if key.endswith("aux_loss")]
-    assert logged == ["aux_loss"] * steps + ["eval_aux_loss"]
-    assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=weights) >= 5 * steps
+    assert logged == (["aux_loss"] * steps + ["eval_aux_loss"]) * epochs
+    assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=weights) >= 5 * steps * epochs
     assert abs(mean_drift(theirs, ours)) < DRIFT
 
 
@@ -85,11 +85,12 @@ def test_adapter_on_attention(model_type, moe):
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, "laguna"])
 def test_all_weights_with_checkpointing(model_type, moe):
-    settings = {**SETTINGS, "gradient_checkpointing": True, "learning_rate": 1e-4}
+    # Losses of 7 are 5e-7 apart at the least, so that a mean over two of them says nothing below 1e-6 yet.
+    settings = {**SETTINGS, "gradient_checkpointing": True, "learning_rate": 1e-4, "num_train_epochs": 3}
     theirs, ours = run_both(moe(model_type), settings, ROWS, None, eval_dataset=held_out())
     # Experts are stacked under other names here; the second step's loss and norm depend on every weight.
     theirs.weights, ours.weights = {}, {}
-    assert_balanced(theirs, ours)
+    assert_balanced(theirs, ours, epochs=3)
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
