@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +17,7 @@ from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_
 from .data.prepare import Prepared, prepare, prepare_eval
 from .data.shapes import Shapes
 from .data.tables import Tables
+from .errors import DataError, SettingError
 from .settings.plan import TrainPlan
 from .training.inputs import HostInputs, Inputs, make_host_inputs, make_inputs
 
@@ -82,6 +84,80 @@ class Feed:
         if isinstance(prepared, dict):
             return {name: part.dataset for name, part in prepared.items()}
         return prepared.dataset
+
+    @property
+    def collator(self) -> Callable | None:
+        """The user's ``data_collator``, or None."""
+        return self._collator
+
+    @property
+    def is_padding_free(self) -> bool:
+        """Whether batches are collated into one row of documents."""
+        return self._train.padding_free
+
+    def adopt_plan(self, plan: TrainPlan) -> None:
+        """Go on under ``plan``, whose data settings are the same; the run's generator stays where it is."""
+        self.plan = plan
+        self._forget_shapes()
+
+    def adopt_collator(self, collator: Callable) -> None:
+        """Make batches with ``collator`` from now on.
+
+        Raises:
+            SettingError: It would get the rows' own columns, which preparation has taken away.
+        """
+        if self._keep_columns and self._collator is None and not self.plan.data.skip_prepare_dataset:
+            raise SettingError(
+                "trainer.data_collator set on a trainer with remove_unused_columns=False and no collator before",
+                "the rows' own columns, which are kept for a collator that the constructor knows",
+                "MLXSFTTrainer(..., data_collator=my_collator)",
+            )
+        self._collator = collator
+        self._guard.adopt_collator()
+        self._forget_shapes()
+
+    def adopt_train(self, dataset: Any) -> Any:
+        """Take ``dataset`` for the train dataset as it is, as trl does with one that is assigned.
+
+        Raises:
+            DataError: Its rows are not tokens.
+        """
+        prepared = self._take(dataset, "train", self.plan.batch.train_batch_size)
+        self._train = replace(prepared, completion_only=self._train.completion_only)
+        self._forget_shapes()
+        return prepared.dataset
+
+    def adopt_eval(self, dataset: Any) -> Any:
+        """The same for an evaluation dataset, a dict of them, or None."""
+        if dataset is None:
+            return None
+        rows = self.plan.batch.eval_batch_size
+        if isinstance(dataset, Mapping):
+            return {name: self._take(part, name, rows).dataset for name, part in dataset.items()}
+        return self._take(dataset, "eval", rows).dataset
+
+    def _take(self, dataset: Any, name: str, batch_size: int) -> Prepared:
+        data = replace(self.plan.data, skip_prepare_dataset=True)
+        prepared = prepare(dataset, self.tokenizer, data, name=name, packing=False)
+        columns = prepared.dataset.column_names
+        if columns is not None and "input_ids" not in columns and not (self._collator and self._keep_columns):
+            which = "train_dataset" if name == "train" else "eval_dataset"
+            raise DataError(
+                f"trainer.{which} = rows with the columns {sorted(columns)}",
+                "rows of input_ids and labels: a dataset that is assigned is not prepared (by trl neither)",
+                f"pass it to the constructor: MLXSFTTrainer(..., {which}=rows)",
+            )
+        self._guard.dataset(
+            prepared.dataset,
+            name,
+            batch_size,
+            padding_free=self._train.padding_free,
+            as_is="input_ids" in (columns or ()),
+        )
+        return prepared
+
+    def _forget_shapes(self) -> None:
+        self.__dict__.pop("shapes", None)
 
     def _check(self, prepared: Prepared, name: str, batch_size: int) -> None:
         self._guard.dataset(prepared.dataset, name, batch_size, padding_free=self._train.padding_free)

@@ -117,6 +117,15 @@ class Session:
             self.step.retrace()
             self.evaluator = Evaluator(self.step.objective)
 
+    def adopt_plan(self, plan: TrainPlan) -> None:
+        """Go on under ``plan``, which differs in how the run is batched, optimised, scheduled and clipped."""
+        optimizer = self.step.optimizer
+        if plan.optim != self.plan.optim:
+            optimizer = make_optimizer(plan.optim, optimizer.decay)
+        if optimizer is not self.step.optimizer or plan.clip != self.plan.clip:
+            self.step.adopt(optimizer, plan.clip)
+        self.plan = plan
+
     def hf_name(self, name: str) -> str:
         """The name PEFT (or, without adapter, the HF checkpoint) gives a trainable array."""
         return self.adapter.hf_name(name) if self.adapter is not None else self.loaded.names.to_hf_names(name)[0]

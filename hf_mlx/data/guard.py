@@ -38,7 +38,7 @@ class Guard:
         pad = tokenizer.pad_token_id
         self.fill_id: int = pad if pad is not None and 0 <= pad <= self._check.tables.largest_id else 0
 
-    def dataset(self, dataset: Any, name: str, batch_size: int, *, padding_free: bool) -> None:
+    def dataset(self, dataset: Any, name: str, batch_size: int, *, padding_free: bool, as_is: bool = False) -> None:
         """Checks a prepared set before anything is trained, as far as its rows are known.
 
         Args:
@@ -46,19 +46,24 @@ class Guard:
             name: What errors call it.
             batch_size: Rows of its micro-batches.
             padding_free: They are joined rather than padded.
+            as_is: Nothing was prepared, whatever the settings say.
 
         Raises:
             DataError: Names the row.
         """
         if self._collated or not hasattr(dataset, "__len__") or dataset.format["type"] == "custom":
             return
-        if self._plan.skip_prepare_dataset:
+        if as_is or self._plan.skip_prepare_dataset:
             check_columns(dataset, self._check, name)
         if batch_size == 1 and not padding_free and "input_ids" in dataset.column_names:
             check_filled(count_tokens(dataset), name)
         pad = self._check.tokenizer.pad_token_id
         if pad != self.fill_id and not padding_free and "input_ids" in dataset.column_names:
             check_padding(count_tokens(dataset), batch_size, self._plan.pad_to_multiple_of, self._check, name)
+
+    def adopt_collator(self) -> None:
+        """From now on the user's own collator makes the batches."""
+        self._collated = True
 
     def batch(self, batch: Batch) -> Batch:
         """``batch`` as it is, once it is known to stay inside the tables.

@@ -23,7 +23,7 @@ _OPTIM_METHODS = """
     create_optimizer create_scheduler create_optimizer_and_scheduler get_optimizer_cls_and_kwargs
     get_decay_parameter_names _get_learning_rate
 """
-_NEVER_CALLED = {
+NEVER_CALLED = {
     **dict.fromkeys(_STEP_METHODS.split(), _STEP),
     **dict.fromkeys(_DATA_METHODS.split(), _DATA),
     **dict.fromkeys(_OPTIM_METHODS.split(), _OPTIM),
@@ -44,9 +44,9 @@ def check_overrides(cls: type, base: type) -> None:
     """
     for derived in cls.__mro__[: cls.__mro__.index(base)]:
         for name in vars(derived):
-            if name in _NEVER_CALLED and not hasattr(base, name):
+            if name in NEVER_CALLED and not hasattr(base, name):
                 raise SettingError(
                     f"{derived.__name__}.{name}(), which overrides a method of transformers' trainer",
                     "overrides that this trainer calls (log, evaluate, predict, save_model, train)",
-                    _NEVER_CALLED[name],
+                    NEVER_CALLED[name],
                 )

@@ -12,9 +12,11 @@ from ..checkpoints.files import check_output_dir
 from ..data.prepare import prepare_tokenizer
 from ..errors import SettingError
 from ..feed import Feed
+from ..settings.changes import Asked
 from ..settings.legacy import merge_trainer_keywords
 from ..surface import reporting
 from ..surface.accelerator import Accelerator
+from ..surface.assignments import check_presets
 from ..surface.bases import open_base
 from ..surface.callbacks import make_handler, make_state
 from ..surface.evaluation import Evaluation
@@ -65,6 +67,7 @@ class TrainerBase(Running):
     ) -> None:
         self._clock = StartClock()
         check_overrides(type(self), next(cls for cls in type(self).__mro__ if cls.__module__ in _HOUSE))
+        check_presets(self)
         check_optimizers(optimizers)
         check_functions(keywords)
         self._base = base = open_base(model)
@@ -81,6 +84,9 @@ class TrainerBase(Running):
             quantization_config=quantization_config,
             overrides=overrides,
         )
+        self._asked = Asked(
+            self.args, self.ledger, max_grad_value=max_grad_value, strict=strict, overrides=dict(overrides)
+        )
         reporting.set_log_level(self.args.log_level)
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
@@ -96,6 +102,7 @@ class TrainerBase(Running):
         self._begin(callbacks)
         self._memory.stop("init")
         self._clock.end("callbacks")
+        self._build_done()
 
     def _read(
         self,

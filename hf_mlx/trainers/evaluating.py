@@ -28,6 +28,7 @@ class Evaluating(Publishing):
         """
         from transformers.trainer_utils import speed_metrics
 
+        self._settle(training=False)
         dataset = self._eval_rows(eval_dataset)
         if isinstance(dataset, dict):
             metrics = {}
@@ -54,6 +55,7 @@ class Evaluating(Publishing):
         """
         from transformers.trainer_utils import PredictionOutput, speed_metrics
 
+        self._settle(training=False)
         self._memory.start("test")
         start = time.time()
         output = self._evaluation(self.data.prepare_eval(test_dataset), metric_key_prefix, keep_logits=True)

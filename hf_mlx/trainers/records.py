@@ -8,10 +8,10 @@ from ..checkpoints.files import check_output_dir, disk_errors
 from ..checkpoints.inspection import STATE
 from ..checkpoints.trainer_state import write_trainer_state
 from ..surface import reporting
-from .parts import Parts
+from .names import Names
 
 
-class Records(Parts):
+class Records(Names):
     """Logs, metrics and states; callbacks."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

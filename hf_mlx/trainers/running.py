@@ -44,6 +44,7 @@ class Running(Evaluating):
         """
         from transformers.trainer_utils import TrainOutput, align_special_tokens, speed_metrics
 
+        self._settle(training=True)
         self._memory.start("train")
         checkpoints = self._checkpoints = Checkpoints(self)
         folder = checkpoints.store.find(resume_from_checkpoint)
@@ -81,6 +82,7 @@ class Running(Evaluating):
                 self._base.write_back()
             raise
         self._base.write_back()
+        self._asked.say_unread(self.args)
         done = self.state.global_step - loop.first_step
         metrics = speed_metrics("train", start, self._trained_rows(done), done)
         metrics |= {"total_flos": self.state.total_flos, **result}

@@ -188,6 +188,14 @@ class Step:
         self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
         self._bind()
 
+    def adopt(self, optimizer: Optimizer, clip: GradClip) -> None:
+        """Go on with another update rule or clip; another optimizer begins with an empty state."""
+        params = self.params
+        state = self.state if optimizer is self.optimizer else optimizer.init(params)
+        self.optimizer, self.clip = optimizer, clip
+        self._compile()
+        self.load(params, state)
+
     def retrace(self) -> None:
         """Forget what was traced, once frozen weights of the model are others."""
         self._compile()
