@@ -145,7 +145,7 @@ def _nothing(rows: Rows, pick: random.Random) -> str:
     return "as they are"
 
 
-ODDITIES = [*[_nothing] * 3, *[_set] * 3, *[_extra] * 2, _drop, _rename, _cut, _shorter]
+ODDITIES = [*[_nothing] * 4, *[_set] * 3, *[_extra] * 2, _drop, _rename, _cut, _shorter]
 
 
 class Mapped:
@@ -185,7 +185,7 @@ CONTAINERS: dict[str, Callable[[Rows], Any]] = {
     "None": lambda rows: None,
     "name": lambda rows: "nowhere/nothing",
 }
-_WEIGHTS = [16, 2, 5, 3, 2, 2, 2, 2, *[1] * 10]
+_WEIGHTS = [30, 3, 10, 5, 3, 3, 3, 3, *[1] * 10]
 
 OPTIONS: list[dict[str, Any]] = [
     *[{}] * 6,

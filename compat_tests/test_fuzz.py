@@ -54,6 +54,9 @@ REFUSALS: dict[str, str] = {
     r"SFTConfig\.debug ": "torch's debugging",
     r"SFTConfig\.enable_jit_checkpoint ": "a cluster's signal",
     r"SFTConfig\.label_smoothing_factor is dropped": "trl drops it silently with dft",
+    r"SFTConfig\.optim_args has": "trl drops an option that the optimizer does not read",
+    r"SFTConfig\.(train_sampling_strategy|packing_strategy|truncation_mode|loss_type) ": "no such choice, or an unused one",
+    r"max_steps=0\n": "trl trains all epochs instead of none",
     r"SFTConfig\.label_names ": "SFT has one label column",
     r"SettingError: received: \w+=('\w*'|None|True|-?[\d.]+|nan|inf)\n  required: \w+ is (a |True or False|\w+ a )": (
         "a value outside its type or range, which trl takes for something else"
@@ -63,6 +66,9 @@ REFUSALS: dict[str, str] = {
     r"explicit choice: TRL ignores the mask": "trl trains on the prompt silently",
     r"column '\w*mask\w*'": "a mask that is not one 0 or 1 for each token",
     r"completion_only_loss=True with a": "no completion to train on; trl ignores it",
+    r"ids from 0 to \d+: the model embeds": "a row that trl would stop at later than these two steps",
+    r"no messages \(an empty list\)": "a turn without messages",
+    r"dataloader_drop_last=True\n  required: at least one batch": "trl trains nothing and says so nowhere",
 }
 # Words of trl's error where this library trains, and why it does.
 ACCEPTED: dict[str, str] = {
@@ -70,7 +76,11 @@ ACCEPTED: dict[str, str] = {
     r"liger-kernel .* is not available": "CUDA kernels, which are not used",
     r"must be a `Dataset` or `IterableDataset`, got `(list|tuple)`": "rows in a list are rows",
     r"A formatting function was provided while": "the formatted text is trained, and said so",
-    r"'numpy.ndarray' object has no attribute": "rows are read as Python values, whatever the format",
+    r"numpy format.* (KeyError: 'text'|AttributeError: 'numpy.ndarray')": "rows are read as Python values, always",
+    r"The chat template is not training-compatible": "the assistant's turns are found by ChatML's delimiters",
+    r"'activation_offloading': True.*'NoneType' object has no attribute 'type'": "needs an accelerator under trl",
+    r"attention_mask, attention_mask='None'.* torch format": "a column that is not read here",
+    r"'init_lora_weights': 1.*'int' object has no attribute 'lower'": "1 is True",
 }
 
 
@@ -79,14 +89,15 @@ def model(tmp_path_factory):
     return str(tiny_model("llama", tmp_path_factory.mktemp("model"), hidden_size=32, intermediate_size=48))
 
 
-def run_both(model: str, *drawn: Any) -> str:
+def run_both(what: str, model: str, *drawn: Any) -> str:
     """The outcome of trl's run and ours."""
+    print(f"HF_MLX_SEED={SEED} {what}")
     try:
         with _quiet() as folder:
             configure(folder, *drawn[:2])
     except Exception:
         return "no config"
-    return judge(attempt(SFTTrainer, model, *drawn), attempt(MLXSFTTrainer, model, *drawn))
+    return judge(what, attempt(SFTTrainer, model, *drawn), attempt(MLXSFTTrainer, model, *drawn))
 
 
 def configure(folder: str, settings: Any, lora: Any) -> tuple[SFTConfig, LoraConfig | None]:
@@ -108,20 +119,20 @@ def attempt(trainer: Any, model: str, settings: Any, lora: Any, make: Any, keywo
     return made.state.log_history
 
 
-def judge(theirs: Any, ours: Any) -> str:
+def judge(what: str, theirs: Any, ours: Any) -> str:
     """The outcome, or an AssertionError."""
     if isinstance(theirs, Exception):
         if isinstance(ours, Exception):
             print(f"  trl: {type(theirs).__name__}: {str(theirs)[:90]!r}; here: {type(ours).__name__}: {str(ours)[:90]!r}")
             assert isinstance(ours, HFMLXError) or type(ours) is type(theirs), f"raw: {ours!r} (trl: {theirs!r})"
             return "both raise"
-        assert _listed(ACCEPTED, theirs), f"trains what trl refuses: {theirs!r}"
+        assert _listed(ACCEPTED, what, theirs), f"trains what trl refuses: {theirs!r}"
         return "accepted"
     if isinstance(ours, Exception):
         assert isinstance(ours, HFMLXError), f"raw, and trl trains: {ours!r}"
-        assert _listed(REFUSALS, ours), f"needless refusal: {ours}"
+        assert _listed(REFUSALS, what, ours), f"needless refusal: {ours}"
         return "refused"
-    assert len(theirs) == len(ours)
+    assert len(theirs) == len(ours), f"trl {theirs}, here {ours}"
     for a, b in zip(theirs, ours, strict=True):
         assert list(a) == list(b), f"keys or their order: {a} {b}"
         for key, value in a.items():
@@ -130,8 +141,8 @@ def judge(theirs: Any, ours: Any) -> str:
     return "equal"
 
 
-def _listed(table: dict[str, str], error: Exception) -> bool:
-    return any(re.search(pattern, f"{type(error).__name__}: {error}") for pattern in table)
+def _listed(table: dict[str, str], what: str, error: Exception) -> bool:
+    return any(re.search(pattern, f"{what} {type(error).__name__}: {error}") for pattern in table)
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -142,16 +153,16 @@ def _close(a: Any, b: Any) -> bool:
 
 def run_settings(index: int, model: str) -> str:
     settings, lora = draw_settings(f"{SEED}-settings-{index}")
-    print(f"HF_MLX_SEED={SEED} settings #{index}: {settings} {lora}")
+    what = f"settings #{index}: {settings} {lora}"
     held_out = Dataset.from_list(rows_of("text", 3, seed=1))
     keywords = {"eval_dataset": held_out} if settings.get("eval_strategy", "no") != "no" else {}
-    return run_both(model, settings, lora, lambda: Dataset.from_list(rows_of("text", 7)), keywords)
+    return run_both(what, model, settings, lora, lambda: Dataset.from_list(rows_of("text", 7)), keywords)
 
 
 def run_rows(index: int, model: str) -> str:
     drawn = draw_rows(f"{SEED}-rows-{index}")
-    print(f"HF_MLX_SEED={SEED} rows #{index}: {drawn.what} {drawn.settings} {list(drawn.keywords)}")
-    return run_both(model, drawn.settings, LORA, drawn.make, drawn.keywords)
+    what = f"rows #{index}: {drawn.what} {drawn.settings} {list(drawn.keywords)}"
+    return run_both(what, model, drawn.settings, LORA, drawn.make, drawn.keywords)
 
 
 RUNS = {"settings": run_settings, "rows": run_rows}
