@@ -55,14 +55,16 @@ REFUSALS: dict[str, str] = {
     r"SFTConfig\.enable_jit_checkpoint ": "a cluster's signal",
     r"SFTConfig\.label_smoothing_factor is dropped": "trl drops it silently with dft",
     r"SFTConfig\.optim_args has": "trl drops an option that the optimizer does not read",
-    r"SFTConfig\.(train_sampling_strategy|packing_strategy|truncation_mode|loss_type) ": "no such choice, or an unused one",
+    r"SFTConfig\.\w+ is none of": "no such choice, which trl takes for another or does not read in this run",
+    r"SFTConfig\.train_sampling_strategy balances": "there is one process",
     r"max_steps=0\n": "trl trains all epochs instead of none",
     r"SFTConfig\.label_names ": "SFT has one label column",
-    r"SettingError: received: \w+=('\w*'|None|True|-?[\d.]+|nan|inf)\n  required: \w+ is (a |True or False|\w+ a )": (
+    r"SettingError: received: ([\w\['\]]+)=('\w*'|None|True|-?[\d.]+|nan|inf)\n  required: [\w\['\]]+ is ": (
         "a value outside its type or range, which trl takes for something else"
     ),
     r"a loss of nan at step": "the run is lost from there on; trl goes on",
     r"two formats at once": "trl picks one",
+    r"has the column '(labels|\w+_masks?)' beside": "trl lays it over the tokens that it makes of the row",
     r"explicit choice: TRL ignores the mask": "trl trains on the prompt silently",
     r"column '\w*mask\w*'": "a mask that is not one 0 or 1 for each token",
     r"completion_only_loss=True with a": "no completion to train on; trl ignores it",
@@ -73,6 +75,7 @@ REFUSALS: dict[str, str] = {
 # Words of trl's error where this library trains, and why it does.
 ACCEPTED: dict[str, str] = {
     r"persistent_workers option needs|prefetch_factor option": "of torch's DataLoader, which is not used",
+    r"should be a boolean value, but got drop_last=None": "None is False for every switch",
     r"liger-kernel .* is not available": "CUDA kernels, which are not used",
     r"must be a `Dataset` or `IterableDataset`, got `(list|tuple)`": "rows in a list are rows",
     r"A formatting function was provided while": "the formatted text is trained, and said so",
