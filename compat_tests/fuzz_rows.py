@@ -174,7 +174,7 @@ CONTAINERS: dict[str, Callable[[Rows], Any]] = {
     "torch format": lambda rows: Dataset.from_list(rows).with_format("torch"),
     "numpy format": lambda rows: Dataset.from_list(rows).with_format("numpy"),
     "selected": lambda rows: Dataset.from_list(rows).select(range(len(rows) - 1, -1, -1)),
-    "DatasetDict": lambda rows: DatasetDict(train=Dataset.from_list(rows)),
+    "DatasetDict": lambda rows: DatasetDict({"train": Dataset.from_list(rows)}),
     "stream dict": lambda rows: IterableDatasetDict({"train": _stream(rows)}),
     "list": lambda rows: rows,
     "tuple": lambda rows: tuple(rows),

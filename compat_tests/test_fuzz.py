@@ -126,7 +126,9 @@ def judge(what: str, theirs: Any, ours: Any) -> str:
     """The outcome, or an AssertionError."""
     if isinstance(theirs, Exception):
         if isinstance(ours, Exception):
-            print(f"  trl: {type(theirs).__name__}: {str(theirs)[:90]!r}; here: {type(ours).__name__}: {str(ours)[:90]!r}")
+            print(
+                f"  trl: {type(theirs).__name__}: {str(theirs)[:90]!r}; here: {type(ours).__name__}: {str(ours)[:90]!r}"
+            )
             assert isinstance(ours, HFMLXError) or type(ours) is type(theirs), f"raw: {ours!r} (trl: {theirs!r})"
             return "both raise"
         assert _listed(ACCEPTED, what, theirs), f"trains what trl refuses: {theirs!r}"
