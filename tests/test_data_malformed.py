@@ -188,6 +188,9 @@ SETS = {
     "images column": ([{"messages": [USER, ANSWER], "images": ["a.png"]}], {}, "'images'"),
     "text and messages": ([{"text": "x", "messages": [USER, ANSWER]}], {}, "two formats"),
     "prompt and messages": ([{"prompt": "x", "messages": [USER, ANSWER]}], {}, "two formats"),
+    "labels beside messages": ([{"messages": [USER, ANSWER], "labels": 3}], {}, "'labels' beside 'messages'"),
+    "labels beside text": ([{"text": "x", "labels": [5]}], {}, "rename_column"),
+    "a mask beside a pair": ([{**GOOD["pair"], "assistant_masks": [1]}], {}, "'assistant_masks' beside"),
     "prompt alone": ([{"prompt": "x"}], {}, "'completion'"),
     "completion alone": ([{"completion": "x"}], {}, "'prompt'"),
     "preferences": ([{"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}], {}, "preference"),
@@ -213,4 +216,4 @@ def test_a_set_that_cannot_train_is_refused(case):
     error = fail(dataset, **settings)
     assert isinstance(error, DataError)
     assert words in str(error)
-    assert len(SETS) == 20
+    assert len(SETS) == 23

@@ -242,6 +242,14 @@ def test_bad_input_is_named_with_the_line_to_write(request_, received, remedy):
     assert remedy in caught.value.remedy
 
 
+def test_none_switches_off_what_has_no_third_meaning():
+    fields = ("packing", "shuffle_dataset", "assistant_only_loss", "auto_find_batch_size")
+    plan = resolve_plan(dict.fromkeys(fields), {"use_dora": None})[0]
+    assert not any((plan.data.packing, plan.data.shuffle_dataset, plan.data.assistant_only_loss))
+    assert plan.auto_find_batch_size is False
+    assert plan.lora is not None and plan.lora.use_dora is False
+
+
 def test_a_refused_field_stops_the_run_before_a_bad_number_is_looked_at():
     with pytest.raises(SettingError, match="fp16"):
         resolve_plan({"fp16": True, "learning_rate": nan})

@@ -13,7 +13,8 @@ from .faults import show
 Kind = Literal["text", "formatted", "messages", "prompt_completion", "tokenized"]
 
 _CHAT_EXTRAS = ("tools", "chat_template_kwargs")
-_TOKENIZED = ("input_ids", "labels", "completion_mask", "assistant_masks")
+_LABELS = ("labels", "completion_mask", "assistant_masks")
+_TOKENIZED = ("input_ids", *_LABELS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def read_format(columns: Sequence[str], first: Mapping[str, Any], plan: DataPlan
         name: What messages call the set (``train``, ``eval``, …).
 
     Raises:
-        DataError: No trainable column, two formats at once, images, preference data.
+        DataError: No trainable column, two formats at once, labels of other tokens, images, preference data.
         SettingError: A mask setting that this format cannot honour.
     """
     _refuse_images(columns, name)
@@ -57,6 +58,7 @@ def read_format(columns: Sequence[str], first: Mapping[str, Any], plan: DataPlan
         found = RowFormat("formatted", tuple(columns))
     else:
         found = _match_columns(columns, first, plan, name)
+    _refuse_labels(found, columns, name)
     _check_masks(found, columns, plan, name)
     return found
 
@@ -113,6 +115,18 @@ def _refuse_images(columns: Sequence[str], name: str) -> None:
             f"the {name} dataset: row 0 has the column {media[0]!r}",
             "text only: images are not trained on here, and training without them would change the task",
             f"dataset = dataset.remove_columns({media!r}), if the text alone is what you want to train on",
+        )
+
+
+def _refuse_labels(found: RowFormat, columns: Sequence[str], name: str) -> None:
+    # trl 1.16, SFTTrainer._prepare_dataset, keeps such a column and trains on it, whatever the row's tokens are.
+    spare = [c for c in _LABELS if c in columns and found.kind != "tokenized"]
+    if spare:
+        raise DataError(
+            f"row 0 of the {name} dataset has the column {spare[0]!r} beside {found.main_column!r}",
+            "labels and masks belong to tokens, so they come with input_ids; TRL would lay this column over the "
+            "tokens that it makes of the row",
+            f"dataset = dataset.remove_columns({spare!r}), or rename_column where it means something else",
         )
 
 

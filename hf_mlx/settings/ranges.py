@@ -77,10 +77,12 @@ def check_optional_count(name: str, value: Any, remedy: str, *, low: int = 1) ->
 def check_flag(name: str, value: Any) -> bool:
     """True or False, and nothing that merely looks like it: the string "False" is true in Python.
 
+    None is False, as it is upstream for a switch that has no third meaning.
+
     Raises:
         SettingError: Anything else.
     """
-    if isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
+    if value is None or isinstance(value, bool) or (isinstance(value, Integral) and value in (0, 1)):
         return bool(value)
     raise SettingError(f"{name}={value!r}", f"{name} is True or False", f"write {name}={str(value).lower() == 'true'}")
 

@@ -32,7 +32,9 @@ def resolve_batch(values: Mapping[str, Any]) -> BatchPlan:
         data_seed=check_optional_count("data_seed", values["data_seed"], "data_seed=None, which follows seed", low=0),
         sampling=values["train_sampling_strategy"],
         seedable_sampler=check_flag("use_seedable_sampler", accelerator.get("use_seedable_sampler", True)),
-        length_column_name=check_text("length_column_name", values["length_column_name"], "write_length"),
+        length_column_name=check_text(
+            "length_column_name", values["length_column_name"], 'length_column_name="length"'
+        ),
     )
 
 

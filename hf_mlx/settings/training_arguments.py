@@ -66,7 +66,11 @@ RUN = (
         "train_sampling_strategy",
         "random",
         one_of("random", "sequential", "group_by_length", ruling=honoured("order of the rows")),
-        otherwise(refused("balances batches across processes; there is one", write='train_sampling_strategy="random"')),
+        one_of(
+            "batch_rebalance",
+            ruling=refused("balances batches across processes; there is one", write='train_sampling_strategy="random"'),
+        ),
+        otherwise(refused("is none of random, sequential, group_by_length", write='train_sampling_strategy="random"')),
     ),
     honour("use_cpu", False, "True runs on the MLX CPU device"),
     honour("resume_from_checkpoint", None, "for the script; transformers never reads it"),

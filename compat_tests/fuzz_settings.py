@@ -1,0 +1,165 @@
+"""Settings drawn for test_fuzz.py: two or three fields of SFTConfig and LoraConfig at a time, plausible and odd."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+NAN, INF = float("nan"), float("inf")
+
+# field: plausible values, odd ones
+ARGUMENTS: dict[str, tuple[list[Any], list[Any]]] = {
+    "per_device_train_batch_size": ([1, 2, 3, 5], [0, -1, 2.5, "2", None, 10**6, True]),
+    "per_device_eval_batch_size": ([1, 3], [0, -2, 1.5, None]),
+    "gradient_accumulation_steps": ([1, 2, 4], [0, -1, 1.5, "2", None, 99, 2.0]),
+    "max_steps": ([1, 2], [0, 1.5, "2", None, True]),
+    "num_train_epochs": ([1, 0.5], ["1", None, -1, NAN]),
+    "learning_rate": ([1e-3, 1e-5], [0, 0.0, -1e-3, "1e-3", "fast", None, NAN, INF, 10, 1e-300]),
+    "lr_scheduler_type": (
+        ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts"],
+        ["reduce_lr_on_plateau", "warmup_stable_decay", "cosine_with_min_lr", "", None, "Linear", 3],
+    ),
+    "lr_scheduler_kwargs": ([{}, {"num_cycles": 1}], ['{"power": 2}', {"power": 2}, {"nope": 1}, "x", []]),
+    "warmup_steps": ([0, 1, 0.5], [-1, 5, 1.5, "1", None, NAN]),
+    "warmup_ratio": ([0.0, 0.5], [-0.1, 2.0, "0.1"]),
+    "optim": (
+        ["adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor"],
+        ["lion_32bit", "adamw", "", None, "galore_adamw", "AdamW_torch", "lomo", "adamw_bnb_8bit"],
+    ),
+    "optim_args": ([None], ["", "momentum=0.9", "x", "beta1=0.5", {"a": 1}]),
+    "optim_target_modules": ([None], ["all-linear", []]),
+    "weight_decay": ([0.0, 0.1], [-0.1, 5, "0.1", None, NAN]),
+    "adam_beta1": ([0.9, 0.0], [1.0, -0.1, "0.9", None]),
+    "adam_beta2": ([0.95, 0.999], [1.0, 2, None]),
+    "adam_epsilon": ([1e-6, 1e-8], [0, -1e-8, "1e-8", None]),
+    "max_grad_norm": ([0.1, 1.0], [0, None, -1, INF, "1", NAN, 1e-12]),
+    "label_smoothing_factor": ([0.0, 0.1], [1.0, -0.1, 2, "0.1", None]),
+    "neftune_noise_alpha": ([None], [0, 0.0, "5"]),
+    "seed": ([0, 7], [-1, 1.5, "3", None, 2**40, 2**32]),
+    "data_seed": ([None, 3], [-1, "3", 2**70, 1.5]),
+    "logging_strategy": (["steps", "epoch", "no"], ["", "best", None]),
+    "logging_steps": ([1, 2], [0, -1, 0.5, 1.5, "1", None, 100]),
+    "logging_first_step": ([True, False], [None, "yes", 1]),
+    "logging_nan_inf_filter": ([True, False], [None]),
+    "eval_strategy": (["no", "steps", "epoch"], ["", None, "best", True]),
+    "eval_steps": ([1, 2], [0, -1, 0.5, 1.5, "1", None]),
+    "eval_delay": ([0, 1], [0.5, -1, None, "1"]),
+    "eval_on_start": ([True, False], [1, None]),
+    "eval_accumulation_steps": ([None, 1], [0, -1, "1"]),
+    "prediction_loss_only": ([True, False], [None]),
+    "eval_do_concat_batches": ([True], [False]),
+    "batch_eval_metrics": ([False], [True]),
+    "include_for_metrics": ([[]], [["loss"], ["inputs"], ["x"]]),
+    "include_num_input_tokens_seen": (["no", "all", "non_padding"], [True, False, "some", None]),
+    "save_strategy": (["no", "steps", "epoch"], ["", None, "best"]),
+    "save_steps": ([1, 2], [0, -1, 0.5, "1", None]),
+    "save_total_limit": ([None, 1], [0, -1, "1"]),
+    "save_only_model": ([True, False], [None]),
+    "load_best_model_at_end": ([False], [True]),
+    "metric_for_best_model": ([None, "loss", "eval_loss"], ["nope", 3]),
+    "greater_is_better": ([None, False], ["no"]),
+    "dataloader_drop_last": ([True, False], [None, "no"]),
+    "dataloader_num_workers": ([0], [-1, "1", None]),
+    "dataloader_pin_memory": ([True, False], [None]),
+    "dataloader_persistent_workers": ([False], [True]),
+    "dataloader_prefetch_factor": ([None], [2, 0]),
+    "remove_unused_columns": ([True, False], [None]),
+    "label_names": ([None, ["labels"]], [["nope"], [], "labels"]),
+    "train_sampling_strategy": (["random", "sequential", "group_by_length"], ["", None, "batch_rebalance"]),
+    "length_column_name": (["length"], ["", None, "text"]),
+    "gradient_checkpointing": ([True, False], [None, 1]),
+    "gradient_checkpointing_kwargs": ([None, {"use_reentrant": False}], [{}, {"x": 1}, "x", {"use_reentrant": True}]),
+    "torch_empty_cache_steps": ([None, 1], [0, -1, 1.5]),
+    "use_liger_kernel": ([False], [True]),
+    "fp16": ([False], [True]),
+    "fp16_full_eval": ([False], [True]),
+    "tf32": ([None], [True]),
+    "fsdp": ([None], ["full_shard", ""]),
+    "deepspeed": ([None], ["nowhere.json", {}]),
+    "debug": ([""], ["underflow_overflow", "x"]),
+    "accelerator_config": (
+        [None, {"split_batches": False}],
+        [{"nope": 1}, {"use_seedable_sampler": False}, "x", {"gradient_accumulation_kwargs": {"num_steps": 2}}],
+    ),
+    "average_tokens_across_devices": ([True, False], [None]),
+    "ignore_data_skip": ([True, False], [None]),
+    "project": (["x"], [None]),
+    "run_name": (["x", None], ["", 5]),
+    "log_level": (["passive", "error"], ["loud", None]),
+    "disable_tqdm": ([True], [None]),
+    "hub_strategy": (["every_save", "end"], ["x", None]),
+    "restore_callback_states_from_checkpoint": ([True, False], []),
+    "use_cache": ([True, False], [None]),
+    "auto_find_batch_size": ([False], [True]),
+    "ddp_timeout": ([1800], [0, None]),
+    "dataset_text_field": (["text"], ["body", None, ""]),
+    "dataset_kwargs": ([None, {}], [{"nope": 1}, {"skip_prepare_dataset": True}, "x"]),
+    "dataset_num_proc": ([None, 1], [0, -1, "1"]),
+    "eos_token": ([None, "</s>"], ["<nope>", "", 1]),
+    "pad_token": ([None, "<pad>", "</s>"], ["<nope>", "", 2]),
+    "max_length": ([8, 64, None], [0, 1, 2, -1, 1.5, "16", 10**9]),
+    "truncation_mode": (["keep_start", "keep_end"], ["", None, "keep_middle"]),
+    "shuffle_dataset": ([True, False], [None]),
+    "packing": ([True, False], [None, 1, "no"]),
+    "packing_strategy": (["bfd", "bfd_split", "wrapped"], ["ffd", "", None]),
+    "padding_free": ([True, False], [None, 1]),
+    "pad_to_multiple_of": ([None, 8], [0, -1, 1.5, "8", 1, 3, "auto"]),
+    "eval_packing": ([None, True, False], ["no"]),
+    "completion_only_loss": ([None, True, False], ["no"]),
+    "assistant_only_loss": ([False], [True, None]),
+    "loss_type": (["nll", "dft", "chunked_nll"], ["", None, "sft"]),
+    "activation_offloading": ([False], [True]),
+    "chat_template_path": ([None], ["nowhere.jinja", "nowhere", ""]),
+    "model_init_kwargs": (
+        [None, {}, {"dtype": "float32"}],
+        [{"dtype": "int8"}, {"nope": 1}, '{"dtype": "float32"}', "x", {"use_cache": False}, {"device_map": None}],
+    ),
+    "trust_remote_code": ([False, True], [None]),
+    "router_aux_loss_coef": ([None], [0.0, "x", -1]),
+}
+LORA: dict[str, tuple[list[Any], list[Any]]] = {
+    "r": ([1, 4, 40], [0, -1, "4", 2.0, 1.5, None, True]),
+    "lora_alpha": ([4, 16, 0.5], [0, -4, "8", None, NAN]),
+    "lora_dropout": ([0.0], [0, -0.1, 1.5, "x", None]),
+    "target_modules": (
+        ["all-linear", ["q_proj", "v_proj"], None, ".*o_proj"],
+        [[], "", "nope", ["nope"], ["q_proj", "nope"], "(", {"q_proj"}, ("q_proj",), "lm_head", ["embed_tokens"], 5],
+    ),
+    "exclude_modules": ([None, ["lm_head"]], ["(", [], "nope", [".*"], ".*", ["q_proj"]]),
+    "rank_pattern": ([{}, {"o_proj": 2}], [{"o_proj": 0}, {"nope": 3}, None, {"(": 2}, {"o_proj": "2"}]),
+    "alpha_pattern": ([{}, {"q_proj": 2}], [{"q_proj": 0}, None, {"nope": 3}, {"q_proj": None}]),
+    "use_rslora": ([True, False], [None, 1, "no"]),
+    "use_dora": ([True, False], [None]),
+    "lora_bias": ([False], [True, None]),
+    "bias": (["none", "all", "lora_only"], ["some", None, ""]),
+    "fan_in_fan_out": ([False], [True]),
+    "init_lora_weights": ([True, False, "gaussian"], ["pissa", "nope", None, "", 1]),
+    "layers_to_transform": ([None, 0, [1]], [[], 9, -1, [0, 9], "0"]),
+    "layers_pattern": ([None, "layers"], ["h", "", ["layers"]]),
+    "modules_to_save": ([None, ["lm_head"]], [[], ["nope"], "lm_head", ["embed_tokens"], ["q_proj"]]),
+    "trainable_token_indices": ([None, [1, 2]], [[], [10**6], [-1], {"embed_tokens": [3]}, {"nope": [1]}, "x"]),
+    "task_type": (["CAUSAL_LM", None], ["SEQ_CLS", "nope", ""]),
+    "inference_mode": ([False], [True]),
+    "ensure_weight_tying": ([False], [True]),
+    "target_parameters": ([None], [["q_proj.weight"], []]),
+    "layer_replication": ([None], [[(0, 2)]]),
+    "peft_type": (["LORA"], ["IA3", "nope"]),
+    "loftq_config": ([{}], [{"loftq_bits": 4}]),
+    "alora_invocation_tokens": ([None], [[1, 2]]),
+    "use_qalora": ([False], [True]),
+    "base_model_name_or_path": ([None, "x"], [""]),
+    "revision": ([None, "main"], [5]),
+}
+
+
+def draw_settings(seed: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Two or three fields with values, and the options of a LoRA, or None for a run of all weights."""
+    pick = random.Random(seed)
+    lora = pick.random() < 0.6
+    pool = [(ARGUMENTS, name) for name in ARGUMENTS] + [(LORA, name) for name in LORA] * lora
+    drawn: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    for table, name in pick.sample(pool, pick.choice([2, 3])):
+        plausible, odd = table[name]
+        value = pick.choice(odd if odd and pick.random() < 0.4 else plausible)
+        drawn[table is LORA][name] = value
+    return drawn[0], drawn[1] if lora else None
