@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from hf_mlx.data.loader import read_ahead
-from hf_mlx.errors import SettingError, TrainingError
+from hf_mlx.data.processes import naming_processes
+from hf_mlx.errors import DataError, SettingError, TrainingError
 from hf_mlx.settings.resolve import resolve_plan
 
 PATTERNS: list[dict[str, Any]] = [
@@ -67,3 +68,14 @@ def test_a_thread_that_cannot_start_is_named(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(TrainingError, match="ulimit -u"):
         list(read_ahead(iter(range(4)), 2))
+
+
+@pytest.mark.parametrize(
+    "error", [BlockingIOError(11, "Resource temporarily unavailable"), RuntimeError("can't start new thread")]
+)
+def test_processes_that_cannot_start_are_named(error):
+    named = r"dataset_num_proc=4 .*train dataset[\s\S]*dataset_num_proc=None"
+    with pytest.raises(DataError, match=named), naming_processes(4, "train"):
+        raise error
+    with pytest.raises(type(error)), naming_processes(None, "train"):
+        raise error

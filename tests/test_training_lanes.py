@@ -1,5 +1,6 @@
 """Rows over the cores of a CPU: the numbers of one core, in every kind of window."""
 
+import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -117,6 +118,24 @@ def test_gradients_of_an_unfinished_window_survive(folder, plan, monkeypatch):
         made.append((step, np.vstack([[carried.loss.item(), 0, carried.metrics["entropy"].item(), 0, 1], curve])))
     (laned, ours), (plain, theirs) = made
     assert_same(laned, plain, ours, theirs)
+
+
+def test_without_threads_one_core_computes(folder, plan, monkeypatch):
+    started, start = [], threading.Thread.start
+
+    def refuse_second(thread):
+        started.append(thread)
+        if len(started) > 1:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    windows, laned = windows_of((4,)), make(folder, plan, 2, monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse_second)
+        step = Session(plan, load_model(folder, plan.model)).step
+    assert len(started) == 2 and not isinstance(step, LanedStep)
+    step.objective.model.train()
+    assert_same(laned, step, train(laned, windows), train(step, windows))
 
 
 class FailsSecond:

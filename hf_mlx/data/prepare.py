@@ -15,6 +15,7 @@ from .masks import resolve_assistant_mask
 from .notes import collect_notes
 from .order import count_tokens
 from .packing import pack_rows
+from .processes import naming_processes
 from .report import Report
 from .sources import read_first, read_source
 from .tables import Check, Tables
@@ -143,7 +144,8 @@ def _encode(dataset: Any, encoder: RowEncoder, notes: list[str], *, trains: bool
         if not counts.trained and needed:
             raise _nothing_to_train(encoder, counts)
         return encoded, Report(encoder.name, max_length=plan.max_length, notes=tuple(notes))
-    encoded, counts = encode_set(dataset, encoder, keep=keep)
+    with naming_processes(plan.dataset_num_proc, encoder.name):
+        encoded, counts = encode_set(dataset, encoder, keep=keep)
     if counts.diverged:
         notes.append(
             f"{counts.diverged:,} rows tokenize differently where prompt and completion meet; the completion starts "
@@ -186,7 +188,8 @@ def _pack(encoded: Any, plan: DataPlan, name: str) -> Any:
         encoded = encoded.shuffle(seed=plan.seed)
     streamed = isinstance(encoded, IterableDataset)
     options = {} if streamed else {"num_proc": plan.dataset_num_proc, "desc": f"Packing {name} dataset"}
-    return pack_rows(encoded, plan.max_length, plan.packing_strategy, **options)
+    with naming_processes(None if streamed else plan.dataset_num_proc, name):
+        return pack_rows(encoded, plan.max_length, plan.packing_strategy, **options)
 
 
 def _check_packed(packed: Any, tables: Tables, name: str) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, reduce
+from threading import Barrier
 from typing import Any
 
 import mlx.core as mx
@@ -29,15 +30,16 @@ class LanedStep(Step):
     """:class:`~hf_mlx.training.step.Step` with the rows of a micro-batch in lanes; rounding apart its numbers.
 
     Args:
+        pool: As many threads as there are lanes; see :func:`start_threads`.
         lanes: Cores to use.
         options: Those of the base class.
     """
 
-    def __init__(self, *args: Any, lanes: int, **options: Any) -> None:
+    def __init__(self, *args: Any, pool: ThreadPoolExecutor, lanes: int, **options: Any) -> None:
         super().__init__(*args, **options)
         self.lanes = lanes
         self._streams = [_stream(lane) for lane in range(lanes)]
-        self._pool = ThreadPoolExecutor(lanes, thread_name_prefix="lane")
+        self._pool = pool
 
     def _compile(self) -> None:
         super()._compile()
@@ -105,6 +107,20 @@ def count_lanes() -> int:
     return blas_threads() or len(os.sched_getaffinity(0))
 
 
+def start_threads(count: int) -> ThreadPoolExecutor | None:
+    """A pool whose threads all run, so that none is missing in the middle of a step; None where the system has none."""
+    pool, barrier = ThreadPoolExecutor(count, thread_name_prefix="lane"), Barrier(count)
+    try:
+        for _ in range(count):
+            # Each waits for the others, so each takes a thread of its own.
+            pool.submit(barrier.wait)
+    except RuntimeError:
+        barrier.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        return None
+    return pool
+
+
 def make_step(objective: Objective, optimizer: Optimizer, clip: GradClip, **options: Any) -> Step:
     """The step for this device, in lanes where there is more than one core for them.
 
@@ -113,4 +129,7 @@ def make_step(objective: Objective, optimizer: Optimizer, clip: GradClip, **opti
     lanes = count_lanes()
     if lanes == 1 or objective.routers is not None:
         return Step(objective, optimizer, clip, **options)
-    return LanedStep(objective, optimizer, clip, lanes=lanes, **options)
+    pool = start_threads(lanes)
+    if pool is None:
+        return Step(objective, optimizer, clip, **options)
+    return LanedStep(objective, optimizer, clip, pool=pool, lanes=lanes, **options)
