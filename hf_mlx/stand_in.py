@@ -26,12 +26,15 @@ _TRAINER_HOMES = ("trl", "trl.trainer", "trl.trainer.sft_trainer")
 _PORTABLE_ATTENTION = ("eager", "sdpa", "flex_attention", None)
 
 
-def make_trainer(*, strict: bool = False, dry_run: bool = False) -> type[MLXSFTTrainer]:
+def make_trainer(
+    *, strict: bool = False, dry_run: bool = False, on_built: Callable[[], None] = lambda: None
+) -> type[MLXSFTTrainer]:
     """The class that stands in for ``trl.SFTTrainer`` during a run.
 
     Args:
         strict: Default of the trainer's own ``strict``.
         dry_run: ``train()`` prints what would happen and ends the script with status 0.
+        on_built: Called when one has been constructed.
     """
 
     class SFTTrainer(MLXSFTTrainer):
@@ -39,6 +42,7 @@ def make_trainer(*, strict: bool = False, dry_run: bool = False) -> type[MLXSFTT
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{"strict": strict} | kwargs)
+            on_built()
             say(self.ledger.as_text(changed_only=True))
 
         if dry_run:

@@ -37,15 +37,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the script; returns its exit status."""
-    from ..stand_in import install, make_trainer
+    from ..bystanders import Bystanders
+    from ..stand_in import install, make_trainer, say
 
     script: Path = options.script
     if not script.is_file():
         raise SettingError(f"SCRIPT {script}", "a Python file", "hf-mlx run train.py --your-own flags")
-    install(make_trainer(strict=options.strict, dry_run=options.dry_run))
+    bystanders = Bystanders(say, strict=options.strict)
+
+    def built() -> None:
+        bystanders.trained = True
+
+    install(make_trainer(strict=options.strict, dry_run=options.dry_run, on_built=built))
+    bystanders.watch()
     sys.argv = [str(script), *options.arguments]
     sys.path[0:0] = [str(script.resolve().parent)]
-    return execute(script)
+    try:
+        status = execute(script)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+        status = 0
+    # An error of the script's own says enough.
+    return 1 if status == 0 and bystanders.end() else status
 
 
 def execute(script: Path) -> int:

@@ -1,0 +1,83 @@
+"""``hf-mlx run`` with scripts whose trainers MLX does not train: torch trains them, and that is said."""
+
+import textwrap
+
+import pytest
+from dropin_models import write_model
+from test_dropin_scripts import HF_MLX, _run
+
+HEAD = """
+import sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+FOLDER, OUT = sys.argv[1:3]
+QUIET = dict(output_dir=OUT, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+PAIRS = Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 4)
+IDS = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]}] * 4)
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+"""
+TRAINER = "Trainer(model, TrainingArguments(**QUIET), train_dataset=IDS).train()\n"
+DPO = """
+from trl import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+made = DPOTrainer(model, args=DPOConfig(bf16=False, **QUIET), train_dataset=PAIRS, processing_class=tokenizer)
+made.train()
+"""
+SUBCLASS = """
+class Weighted(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 2 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+""" + TRAINER.replace("Trainer(", "Weighted(", 1)
+THREAD = """
+from threading import Thread
+threads = [Thread(target=lambda: Trainer(model, TrainingArguments(**QUIET), train_dataset=IDS)) for _ in range(3)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+SCRIPTS = {
+    "trainer": (TRAINER, ["transformers.Trainer"]),
+    "dpo from its submodule": (DPO, ["trl.DPOTrainer"]),
+    "a subclass": (SUBCLASS, ["transformers.Trainer"]),
+    "threads": (THREAD, ["transformers.Trainer"]),
+    "two kinds": (TRAINER + DPO, ["transformers.Trainer", "trl.DPOTrainer"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bystanders")
+    write_model(root / "model")
+    return root / "model"
+
+
+def write(tmp_path, text):
+    script = tmp_path / "train.py"
+    script.write_text(textwrap.dedent(text))
+    return script
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
+    text, names = SCRIPTS[kind]
+    done = _run([*HF_MLX, "run", write(tmp_path, HEAD + text + "\nprint('done')\n"), folder, tmp_path / "out"])
+    said = [line for line in done.stderr.splitlines() if line.startswith("hf-mlx run:")]
+    lines = [f"hf-mlx run: {name} is not trained by MLX in this version; it runs on torch" for name in names]
+    assert said == [*lines, f"hf-mlx run: nothing was trained by MLX: {', '.join(names)} ran on torch"]
+    assert done.stdout.splitlines()[-1] == "done"
+
+
+@pytest.mark.parametrize("kind", ["trainer", "a subclass"])
+def test_strict_refuses_before_a_step(kind, folder, tmp_path):
+    script = write(tmp_path, HEAD + SCRIPTS[kind][0] + "\nprint('done')\n")
+    done = _run([*HF_MLX, "run", "--strict", script, folder, tmp_path / "out"], status=1)
+    assert "SettingError: received: transformers.Trainer under hf-mlx run --strict" in done.stderr
+    assert "done" not in done.stdout
+
+
+@pytest.mark.parametrize(("flags", "status"), [([], 0), (["--strict"], 1)])
+def test_a_script_without_a_trainer(flags, status, tmp_path):
+    done = _run([*HF_MLX, "run", *flags, write(tmp_path, "import sys\nprint('done')\nsys.exit(0)\n")], status=status)
+    assert done.stderr.strip() == "hf-mlx run: nothing was trained by MLX: the script built no trainer at all"
+    assert done.stdout.strip() == "done"
