@@ -18,7 +18,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "run",
         help="run a TRL script unedited, trained by MLX",
         description="Run SCRIPT as python would, with trl.SFTTrainer trained by MLX. What is done another way than "
-        "upstream is printed once, to standard error.",
+        "upstream is printed once, to standard error, and so is the name of any other trainer, which torch trains.",
     )
     add_flags(parser)
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the Python file")
