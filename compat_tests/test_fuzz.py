@@ -70,6 +70,7 @@ REFUSALS: dict[str, str] = {
     r"column '\w*mask\w*'": "a mask that is not one 0 or 1 for each token",
     r"completion_only_loss=True with a": "no completion to train on; trl ignores it",
     r"ids from 0 to \d+: the model embeds": "a row that trl would stop at later than these two steps",
+    r"column 'tools': [^\n]*\n  required: a list of tools": "a row of a stream that trl would stop at later than these two steps",
     r"no messages \(an empty list\)": "a turn without messages",
     r"dataloader_drop_last=True\n  required: at least one batch": "trl trains nothing and says so nowhere",
 }
