@@ -70,7 +70,11 @@ REFUSALS: dict[str, str] = {
     r"column '\w*mask\w*'": "a mask that is not one 0 or 1 for each token",
     r"completion_only_loss=True with a": "no completion to train on; trl ignores it",
     r"ids from 0 to \d+: the model embeds": "a row that trl would stop at later than these two steps",
-    r"column 'tools': [^\n]*\n  required: a list of tools": "a row of a stream that trl would stop at later than these two steps",
+    r"row [1-9]\d* of the train dataset, column '(tools|messages)': .*\n  required: a list of": (
+        "a row of a stream that trl would stop at later than these two steps"
+    ),
+    r"column 'labels': \d+ values for \d+ input_ids": "labels that are not one for each token",
+    r"roles out of order: message 0 \(assistant\)": "an answer to nothing",
     r"no messages \(an empty list\)": "a turn without messages",
     r"dataloader_drop_last=True\n  required: at least one batch": "trl trains nothing and says so nowhere",
 }
@@ -86,6 +90,7 @@ ACCEPTED: dict[str, str] = {
     r"'activation_offloading': True.*'NoneType' object has no attribute 'type'": "needs an accelerator under trl",
     r"attention_mask, attention_mask='None'.* torch format": "a column that is not read here",
     r"'init_lora_weights': 1.*'int' object has no attribute 'lower'": "1 is True",
+    r"_pattern': None.*'NoneType' object has no attribute 'keys'": "None is no pattern",
 }
 
 
