@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import HFMLXError
-from .locks import host, runs, try_lock
+from .locks import host, is_at, runs, try_lock
 
 TEMPORARY = ".hf_mlx-tmp-"
 _PLAN = ".plan.json"
@@ -174,7 +174,7 @@ def _claim(place: Path) -> tuple[Path, int]:
         path.mkdir()
         descriptor = os.open(path, os.O_RDONLY)
         # Between the two lines another process may have taken it for a dead one's.
-        if try_lock(descriptor) is not False and _is_same(path, descriptor):
+        if try_lock(descriptor) is not False and is_at(path, descriptor):
             return path, descriptor
         os.close(descriptor)
 
@@ -193,14 +193,6 @@ def _lock(path: Path) -> int | None:
         return descriptor
     os.close(descriptor)
     return None
-
-
-def _is_same(path: Path, descriptor: int) -> bool:
-    try:
-        found, held = os.stat(path), os.fstat(descriptor)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
 def _take_name(temporary: Path, folder: Path) -> bool:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import socket
+from pathlib import Path
 
 _NO_LOCKS = (errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EBADF, errno.ENOSYS)
 
@@ -18,6 +19,15 @@ def try_lock(descriptor: int) -> bool | None:
         return True
     except OSError as error:
         return None if error.errno in _NO_LOCKS else False
+
+
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still bears that name: another process may have taken it away meanwhile."""
+    try:
+        found, held = os.lstat(path), os.fstat(descriptor)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (held.st_dev, held.st_ino)
 
 
 def runs(process: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 from ..intake import Intake
-from ..locks import host, runs, try_lock
+from ..locks import host, is_at, runs, try_lock
 
 LOCK = ".hf_mlx.lock"
 _FILES = Intake(CheckpointError, "delete that file; it only says which run is in the folder")
@@ -70,7 +70,7 @@ def _acquire(folder: Path) -> int | None:
             owner = _read(descriptor)
             if locked is False or (locked is None and _lives(owner)):
                 raise _in_use(folder, owner)
-            if _is_at(path, descriptor):
+            if is_at(path, descriptor):
                 _write(descriptor)
                 return descriptor
         except BaseException:
@@ -103,14 +103,6 @@ def _lives(owner: dict[str, Any]) -> bool:
     if not isinstance(process, int) or process <= 0:
         return False
     return owner.get("host") != host() or runs(process)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        found, ours = os.lstat(path), os.fstat(descriptor)
-    except OSError:
-        return False
-    return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
 
 def _in_use(folder: Path, owner: dict[str, Any]) -> CheckpointError:

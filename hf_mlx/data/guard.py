@@ -55,11 +55,14 @@ class Guard:
             return
         if as_is or self._plan.skip_prepare_dataset:
             check_columns(dataset, self._check, name)
-        if batch_size == 1 and not padding_free and "input_ids" in dataset.column_names:
-            check_filled(count_tokens(dataset), name)
-        pad = self._check.tokenizer.pad_token_id
-        if pad != self.fill_id and not padding_free and "input_ids" in dataset.column_names:
-            check_padding(count_tokens(dataset), batch_size, self._plan.pad_to_multiple_of, self._check, name)
+        padded = self._check.tokenizer.pad_token_id != self.fill_id
+        if padding_free or "input_ids" not in dataset.column_names or not (padded or batch_size == 1):
+            return
+        lengths = count_tokens(dataset)
+        if batch_size == 1:
+            check_filled(lengths, name)
+        if padded:
+            check_padding(lengths, batch_size, self._plan.pad_to_multiple_of, self._check, name)
 
     def adopt_collator(self) -> None:
         """From now on the user's own collator makes the batches."""

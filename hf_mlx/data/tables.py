@@ -125,7 +125,7 @@ def check_batch(batch: Batch, check: Check, source: str) -> None:
     ids, labels = batch.input_ids, batch.labels
     if not ids.size:
         raise DataError(f"the {len(ids)} rows of {source} without a token", *_NO_TOKEN)
-    if ids.size and (ids.max() > limit or ids.min() < 0):
+    if ids.max() > limit or ids.min() < 0:
         row, at = _first((ids < 0) | (ids > limit))
         raise _refuse(source, row, "input_ids", check.describe_id(int(ids[row, at]), at))
     if labels.size and labels.max() > limit:
@@ -149,7 +149,7 @@ def check_columns(dataset: Any, check: Check, name: str) -> None:
     import pyarrow as pa
 
     columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
-    if not columns or "input_ids" not in columns:
+    if "input_ids" not in columns:
         return
     first = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import TrainingError
 from ..session import Session
 from ..training.inputs import Inputs
-from ..training.step import StepMetrics
+from ..training.step import StepMetrics, read_scalar
 from ..training.undefined import settle_undefined
 
 
@@ -66,7 +66,7 @@ class Pending:
         for metrics in self._steps[self._checked :]:
             step = self.last_logged + self._checked + 1
             self._checked += 1
-            loss = _read(metrics.loss)
+            loss = read_scalar(metrics.loss)
             if math.isfinite(loss):
                 continue
             if not self._session.plan.nan_inf_filter:
@@ -95,13 +95,13 @@ class Pending:
         if carried is not None:
             self._steps.append(carried)
         self.check()
-        total = self._unfinite + sum(_read(metrics.loss) for metrics in self._steps)
+        total = self._unfinite + sum(read_scalar(metrics.loss) for metrics in self._steps)
         # Upstream sets its sum back by taking it from itself, so what is not finite stays in every later entry.
         self._unfinite = total - total
         means = self._session.progress.means
         for metrics in self._steps:
-            measured = {name: _read(metrics.metrics[name]) for name in self._session.step.objective.metrics}
-            means.add(measured, int(_read(metrics.micro_batches)))
+            measured = {name: read_scalar(metrics.metrics[name]) for name in self._session.step.objective.metrics}
+            means.add(measured, int(read_scalar(metrics.micro_batches)))
         self._steps.clear()
         self._checked = 0
         self.total_loss += total
@@ -113,7 +113,3 @@ class Pending:
             {"loss": m.loss, "grad_norm": m.grad_norm, "micro_batches": m.micro_batches, **m.metrics}
             for m in self._steps
         ]
-
-
-def _read(scalar: Any) -> float:
-    return float(scalar.item())

@@ -279,6 +279,11 @@ class Step:
         return params, state, {**metrics, "grad_norm": norm}
 
 
+def read_scalar(value: Any) -> float:
+    """A lazy scalar as a number; waits for the device."""
+    return float(value.item())
+
+
 def _as_it_is(function: Callable) -> Callable:
     return function
 

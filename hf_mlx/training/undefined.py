@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 
 from ..settings.plan import LossPlan
 from .inputs import Inputs
-from .step import Step, StepMetrics
+from .step import Step, StepMetrics, read_scalar
 from .weighting import ByTokens
 
 
@@ -49,10 +48,6 @@ def settle_undefined(
     if not filtered:
         return replace(metrics, loss=mx.array(math.nan))
     # Each adds the mean of what there is so far.
-    total = sum(_read(made.loss) for made in (*pending, metrics))
+    total = sum(read_scalar(made.loss) for made in (*pending, metrics))
     grown = total * (1 + 1 / (1 + len(pending))) ** count
     return replace(metrics, loss=metrics.loss + (grown - total))
-
-
-def _read(scalar: Any) -> float:
-    return float(scalar.item())
