@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -178,6 +179,23 @@ def assert_same_curve(theirs: Run, ours: Run, *, relative: float, weights: float
     for key, value in theirs.weights.items():
         assert np.abs(value - ours.weights[key]).max() <= weights, key
     return compared
+
+
+def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A log without what a clock makes."""
+    left_out = (*TIMED, "total_flos", "preparation")
+    return [{k: v for k, v in entry.items() if not any(part in k for part in left_out)} for entry in history]
+
+
+def assert_same_log(
+    theirs: list[dict[str, Any]], ours: list[dict[str, Any]], *, relative: float, nan_ok: bool = False
+) -> None:
+    """Entry by entry the same keys in the same order, and the same values."""
+    assert len(theirs) == len(ours)
+    for a, b in zip(theirs, ours, strict=True):
+        assert list(a) == list(b)
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, rel=relative, abs=1e-7, nan_ok=nan_ok), (key, a, b)
 
 
 def mean_drift(theirs: Run, ours: Run, key: str = "loss") -> float:

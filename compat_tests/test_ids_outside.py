@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from pairs import SILENT, TIMED, tiny_model, tokenizer
+from pairs import SILENT, assert_same_log, tiny_model, tokenizer, untimed
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -282,22 +282,6 @@ FINE = {
 }
 
 
-def timeless(history):
-    return [
-        {k: v for k, v in entry.items() if not any(part in k for part in (*TIMED, "total_flos", "preparation"))}
-        for entry in history
-    ]
-
-
-def assert_same(theirs, ours):
-    theirs, ours = timeless(theirs), timeless(ours)
-    assert len(theirs) == len(ours)
-    for a, b in zip(theirs, ours, strict=True):
-        assert list(a) == list(b)
-        for key, value in a.items():
-            assert b[key] == pytest.approx(value, rel=RELATIVE, abs=1e-7), (key, a, b)
-
-
 @pytest.mark.parametrize("name", FINE)
 def test_honoured_where_trl_goes_on(name, model, tmp_path):
     histories = []
@@ -305,7 +289,7 @@ def test_honoured_where_trl_goes_on(name, model, tmp_path):
         made = build(trainer, str(model), tmp_path / side, *FINE[name])
         made.train()
         histories.append(made.state.log_history)
-    assert_same(*histories)
+    assert_same_log(*map(untimed, histories), relative=RELATIVE)
     assert len(histories[0]) >= 4
 
 
@@ -318,7 +302,7 @@ def test_a_resized_model_trains(model, tmp_path):
         made = build(trainer, resized, tmp_path / side, text(*TEXTS, BAD), None, {}, {})
         made.train()
         histories.append(made.state.log_history)
-    assert_same(*histories)
+    assert_same_log(*map(untimed, histories), relative=RELATIVE)
 
 
 POSITIONS = 40
@@ -355,7 +339,7 @@ def test_rows_of_every_position(settings, lora, learned, tmp_path):
         made.train()
         histories.append(made.state.log_history)
         tables.append(model.get_parameter("transformer.wpe.weight").detach().numpy())
-    assert_same(*histories)
+    assert_same_log(*map(untimed, histories), relative=RELATIVE)
     assert np.abs(tables[0] - tables[1]).max() < 1e-3
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from pairs import SILENT, TIMED, rows_of, text_rows, tiny_model, tokenizer
+from pairs import SILENT, assert_same_log, rows_of, text_rows, tiny_model, tokenizer, untimed
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -92,20 +92,14 @@ def run(trainer, model, out, name):
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     made.train()
-    return [
-        {k: v for k, v in entry.items() if not any(part in k for part in (*TIMED, "total_flos", "preparation"))}
-        for entry in made.state.log_history
-    ]
+    return untimed(made.state.log_history)
 
 
 def compare(model, folder, name):
     theirs = run(SFTTrainer, model, folder / "theirs", name)
     ours = run(MLXSFTTrainer, model, folder / "ours", name)
-    assert len(theirs) == len(ours) >= 5
-    for a, b in zip(theirs, ours, strict=True):
-        assert list(a) == list(b)
-        for key, value in a.items():
-            assert b[key] == pytest.approx(value, rel=RELATIVE, abs=1e-7), (key, a, b)
+    assert len(theirs) >= 5
+    assert_same_log(theirs, ours, relative=RELATIVE)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,13 +1,12 @@
 """Micro-batches without a trained token, in training and in evaluation: the run goes on, with TRL's log."""
 
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 from architecture_zoo import make_model
 from datasets import Dataset
-from pairs import SILENT, TIMED, tiny_model, tokenizer
+from pairs import SILENT, assert_same_log, tiny_model, tokenizer, untimed
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -104,21 +103,11 @@ def run(trainer, model, out, name, lora=True, **settings):
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM") if lora else None,
     )
     made.train()
-    return [
-        {k: v for k, v in entry.items() if not any(part in k for part in (*TIMED, "total_flos", "preparation"))}
-        for entry in made.state.log_history
-    ]
+    return untimed(made.state.log_history)
 
 
 def assert_same(theirs, ours):
-    assert len(theirs) == len(ours)
-    for a, b in zip(theirs, ours, strict=True):
-        assert list(a) == list(b)
-        for key, value in a.items():
-            if isinstance(value, float) and math.isnan(value):
-                assert math.isnan(b[key]), (key, a, b)
-            else:
-                assert b[key] == pytest.approx(value, rel=RELATIVE, abs=1e-7), (key, a, b)
+    assert_same_log(theirs, ours, relative=RELATIVE, nan_ok=True)
     return [entry for entry in theirs if entry.get("loss") == 0 or entry.get("mean_token_accuracy") == 0]
 
 
