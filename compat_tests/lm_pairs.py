@@ -1,4 +1,4 @@
-"""Two runs of one script: transformers.Trainer on torch's CPU and MLXTrainer, from the same model, rows and settings."""
+"""One script twice: transformers.Trainer on torch's CPU and MLXTrainer, same model, rows and settings."""
 
 from __future__ import annotations
 
