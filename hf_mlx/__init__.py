@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .errors import HFMLXError
     from .settings.clipping import GradClip, resolve_grad_clip
     from .settings.ledger import explain
+    from .trainers.lm import MLXTrainer
     from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
     "GradClip",
     "HFMLXError",
     "MLXSFTTrainer",
+    "MLXTrainer",
     "explain",
     "export_adapter",
     "import_adapter",
@@ -33,6 +35,7 @@ _HOMES = {
     "GradClip": "settings.clipping",
     "HFMLXError": "errors",
     "MLXSFTTrainer": "trainers.sft",
+    "MLXTrainer": "trainers.lm",
     "explain": "settings.ledger",
     "export_adapter": "adapters.export",
     "import_adapter": "adapters.read",

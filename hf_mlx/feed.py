@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
-from .data.order import Steps, count_batched_steps, count_steps, count_tokens, epoch_order, group_by_length
+from .data.order import Steps, count_batched_steps, count_steps, epoch_order, group_by_length
 from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
 from .data.shapes import Shapes
@@ -38,6 +38,7 @@ class Feed:
         collator: The user's ``data_collator``, or None.
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
+        signature_columns: Those of the model's forward, for a recipe that goes by them.
         tables: Ids and positions that the model can embed; ids may be more than the tokenizer knows.
 
     Attributes:
@@ -53,6 +54,7 @@ class Feed:
         collator: Callable | None = None,
         formatting_func: Callable | None = None,
         keep_columns: bool = False,
+        signature_columns: Sequence[str] = (),
         tables: Tables | None = None,
     ) -> None:
         self.plan = plan
@@ -64,6 +66,7 @@ class Feed:
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
+        self._columns = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False
@@ -162,7 +165,7 @@ class Feed:
     def _take(self, dataset: Any, name: str, batch_size: int) -> Prepared:
         data = replace(self.plan.data, skip_prepare_dataset=True)
         prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
-        columns = prepared.dataset.column_names
+        columns = getattr(prepared.dataset, "column_names", None)
         if columns is not None and "input_ids" not in columns and not (self._collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
@@ -192,7 +195,7 @@ class Feed:
             dataset: A prepared one.
             rng: Stands for torch's global generator; None takes the run's.
         """
-        plan = self.plan.batch
+        plan, dataset = self.plan.batch, self._view(dataset)
         lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
 
         def order(epoch: int) -> Any:
@@ -202,7 +205,7 @@ class Feed:
 
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
-        plan = self.plan.batch
+        plan, dataset = self.plan.batch, self._view(dataset)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
             return make_loader(dataset, plan.eval_batch_size, self._collate, drop_last=plan.drop_last)
@@ -238,11 +241,8 @@ class Feed:
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
 
     def _row_lengths(self, dataset: Any) -> list[int]:
-        # transformers looks for the column once it has removed those that the model does not take.
         column = self.plan.batch.length_column_name
-        if self._keep_columns and column in dataset.column_names:
-            return list(dataset[column])
-        return count_tokens(dataset)
+        return self._rows.lengths(dataset, column, self.tokenizer, keep_columns=self._keep_columns)
 
     @cached_property
     def shapes(self) -> Shapes:
@@ -273,10 +273,17 @@ class Feed:
             )
         return count_steps(None, self.plan.batch) if batches is None else count_batched_steps(batches, self.plan.batch)
 
+    def _view(self, dataset: Any) -> Any:
+        return dataset if self._keep_columns else self._rows.view(dataset, self._columns)
+
+    def _select(self, row: Any) -> Any:
+        # Upstream leaves rows of other kinds as they are.
+        return {key: row[key] for key in self._columns if key in row} if isinstance(row, dict) else row
+
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         if self._collator is not None:
             if not self._keep_columns:
-                rows = [{key: row[key] for key in self._rows.signature_columns if key in row} for row in rows]
+                rows = [self._select(row) for row in rows]
             return self._convert(self._collator(rows))
         batch = self._rows.collate(rows, self.tokenizer, self.plan.data, padding_free=self._train.padding_free)
         return self._guard.batch(batch)

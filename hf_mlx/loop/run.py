@@ -198,7 +198,7 @@ class Loop:
         if args.include_num_input_tokens_seen == "all":
             state.num_input_tokens_seen += batch.input_ids.size
         elif args.include_num_input_tokens_seen == "non_padding":
-            state.num_input_tokens_seen += batch.count_input_tokens(self.data.tokenizer.pad_token_id)
+            state.num_input_tokens_seen += batch.count_input_tokens(getattr(self.data.tokenizer, "pad_token_id", None))
         state.total_flos += self.session.flops_per_token * batch.input_ids.size
 
     def _optimize(self, window: list[Inputs]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data_plan import resolve_data
+from .lm_config import LM_CONFIG, resolve_language_loss, resolve_rows
 from .plan import LossPlan
 from .run_plan import resolve_loss
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
@@ -39,3 +40,4 @@ class ConfigTable:
 
 
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
+LM_TABLE = ConfigTable("TrainingArguments", LM_CONFIG, {}, resolve_rows, resolve_language_loss)

@@ -83,12 +83,16 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What is minimised. ``router_aux_loss_coef`` None means the model config's own value."""
+    """What is minimised. ``router_aux_loss_coef`` None means the model config's own value.
+
+    ``divides_by_none`` says that the mean over no token is 0 / 0 upstream, not 0.
+    """
 
     kind: Literal["nll", "dft"] = "nll"
     label_smoothing_factor: float = 0.0
     neftune_noise_alpha: float | None = None
     router_aux_loss_coef: float | None = None
+    divides_by_none: bool = False
 
 
 @dataclass(frozen=True)

@@ -91,18 +91,14 @@ class Evaluation:
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
 
     def running_metrics(self) -> dict[str, float]:
-        """What trl 1.16 ``SFTTrainer.log`` adds to an entry: the running means of the mode the model is in."""
-        progress = self._session.progress
+        """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
+        progress, arrange = self._session.progress, self._session.recipe.log_metrics
+        tokens = float(progress.num_tokens)
         if progress.mode == "train":
             means = progress.means.take()
-            if not means:
-                return {}
-            # In upstream's order: the routers' loss comes last.
-            routers = {"aux_loss": means.pop("aux_loss")} if "aux_loss" in means else {}
-            return means | {"num_tokens": float(progress.num_tokens)} | routers
+            return arrange(means, tokens) if means else {}
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}
-        means = {f"eval_{name}": sum(values) / len(values) for name, values in sums.metrics.items()}
-        aux_loss = {name: means.pop(name) for name in ("eval_aux_loss",) if name in means}
-        return {**means, "eval_num_tokens": float(progress.num_tokens), **aux_loss}
+        means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
+        return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}

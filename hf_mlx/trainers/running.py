@@ -17,6 +17,7 @@ from ..loop.run import Loop
 from ..surface.callbacks import make_state
 from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
+from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
 from ..training.schedule import make_schedule
 from .evaluating import Evaluating
@@ -56,6 +57,8 @@ class Running(Evaluating):
 
         if trial is not None:
             raise SettingError("train(trial=…)", "a run of its own for each trial", NO_SEARCH)
+        if self.train_dataset is None:
+            raise no_rows(self.recipe.name)
         self._settle(training=True)
         own_loader = self._own_train_loader()
         self._count_steps(own_loader)
@@ -63,7 +66,8 @@ class Running(Evaluating):
         checkpoints = self._checkpoints = Checkpoints(self)
         folder = checkpoints.store.find(resume_from_checkpoint)
         self._reset_state()
-        align_special_tokens(self.model, self.processing_class)
+        if self.processing_class is not None:
+            align_special_tokens(self.model, self.processing_class)
         logger.info(self.grad_clip.describe())
         start = time.time()
         schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)

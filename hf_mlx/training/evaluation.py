@@ -109,7 +109,7 @@ class Evaluator:
         values: list[float] = mx.stack(list(measured)).tolist()  # pyright: ignore[reportAssignmentType]
         valid = max(inputs.valid, 1)
         metrics = dict(zip(self.objective.metrics, values[1:], strict=True))
-        metrics |= {name: metrics[name] / valid for name in TOKEN_METRICS}
+        metrics |= {name: metrics[name] / valid for name in TOKEN_METRICS if name in metrics}
         mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / valid
         sums.losses.append(mean + self.objective.aux_coefficient * metrics.get("aux_loss", 0.0))
         sums.tokens.append(inputs.valid)

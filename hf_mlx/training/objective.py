@@ -10,10 +10,10 @@ import mlx.nn as nn
 
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
-from ..models.architectures import check_packs
+from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
-from ..models.masks import packed_cache
+from ..models.masks import masked_cache, packed_cache
 from ..settings.plan import LossPlan
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
@@ -128,7 +128,7 @@ class TokenObjective:
         with self.routers.log.recording() as logits:
             loss, metrics = _named(self._sums(params, arrays))
         counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
-        return loss, {**metrics, "aux_loss": self.routers.balance(logits, counted)}
+        return loss, {**metrics, "aux_loss": self.routers.balance(logits, arrays.get("keys", counted))}
 
     def _bind_keys(self, arrays: dict[str, mx.array]) -> None:
         if not self._dropouts and self._noise is None:
@@ -159,6 +159,15 @@ class TokenObjective:
         )
 
     def _cache(self, arrays: dict[str, mx.array]) -> list | None:
+        if "keys" in arrays:
+            check_packs(
+                self.model_type,
+                "a batch that pads on the left, has holes in its attention_mask or scores its padding,",
+                "tokenizer.padding_side = 'right', and labels of -100 wherever attention_mask is 0",
+            )
+            return masked_cache(self.model, arrays["keys"])
+        if "shown_keys" in arrays and can_pack(self.model_type):
+            return masked_cache(self.model, arrays["shown_keys"])
         if "segments" not in arrays:
             return None
         check_packs(self.model_type, "a batch whose rows hold several documents", "one document a row: no seq_lengths")

@@ -21,7 +21,8 @@ from .weighting import ByTokens
 
 def is_undefined(plan: LossPlan, tokens: int) -> bool:
     """Whether upstream's loss over ``tokens`` trained tokens is 0 / 0."""
-    return tokens == 0 and plan.kind == "nll" and plan.label_smoothing_factor > 0
+    smoothed = plan.kind == "nll" and plan.label_smoothing_factor > 0
+    return tokens == 0 and (plan.divides_by_none or smoothed)
 
 
 def settle_undefined(
