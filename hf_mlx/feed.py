@@ -8,23 +8,21 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from .data.collate import Batch, collate, convert_batch
+from .data.collate import Batch
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
 from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
-from .data.prepare import Prepared, prepare, prepare_eval
+from .data.prepare import Prepared
 from .data.shapes import Shapes
 from .data.tables import Tables
 from .errors import DataError, SettingError
+from .recipes.recipe import Recipe
 from .settings.plan import TrainPlan
-from .training.inputs import HostInputs, Inputs, make_host_inputs, make_inputs
+from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
-
-# Columns that trl 1.16 keeps of a prepared row when remove_unused_columns is on.
-SIGNATURE_COLUMNS = ("input_ids", "labels", "seq_lengths")
 
 
 class Feed:
@@ -33,6 +31,7 @@ class Feed:
     Args:
         plan: The whole plan.
         tokenizer: Already prepared (eos, pad and chat template resolved).
+        recipe: How its rows are prepared, collated and laid out.
         collator: The user's ``data_collator``, or None.
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
@@ -46,6 +45,7 @@ class Feed:
         self,
         plan: TrainPlan,
         tokenizer: Any,
+        recipe: Recipe,
         *,
         collator: Callable | None = None,
         formatting_func: Callable | None = None,
@@ -54,6 +54,7 @@ class Feed:
     ) -> None:
         self.plan = plan
         self.tokenizer = tokenizer
+        self._rows, self._name = recipe.rows, recipe.name
         self._collator = collator
         self._guard = Guard(tables, tokenizer, plan.data, collated=collator is not None)
         self._limit = tables.positions if tables is not None else None
@@ -65,8 +66,8 @@ class Feed:
         self.share_rows = False
 
     def prepare_train(self, dataset: Any) -> Any:
-        """Rows of ``dataset`` as token ids and labels, equal to TRL's ``train_dataset``."""
-        self._train = prepare(
+        """``dataset`` as the upstream trainer's ``train_dataset``."""
+        self._train = self._rows.prepare(
             dataset, self.tokenizer, self.plan.data, name="train", packing=self.plan.data.packing, **self._options
         )
         logger.info(self._train.report.describe())
@@ -77,7 +78,7 @@ class Feed:
         """The same for an evaluation dataset, or a dict of them."""
         if dataset is None:
             return None
-        prepared = prepare_eval(dataset, self.tokenizer, self.plan.data, like=self._train, **self._options)
+        prepared = self._rows.prepare_eval(dataset, self.tokenizer, self.plan.data, like=self._train, **self._options)
         named = prepared if isinstance(prepared, dict) else {"eval": prepared}
         for name, part in named.items():
             self._check(part, name, self.plan.batch.eval_batch_size)
@@ -110,7 +111,7 @@ class Feed:
             raise SettingError(
                 "trainer.data_collator set on a trainer with remove_unused_columns=False and no collator before",
                 "the rows' own columns, which are kept for a collator that the constructor knows",
-                "MLXSFTTrainer(..., data_collator=my_collator)",
+                f"{self._name}(..., data_collator=my_collator)",
             )
         self._collator = collator
         self._guard.adopt_collator()
@@ -138,14 +139,14 @@ class Feed:
 
     def _take(self, dataset: Any, name: str, batch_size: int) -> Prepared:
         data = replace(self.plan.data, skip_prepare_dataset=True)
-        prepared = prepare(dataset, self.tokenizer, data, name=name, packing=False)
+        prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
         columns = prepared.dataset.column_names
         if columns is not None and "input_ids" not in columns and not (self._collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
                 f"trainer.{which} = rows with the columns {sorted(columns)}",
                 "rows of input_ids and labels: a dataset that is assigned is not prepared (by trl neither)",
-                f"pass it to the constructor: MLXSFTTrainer(..., {which}=rows)",
+                f"pass it to the constructor: {self._name}(..., {which}=rows)",
             )
         self._guard.dataset(
             prepared.dataset,
@@ -198,7 +199,8 @@ class Feed:
             batch: Of one of the loaders.
             keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
         """
-        return make_inputs(batch, self._guard.fill_id, None if keep_rows else self.shapes, limit=self._limit)
+        shapes = None if keep_rows else self.shapes
+        return self._rows.lay_out(batch, self._guard.fill_id, shapes, limit=self._limit).to_device()
 
     def train_batches(
         self, loader: RowLoader | StreamLoader, epoch: int, skip: int
@@ -210,7 +212,7 @@ class Feed:
         """
         fill_id, limit = self._guard.fill_id, self._limit
         batches = loader.batches(epoch, skip=skip)
-        laid = ((batch, make_host_inputs(batch, fill_id, self.shapes, limit=limit)) for batch in batches)
+        laid = ((batch, self._rows.lay_out(batch, fill_id, self.shapes, limit=limit)) for batch in batches)
         if self._collator is not None or not isinstance(loader, RowLoader):
             return laid
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
@@ -241,15 +243,7 @@ class Feed:
     def _collate(self, rows: list[dict[str, Any]]) -> Batch:
         if self._collator is not None:
             if not self._keep_columns:
-                rows = [{key: row[key] for key in SIGNATURE_COLUMNS if key in row} for row in rows]
-            return self._guard.batch(convert_batch(self._collator(rows)))
-        if not self._train.padding_free:
-            # Upstream's collator reads where documents begin for padding-free batches alone.
-            rows = [{key: value for key, value in row.items() if key != "seq_lengths"} for row in rows]
-        batch = collate(
-            rows,
-            pad_token_id=self.tokenizer.pad_token_id,
-            padding_free=self._train.padding_free,
-            pad_to_multiple_of=self.plan.data.pad_to_multiple_of,
-        )
+                rows = [{key: row[key] for key in self._rows.signature_columns if key in row} for row in rows]
+            return self._guard.batch(self._rows.convert(self._collator(rows), self._guard.fill_id))
+        batch = self._rows.collate(rows, self.tokenizer, self.plan.data, padding_free=self._train.padding_free)
         return self._guard.batch(batch)

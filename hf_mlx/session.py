@@ -19,6 +19,7 @@ from .models.architectures import can_pack, check_packs
 from .models.heads import layers
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
+from .recipes.recipe import Recipe
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
 from .training.cast_weights import cast_weights
@@ -27,10 +28,8 @@ from .training.evaluation import Evaluator
 from .training.feed_forward import recompute_activations
 from .training.lanes import make_step
 from .training.means import Progress
-from .training.objective import TokenObjective
 from .training.optim import decay_names, make_optimizer
 from .training.router import Routers
-from .training.weighting import ByTokens
 
 
 class Session:
@@ -39,6 +38,7 @@ class Session:
     Args:
         plan: The whole plan.
         loaded: The base model; changed in place.
+        recipe: What is minimised, and what a micro-batch weighs.
 
     Attributes:
         adapter: The attached adapter, or None when all weights are trained.
@@ -53,7 +53,7 @@ class Session:
 
     adapter_name = "default"
 
-    def __init__(self, plan: TrainPlan, loaded: LoadedModel) -> None:
+    def __init__(self, plan: TrainPlan, loaded: LoadedModel, recipe: Recipe) -> None:
         self.plan = plan
         self.loaded = loaded
         self.packs = can_pack(loaded.model_type)
@@ -69,16 +69,14 @@ class Session:
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
-        objective = TokenObjective(loaded, names, plan.loss, self.routers)
+        objective = recipe.make_objective(loaded, names, plan, self.routers)
         optimizer = make_optimizer(plan.optim, self._decayed(names))
         self.step = make_step(
             objective,
             optimizer,
             plan.clip,
             seed=plan.batch.seed,
-            weigh=ByTokens(
-                accepts_loss_kwargs=loaded.accepts_loss_kwargs, counts_every_label=loaded.counts_every_label
-            ),
+            weigh=recipe.make_weighting(loaded),
             computed_in=partial(_computed_in, loaded.model),
         )
         self.evaluator = Evaluator(objective)

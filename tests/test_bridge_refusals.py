@@ -9,6 +9,7 @@ import pytest
 
 from hf_mlx.errors import SettingError
 from hf_mlx.models.bridge import is_torch_model
+from hf_mlx.recipes.never_called import NEVER_CALLED
 from hf_mlx.stand_in import portable_kwargs
 from hf_mlx.surface.bases import open_base
 from hf_mlx.surface.hooks import check_overrides
@@ -44,13 +45,13 @@ def test_the_command_line_starts_without_mlx():
 def test_an_override_that_would_never_run_is_refused(name):
     derived = type("Mine", (Base,), {name: lambda self: None})
     with pytest.raises(SettingError, match=rf"Mine\.{name}\(\)"):
-        check_overrides(type("Again", (derived,), {}), Base)
+        check_overrides(type("Again", (derived,), {}), Base, NEVER_CALLED)
 
 
 def test_overrides_that_are_called_are_welcome():
     derived = type("Mine", (Base,), {"log": lambda self: None, "helper": lambda self: None})
-    check_overrides(derived, Base)
-    check_overrides(Base, Base)
+    check_overrides(derived, Base, NEVER_CALLED)
+    check_overrides(Base, Base, NEVER_CALLED)
 
 
 def test_loading_keywords_of_cuda_are_taken_out_and_said():

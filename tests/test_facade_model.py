@@ -15,6 +15,7 @@ from hf_mlx.surface.accelerator import Accelerator
 from hf_mlx.surface.facade import MLXCausalLM
 from hf_mlx.surface.hub import write_card
 
+SFT_CARD = {"trainer_tags": ("sft", "trl"), "method": "SFT"}
 PROMPT = np.array([[5, 6, 7, 8]])
 
 
@@ -137,9 +138,13 @@ def test_the_device_and_accelerator_speak_for_one_process(model, capsys):
 
 
 def test_a_card_says_how_to_load_what_is_beside_it(tmp_path):
-    card = write_card(tmp_path, model_name="tiny", base_model="owner/base", hub_model_id="me/tiny", adapter=True)
+    card = write_card(
+        tmp_path, **SFT_CARD, model_name="tiny", base_model="owner/base", hub_model_id="me/tiny", adapter=True
+    )
     text = card.read_text()
     assert 'base_model: "owner/base"' in text
     assert "PeftModel.from_pretrained(model, 'me/tiny')" in text
-    whole = write_card(tmp_path, model_name="tiny", base_model=None, hub_model_id=None, extra={"license": "mit"})
+    whole = write_card(
+        tmp_path, **SFT_CARD, model_name="tiny", base_model=None, hub_model_id=None, extra={"license": "mit"}
+    )
     assert 'license: "mit"' in whole.read_text()

@@ -11,6 +11,7 @@ from tiny_checkpoints import write_llama
 from hf_mlx import blas
 from hf_mlx.data.collate import collate
 from hf_mlx.models.load import load_model
+from hf_mlx.recipes.sft import SFT
 from hf_mlx.session import Session
 from hf_mlx.settings.plan import CheckpointingPlan, LoraPlan, LossPlan, OptimPlan
 from hf_mlx.settings.resolve import resolve_plan
@@ -51,7 +52,7 @@ def windows_of(counts):
 
 def make(folder, plan, count, monkeypatch):
     monkeypatch.setattr(lanes, "count_lanes", lambda: count)
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     session.loaded.model.train()
     assert isinstance(session.step, LanedStep) == (count > 1)
     return session.step
@@ -132,7 +133,7 @@ def test_without_threads_one_core_computes(folder, plan, monkeypatch):
     windows, laned = windows_of((4,)), make(folder, plan, 2, monkeypatch)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse_second)
-        step = Session(plan, load_model(folder, plan.model)).step
+        step = Session(plan, load_model(folder, plan.model), SFT).step
     assert len(started) == 2 and not isinstance(step, LanedStep)
     step.objective.model.train()
     assert_same(laned, step, train(laned, windows), train(step, windows))

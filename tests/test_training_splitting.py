@@ -12,6 +12,7 @@ from tiny_checkpoints import write_llama
 from hf_mlx.data.collate import collate
 from hf_mlx.errors import HFMLXError, TrainingError
 from hf_mlx.models.load import load_model
+from hf_mlx.recipes.sft import SFT
 from hf_mlx.session import Session
 from hf_mlx.settings.plan import BatchPlan, CheckpointingPlan, LoraPlan, LossPlan, OptimPlan
 from hf_mlx.settings.resolve import resolve_plan
@@ -72,7 +73,7 @@ def run(folder, plan, windows, *, most=None, accepts=True, room=None):
     Returns:
         The metrics of each step and the arrays at the end; and the step.
     """
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     step = session.step
     step.weigh = ByTokens(accepts_loss_kwargs=accepts)
     if room is not None:
@@ -170,7 +171,7 @@ def test_gradients_of_an_unfinished_window_survive(folder, plan):
     windows = windows_of("text")
 
     def train(limit, room):
-        session = Session(plan, load_model(folder, plan.model))
+        session = Session(plan, load_model(folder, plan.model), SFT)
         session.step.objective = Limited(session.step.objective, room)
         compute = Splitting(session.step, lambda rows, _: rows, limit)
         session.loaded.model.train()
@@ -184,7 +185,7 @@ def test_gradients_of_an_unfinished_window_survive(folder, plan):
 
 
 def test_one_row_that_does_not_fit_is_the_end(folder, plan):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     session.step.objective = Limited(session.step.objective, 0)
     compute = Splitting(session.step, lambda rows, _: rows, 100)
     window = windows_of("text")[0]
@@ -194,7 +195,7 @@ def test_one_row_that_does_not_fit_is_the_end(folder, plan):
 
 
 def test_other_errors_pass(folder, plan):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     compute = Splitting(session.step, lambda rows, _: rows, 100)
     broken = replace(windows_of("text")[0][0], arrays={"input_ids": mx.zeros((2, 8), mx.int32)})
     with pytest.raises(KeyError):
@@ -207,13 +208,13 @@ def test_other_errors_pass(folder, plan):
     [(8, 64, 1), (8, 128, 2), (8, 512, 8), (8, 4096, 8), (5, 128, 2), (6, 512, 6), (1, 9, 1)],
 )
 def test_pieces_follow_the_estimate(folder, plan, rows, tokens, pieces):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     compute = Splitting(session.step, lambda rows, tokens: rows * tokens, 512)
     assert compute.count_pieces(rows, tokens) == pieces
 
 
 def test_what_ran_out_holds_for_longer_rows_too(folder, plan):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     compute = Splitting(session.step, lambda rows, tokens: 0, 512)
     compute.most = 4 * 32
     assert [compute.count_pieces(8, tokens) for tokens in (16, 32, 64, 256)] == [1, 2, 4, 8]
@@ -238,14 +239,14 @@ def test_every_scored_token_is_in_one_piece():
 
 
 def test_without_the_setting_nothing_is_cut(folder, plan):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     assert choose_computation(session.step, plan, CONFIG) is session.step
     chosen = choose_computation(session.step, replace(plan, auto_find_batch_size=True), CONFIG)
     assert isinstance(chosen, Splitting)
 
 
 def test_routers_keep_their_micro_batches_whole(folder, plan, caplog):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     session.step.objective.routers = object()
     chosen = choose_computation(session.step, replace(plan, auto_find_batch_size=True), CONFIG)
     assert chosen is session.step
@@ -273,7 +274,7 @@ SHORTAGES = {
 
 @pytest.mark.parametrize(("changes", "said", "unsaid"), SHORTAGES.values(), ids=SHORTAGES)
 def test_a_shortage_says_what_to_write(folder, plan, changes, said, unsaid):
-    session = Session(plan, load_model(folder, plan.model))
+    session = Session(plan, load_model(folder, plan.model), SFT)
     window = windows_of("text")[0]
     cause = RuntimeError(SAID)
     with (

@@ -60,12 +60,12 @@ class Asked:
     def keep(self, args: Any, ledger: Ledger) -> None:
         """Compare with these from now on, which are in force."""
         self._ledger = ledger
-        self._values = copy.deepcopy(_read(args))
+        self._values = copy.deepcopy(self._read(args))
         self._names = _names(args)
 
     def find_changes(self, args: Any) -> dict[str, Any]:
         """Fields of ``args`` that differ from those the plan was resolved from, with their new values."""
-        now = _read(args)
+        now = self._read(args)
         missing = object()
         return {
             name: now.get(name)
@@ -134,10 +134,9 @@ class Asked:
         )
         return plan, ledger
 
-
-def _read(args: Any) -> dict[str, Any]:
-    # The fields as they stand: what transformers made of some on construction doesn't follow them.
-    return complete_arguments(args) | read_values(args)
+    def _read(self, args: Any) -> dict[str, Any]:
+        # The fields as they stand: what transformers made of some on construction doesn't follow them.
+        return complete_arguments(args, table=self._options["table"]) | read_values(args)
 
 
 def _idle(ledger: Ledger) -> set[str]:

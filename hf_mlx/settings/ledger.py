@@ -6,27 +6,28 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from .config_tables import SFT_TABLE, ConfigTable
 from .entries import Ledger
 from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .reading import owner, read_defaults, read_values
-from .sft_config import SFT_CONFIG, SFT_DEFAULTS
-from .training_arguments import TRAINING_ARGUMENTS
 from .verdicts import Rule, Ruling, Values, Verdict, is_default, no_op, refused
 
 __all__ = ["Entry", "Ledger", "complete_adapter", "complete_arguments", "explain"]
 
-_ARGUMENT_RULES: Mapping[str, Rule] = {rule.field: rule for rule in (*TRAINING_ARGUMENTS, *SFT_CONFIG)}
 _LORA_RULES: Mapping[str, Rule] = {rule.field: rule for rule in LORA_CONFIG}
 
 
-def explain(args: Any, peft_config: Any = None, *, overrides: Values | None = None) -> Ledger:
+def explain(
+    args: Any, peft_config: Any = None, *, overrides: Values | None = None, table: ConfigTable = SFT_TABLE
+) -> Ledger:
     """Say what happens to every field of a configuration on MLX.
 
     Args:
         args: A ``TrainingArguments`` or ``SFTConfig``, or a dict of an SFTConfig's fields. None is ``SFTConfig()``.
         peft_config: A ``LoraConfig``, or a dict of its fields.
         overrides: Fields that a keyword of the trainer sets over ``args``.
+        table: The configuration class of the trainer in question.
 
     Returns:
         The ledger: print it, iterate over it as ``(field, value, verdict, reason)``, or call ``raise_refused()``.
@@ -38,21 +39,21 @@ def explain(args: Any, peft_config: Any = None, *, overrides: Values | None = No
     settings = {} if args is None else args
     if isinstance(settings, Mapping):
         settings, overrides = dict(settings) | dict(overrides or {}), None
-    values = _merge_arguments(settings, overrides)
+    values = _merge_arguments(settings, overrides, table)
     present = values if isinstance(settings, Mapping) else read_values(settings) | dict(overrides or {})
-    entries = _judge(settings, _ARGUMENT_RULES, values, present, _argument_defaults(settings))
+    entries = _judge(settings, table.all_rules, values, present, _argument_defaults(settings, table), table.name)
     if peft_config is not None:
         entries += _judge_adapter(peft_config)
     return Ledger(entries)
 
 
-def complete_arguments(args: Any, overrides: Values | None = None) -> dict[str, Any]:
+def complete_arguments(args: Any, overrides: Values | None = None, table: ConfigTable = SFT_TABLE) -> dict[str, Any]:
     """The values of ``args``, with the defaults of what it lacks.
 
     A ``TrainingArguments`` keeps its own values and gains the fields of SFTConfig at their defaults, as in
     trl 1.16's ``SFTTrainer.__init__``.
     """
-    values = _merge_arguments({} if args is None else args, overrides)
+    values = _merge_arguments({} if args is None else args, overrides, table)
     # transformers 5.23 mirrors the two names on construction; a field that was set later counts too.
     for suffix in ("", "_kwargs"):
         if values[f"activation_checkpointing{suffix}"] is None:
@@ -60,8 +61,8 @@ def complete_arguments(args: Any, overrides: Values | None = None) -> dict[str, 
     return values
 
 
-def _merge_arguments(settings: Any, overrides: Values | None) -> dict[str, Any]:
-    values = _argument_defaults(settings) | read_values(settings) | dict(overrides or {})
+def _merge_arguments(settings: Any, overrides: Values | None, table: ConfigTable) -> dict[str, Any]:
+    values = _argument_defaults(settings, table) | read_values(settings) | dict(overrides or {})
     # SFTConfig.__post_init__, for a configuration that is not constructed.
     if values["bf16"] is None:
         values["bf16"] = not values["fp16"]
@@ -72,11 +73,11 @@ def _merge_arguments(settings: Any, overrides: Values | None) -> dict[str, Any]:
     return values
 
 
-def _argument_defaults(settings: Any) -> dict[str, Any]:
-    defaults = {field: rule.default for field, rule in _ARGUMENT_RULES.items()}
-    sft_only = {rule.field for rule in SFT_CONFIG}
-    if isinstance(settings, Mapping) or not sft_only.isdisjoint(read_values(settings)):
-        defaults |= SFT_DEFAULTS
+def _argument_defaults(settings: Any, table: ConfigTable) -> dict[str, Any]:
+    defaults = {field: rule.default for field, rule in table.all_rules.items()}
+    own = {rule.field for rule in table.rules}
+    if isinstance(settings, Mapping) or not own.isdisjoint(read_values(settings)):
+        defaults |= table.defaults
     return defaults
 
 
@@ -93,12 +94,14 @@ def _judge_adapter(peft_config: Any) -> list[Entry]:
         return [Entry(_name(peft_config, "LoraConfig"), "peft_type", values["peft_type"], False, ruling)]
     defaults = {field: rule.default for field, rule in _LORA_RULES.items()}
     present = values if isinstance(peft_config, Mapping) else read_values(peft_config)
-    return _judge(peft_config, _LORA_RULES, values, present, defaults)
+    return _judge(peft_config, _LORA_RULES, values, present, defaults, "LoraConfig")
 
 
-def _judge(settings: Any, rules: Mapping[str, Rule], values: Values, present: Values, defaults: Values) -> list[Entry]:
+def _judge(
+    settings: Any, rules: Mapping[str, Rule], values: Values, present: Values, defaults: Values, fallback: str
+) -> list[Entry]:
     """Rule on the fields in ``present``, each in the light of all ``values``; unknown ones come last."""
-    name = _name(settings, "LoraConfig" if rules is _LORA_RULES else "SFTConfig")
+    name = _name(settings, fallback)
     entries = []
     for field, rule in rules.items():
         if field in present:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SettingError
-from .data_plan import resolve_data
+from .config_tables import SFT_TABLE, ConfigTable
 from .ledger import Ledger, complete_arguments, explain
 from .model_plan import resolve_last_layers, resolve_lora, resolve_model
 from .plan import TrainPlan
@@ -17,7 +17,6 @@ from .run_plan import (
     resolve_batch,
     resolve_checkpointing,
     resolve_clip,
-    resolve_loss,
     resolve_optim,
     resolve_schedule,
 )
@@ -32,6 +31,7 @@ def resolve_plan(
     strict: bool = False,
     quantization_config: Any = None,
     overrides: Mapping[str, Any] | None = None,
+    table: ConfigTable = SFT_TABLE,
 ) -> tuple[TrainPlan, Ledger]:
     """Resolve what was asked into a plan, before an array exists.
 
@@ -46,6 +46,7 @@ def resolve_plan(
         quantization_config: TRL's constructor keyword of that name.
         overrides: Fields that keywords of the trainer set over ``args``; see
             :func:`~hf_mlx.settings.legacy.merge_trainer_keywords`.
+        table: The configuration class of the trainer in question.
 
     Returns:
         The plan, and the ledger it was resolved with.
@@ -54,18 +55,18 @@ def resolve_plan(
         SettingError: A field is refused, has a value out of range, or contradicts another one.
     """
     overrides = dict(overrides or {}) | _quantize(args, quantization_config)
-    ledger = explain(args, peft_config, overrides=overrides)
+    ledger = explain(args, peft_config, overrides=overrides, table=table)
     ledger.raise_refused(strict=strict)
-    values = complete_arguments(args, overrides)
+    values = complete_arguments(args, overrides, table)
     check_logistics(values)
     lora = resolve_lora(peft_config)
     plan = TrainPlan(
         batch=resolve_batch(values),
-        data=resolve_data(values),
+        data=table.resolve_data(values),
         model=resolve_model(values),
         optim=resolve_optim(values),
         schedule=resolve_schedule(values),
-        loss=resolve_loss(values),
+        loss=table.resolve_loss(values),
         clip=resolve_clip(values, max_grad_value),
         lora=lora,
         checkpointing=resolve_checkpointing(values),

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from ..errors import SettingError
-from .hooks import NEVER_CALLED
+from ..recipes.never_called import NEVER_CALLED
 
 logger = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from ..models.positions import learned_positions
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
 from ..models.tokenizer import load_tokenizer
+from ..recipes.recipe import Recipe
 from ..session import Session
 from ..settings.ledger import Ledger
 from ..settings.plan import TrainPlan
@@ -75,7 +76,7 @@ class Base(Protocol):
         """
         ...
 
-    def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
+    def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         """The session that trains it, and what ``trainer.model`` is."""
         ...
 
@@ -147,8 +148,8 @@ class NamedBase:
         self._loaded = open_model(self._folder, self._plan.model)
         return _read_tables(self._loaded.config)
 
-    def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
-        session = Session(self._plan, self._loaded)
+    def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
+        session = Session(self._plan, self._loaded, recipe)
         self._session = session
         self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
         self._model.settle = lambda: self.take_over("")
@@ -204,12 +205,12 @@ class TorchBase:
         embedding = getattr(self._source.base.get_input_embeddings(), "weight", None)
         return found if embedding is None else replace(found, ids=embedding.shape[0])
 
-    def enter(self, args: Any, peft_config: Any, tokenizer: Any) -> tuple[Session, Any]:
+    def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         source, plan = self._source, self._plan
         if peft_config is not None:
             source.attach(peft_config, plan.batch.seed)
         source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
-        session = Session(plan, load_torch_model(source, plan.model))
+        session = Session(plan, load_torch_model(source, plan.model), recipe)
         session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.
         source.place(args.device)

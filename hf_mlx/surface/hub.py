@@ -122,6 +122,8 @@ def write_card(
     model_name: str,
     base_model: str | None,
     hub_model_id: str | None,
+    trainer_tags: Iterable[str],
+    method: str,
     dataset_name: str | None = None,
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
@@ -135,6 +137,8 @@ def write_card(
         model_name: Heading.
         base_model: What it was trained from; None for an unknown one.
         hub_model_id: Its id on the hub, if it has one.
+        trainer_tags: Those that every model of this trainer has.
+        method: What it was trained with.
         dataset_name: Id of the training data.
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
@@ -147,7 +151,7 @@ def write_card(
         "datasets": dataset_name,
         "library_name": "peft" if adapter else "transformers",
         "model_name": model_name,
-        "tags": list(dict.fromkeys(["generated_from_trainer", "sft", "trl", "hf-mlx", *given])),
+        "tags": list(dict.fromkeys([*trainer_tags, *given])),
         **(extra or {}),
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
@@ -161,7 +165,7 @@ def write_card(
     text = (
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# {model_name}\n\nA fine-tuned version of {f'`{base_model}`' if base_model else 'its base model'}"
-        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with SFT on Apple MLX by hf_mlx.\n\n"
+        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx.\n\n"
         f"## Use\n\n```python\n{use}```\n\n"
         f"## Training\n\n{table}\n\n### Framework versions\n\n{_versions()}\n"
     )

@@ -7,16 +7,6 @@ from typing import Any
 from ..errors import SettingError
 
 
-def default_args(model: str) -> Any:
-    """TRL's default configuration for a model of this name; without trl, transformers'."""
-    name = f"{str(model).rstrip('/').split('/')[-1]}-SFT"
-    try:
-        from trl import SFTConfig as Arguments
-    except ImportError:
-        from transformers import TrainingArguments as Arguments
-    return Arguments(name)
-
-
 def check_functions(keywords: dict[str, Any]) -> None:
     """Refuse what would run inside the step; takes it out of ``keywords`` when it is None.
 
@@ -49,8 +39,8 @@ def check_optimizers(optimizers: tuple[Any, Any]) -> None:
         )
 
 
-def check_evaluation(args: Any, eval_dataset: Any) -> None:
-    """Refuse to evaluate on nothing.
+def check_evaluation(args: Any, eval_dataset: Any, trainer: str) -> None:
+    """Refuse to evaluate on nothing; ``trainer`` is the class's name.
 
     Raises:
         SettingError: ``eval_strategy`` asks for evaluation and there is no ``eval_dataset``.
@@ -59,5 +49,5 @@ def check_evaluation(args: Any, eval_dataset: Any) -> None:
         raise SettingError(
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an eval_dataset",
             "an eval_dataset to evaluate on",
-            'MLXSFTTrainer(..., eval_dataset=my_dataset), or eval_strategy="no"',
+            f'{trainer}(..., eval_dataset=my_dataset), or eval_strategy="no"',
         )

@@ -24,7 +24,7 @@ from ..surface.hooks import check_overrides
 from ..surface.hub import HubRepo
 from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
-from ..surface.requests import check_evaluation, check_functions, check_optimizers, default_args
+from ..surface.requests import check_evaluation, check_functions, check_optimizers
 from ..surface.startup import StartClock, StartUp
 from ..training.command_buffers import limit_pending_work
 from .running import Running
@@ -34,14 +34,10 @@ logger = logging.getLogger(__name__)
 _ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
 
 
-# Where the trainers themselves are; what derives from them elsewhere is a user's.
-_HOUSE = ("hf_mlx.trainers.sft",)
-
-
 class TrainerBase(Running):
     """One trainer: settings resolved into a plan, data prepared, model opened, in this order.
 
-    The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`.
+    The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
     def __init__(
@@ -66,13 +62,15 @@ class TrainerBase(Running):
         **keywords: Any,
     ) -> None:
         self._clock = StartClock()
-        check_overrides(type(self), next(cls for cls in type(self).__mro__ if cls.__module__ in _HOUSE))
+        # What derives from the class that names the recipe is a user's.
+        house = next(cls for cls in type(self).__mro__ if "recipe" in vars(cls))
+        check_overrides(type(self), house, self.recipe.never_called)
         check_presets(self)
         check_optimizers(optimizers)
         check_functions(keywords)
         self._base = base = open_base(model)
         overrides, tokenizer = merge_trainer_keywords({}, keywords)
-        self.args = args if args is not None else default_args(base.name)
+        self.args = args if args is not None else self.recipe.make_args(base.name)
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self.plan, self.ledger = base.resolve(
@@ -83,15 +81,21 @@ class TrainerBase(Running):
             strict=strict,
             quantization_config=quantization_config,
             overrides=overrides,
+            table=self.recipe.config,
         )
         self._asked = Asked(
-            self.args, self.ledger, max_grad_value=max_grad_value, strict=strict, overrides=dict(overrides)
+            self.args,
+            self.ledger,
+            max_grad_value=max_grad_value,
+            strict=strict,
+            overrides=dict(overrides),
+            table=self.recipe.config,
         )
         reporting.set_log_level(self.args.log_level)
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        check_evaluation(self.args, eval_dataset)
+        check_evaluation(self.args, eval_dataset, self.recipe.name)
         check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
@@ -124,6 +128,7 @@ class TrainerBase(Running):
             self.data = Feed(
                 self.plan,
                 self.processing_class,
+                self.recipe,
                 collator=data_collator,
                 formatting_func=formatting_func,
                 keep_columns=not self.args.remove_unused_columns,
@@ -137,7 +142,7 @@ class TrainerBase(Running):
     def _enter(self, peft_config: Any, *, strict: bool) -> None:
         """The model with its adapter, the step and the evaluator; says what is done another way."""
         base = self._base
-        self.session, self._model = base.enter(self.args, peft_config, self.processing_class)
+        self.session, self._model = base.enter(self.args, peft_config, self.processing_class, self.recipe)
         self._clock.end("model")
         self.data.share_rows = self.session.packs
         self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)

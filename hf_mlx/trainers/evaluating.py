@@ -92,6 +92,6 @@ class Evaluating(Publishing):
             raise DataError(
                 "evaluate() without a dataset, on a trainer without eval_dataset",
                 "a dataset to evaluate on",
-                "trainer.evaluate(my_dataset), or MLXSFTTrainer(..., eval_dataset=my_dataset)",
+                f"trainer.evaluate(my_dataset), or {self.recipe.name}(..., eval_dataset=my_dataset)",
             )
         return self.eval_dataset

@@ -86,7 +86,7 @@ class Live(Parts):
             return
         plan, ledger = self._asked.resolve_again(self.args, self.plan)
         if training:
-            check_evaluation(self.args, self.eval_dataset)
+            check_evaluation(self.args, self.eval_dataset, self.recipe.name)
             check_output_dir(self.args.output_dir)
         if plan.optim != self.plan.optim and started(self):
             logger.warning(

@@ -9,6 +9,7 @@ from ..checkpoints.interrupt import Interrupt
 from ..data.order import Steps
 from ..feed import Feed
 from ..loop.run import Loop
+from ..recipes.recipe import Recipe
 from ..session import Session
 from ..settings.clipping import GradClip
 from ..settings.plan import TrainPlan
@@ -23,6 +24,7 @@ from ..surface.startup import StartClock
 class Parts:
     """Attributes of a constructed trainer."""
 
+    recipe: Recipe
     args: Any
     state: Any
     control: Any

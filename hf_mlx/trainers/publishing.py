@@ -61,6 +61,8 @@ class Publishing(Records):
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=tags,
+            trainer_tags=self.recipe.tags,
+            method=self.recipe.method,
             adapter=self.session.adapter is not None,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,

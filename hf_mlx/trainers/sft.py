@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..recipes.sft import SFT
 from .base import TrainerBase
 
 
@@ -45,6 +46,8 @@ class MLXSFTTrainer(TrainerBase):
     Raises:
         HFMLXError: One of its subclasses, before any training.
     """
+
+    recipe = SFT
 
     def __init__(
         self,

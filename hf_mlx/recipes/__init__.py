@@ -1,0 +1,1 @@
+"""What one trainer adds to the house: a frozen recipe each."""

@@ -1,0 +1,74 @@
+"""The one object that a trainer hands to what all trainers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ..models.load import LoadedModel
+from ..settings.config_tables import ConfigTable
+from ..settings.plan import TrainPlan
+from ..training.objective import Objective
+from ..training.router import Routers
+from ..training.weighting import Weighting
+
+Row = dict[str, Any]
+
+
+class RowTable(Protocol):
+    """How datasets become micro-batches. Batches are what :meth:`collate` returns; only these functions look inside.
+
+    Attributes:
+        signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on.
+    """
+
+    signature_columns: tuple[str, ...]
+
+    def prepare(self, dataset: Any, tokenizer: Any, plan: Any, *, name: str, packing: bool, **options: Any) -> Any:
+        """A set as it is trained on: a :class:`~hf_mlx.data.prepare.Prepared`."""
+        ...
+
+    def prepare_eval(self, dataset: Any, tokenizer: Any, plan: Any, *, like: Any, **options: Any) -> Any:
+        """The same for an evaluation set, or a dict of them."""
+        ...
+
+    def collate(self, rows: Sequence[Row], tokenizer: Any, plan: Any, *, padding_free: bool) -> Any:
+        """Prepared rows as a batch."""
+        ...
+
+    def convert(self, collated: Mapping[str, Any], pad_token_id: int) -> Any:
+        """What a user's own collator returned, as a batch."""
+        ...
+
+    def lay_out(self, batch: Any, pad_token_id: int, shapes: Any, *, limit: int | None) -> Any:
+        """A batch as :class:`~hf_mlx.training.inputs.HostInputs`; ``shapes`` None keeps the rows as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What makes one trainer: its settings, its rows, what it minimises and what it is called.
+
+    Attributes:
+        name: The class's name, for remedies: ``MLXSFTTrainer``.
+        config: Rules and defaults of its configuration class.
+        make_args: Model name -> the configuration where none is given.
+        rows: How datasets become micro-batches.
+        make_objective: What is minimised, of the model with its adapters attached, the names of what is trained,
+            the plan, and the routers whose load is balanced.
+        make_weighting: What a micro-batch weighs in its window.
+        never_called: Methods of the upstream trainer that no step would call, with what to write instead.
+        tags: Of the model card.
+        method: What the card says it was trained with.
+    """
+
+    name: str
+    config: ConfigTable
+    make_args: Callable[[str], Any]
+    rows: RowTable
+    make_objective: Callable[[LoadedModel, Iterable[str], TrainPlan, Routers | None], Objective]
+    make_weighting: Callable[[LoadedModel], Weighting]
+    never_called: Mapping[str, str]
+    tags: tuple[str, ...]
+    method: str

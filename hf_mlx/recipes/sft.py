@@ -1,0 +1,85 @@
+"""trl's ``SFTTrainer``: rows in trl's formats, next-token loss over the tokens of a window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..data.batch import Batch
+from ..data.collate import collate, convert_batch
+from ..data.prepare import Prepared, prepare, prepare_eval
+from ..data.shapes import Shapes
+from ..models.load import LoadedModel
+from ..settings.config_tables import SFT_TABLE
+from ..settings.plan import DataPlan, TrainPlan
+from ..training.inputs import HostInputs, make_host_inputs
+from ..training.objective import TokenObjective
+from ..training.router import Routers
+from ..training.weighting import ByTokens
+from .never_called import NEVER_CALLED
+from .recipe import Recipe, Row
+
+
+class SFTRows:
+    """Rows of ``input_ids`` and ``labels``, prepared and collated as trl 1.16 does."""
+
+    # What trl keeps of a prepared row when remove_unused_columns is on.
+    signature_columns: tuple[str, ...] = ("input_ids", "labels", "seq_lengths")
+
+    def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
+        return prepare(dataset, tokenizer, plan, name=name, packing=packing, **options)
+
+    def prepare_eval(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, like: Prepared, **options: Any) -> Any:
+        return prepare_eval(dataset, tokenizer, plan, like=like, **options)
+
+    def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> Batch:
+        if not padding_free:
+            # Upstream's collator reads where documents begin for padding-free batches alone.
+            rows = [{key: value for key, value in row.items() if key != "seq_lengths"} for row in rows]
+        return collate(
+            rows,
+            pad_token_id=tokenizer.pad_token_id,
+            padding_free=padding_free,
+            pad_to_multiple_of=plan.pad_to_multiple_of,
+        )
+
+    def convert(self, collated: Mapping[str, Any], pad_token_id: int) -> Batch:
+        return convert_batch(collated)
+
+    def lay_out(self, batch: Batch, pad_token_id: int, shapes: Shapes | None, *, limit: int | None) -> HostInputs:
+        return make_host_inputs(batch, pad_token_id, shapes, limit=limit)
+
+
+def default_args(model: str) -> Any:
+    """TRL's default configuration for a model of this name; without trl, transformers'."""
+    name = f"{str(model).rstrip('/').split('/')[-1]}-SFT"
+    try:
+        from trl import SFTConfig as Arguments
+    except ImportError:
+        from transformers import TrainingArguments as Arguments
+    return Arguments(name)
+
+
+def token_objective(
+    loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
+) -> TokenObjective:
+    """Next-token prediction."""
+    return TokenObjective(loaded, names, plan.loss, routers)
+
+
+def by_tokens(loaded: LoadedModel) -> ByTokens:
+    """Each token of a window weighs the same, where the HF class is told how many there are."""
+    return ByTokens(accepts_loss_kwargs=loaded.accepts_loss_kwargs, counts_every_label=loaded.counts_every_label)
+
+
+SFT = Recipe(
+    name="MLXSFTTrainer",
+    config=SFT_TABLE,
+    make_args=default_args,
+    rows=SFTRows(),
+    make_objective=token_objective,
+    make_weighting=by_tokens,
+    never_called=NEVER_CALLED,
+    tags=("generated_from_trainer", "sft", "trl", "hf-mlx"),
+    method="SFT",
+)

@@ -1,0 +1,41 @@
+"""The configuration class of a trainer as rules: what its fields do here, and how they are resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .data_plan import resolve_data
+from .plan import LossPlan
+from .run_plan import resolve_loss
+from .sft_config import SFT_CONFIG, SFT_DEFAULTS
+from .training_arguments import TRAINING_ARGUMENTS
+from .verdicts import Rule
+
+
+@dataclass(frozen=True)
+class ConfigTable:
+    """One configuration class; all of them hold the fields of ``TrainingArguments``.
+
+    Attributes:
+        name: The class's.
+        rules: A rule for each field that it adds to ``TrainingArguments``.
+        defaults: Fields of ``TrainingArguments`` that it gives another default.
+        resolve_data: The values of all fields -> how rows become tokens.
+        resolve_loss: The values of all fields -> what is minimised.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any]
+    resolve_data: Callable[[Mapping[str, Any]], Any]
+    resolve_loss: Callable[[Mapping[str, Any]], LossPlan]
+
+    @property
+    def all_rules(self) -> dict[str, Rule]:
+        """The rules of every field, by its name."""
+        return {rule.field: rule for rule in (*TRAINING_ARGUMENTS, *self.rules)}
+
+
+SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
