@@ -33,7 +33,7 @@ def answer(text: str) -> list[dict[str, str]]:
 
 
 CHAT = [
-    {"prompt": user('how' + ' so' * i), "chosen": answer(f"{i} of them"), "rejected": answer("none " * (i % 3 + 1))}
+    {"prompt": user("how" + " so" * i), "chosen": answer(f"{i} of them"), "rejected": answer("none " * (i % 3 + 1))}
     for i in range(5)
 ]
 TEXT = [
@@ -98,7 +98,9 @@ def test_rows_equal_trls(case, streamed):
     tokenizer = bpe(**options)
 
     def source() -> Any:
-        return IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows))) if streamed else Dataset.from_list(rows)
+        return (
+            IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows))) if streamed else Dataset.from_list(rows)
+        )
 
     want, got = list(theirs(source(), tokenizer, settings)), list(ours(source(), tokenizer, settings))
     assert len(want) == len(got) > 0

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from .errors import HFMLXError
     from .settings.clipping import GradClip, resolve_grad_clip
     from .settings.ledger import explain
+    from .trainers.dpo import MLXDPOTrainer
     from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
     "GradClip",
     "HFMLXError",
+    "MLXDPOTrainer",
     "MLXSFTTrainer",
     "explain",
     "export_adapter",
@@ -32,6 +34,7 @@ __all__ = [
 _HOMES = {
     "GradClip": "settings.clipping",
     "HFMLXError": "errors",
+    "MLXDPOTrainer": "trainers.dpo",
     "MLXSFTTrainer": "trainers.sft",
     "explain": "settings.ledger",
     "export_adapter": "adapters.export",

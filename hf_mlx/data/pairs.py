@@ -117,18 +117,17 @@ def convert_pairs(mapping: Mapping[str, Any]) -> PairBatch:
     )
 
 
-def pair_arrays(batch: PairBatch, width: int, ld_alpha: float | None) -> dict[str, np.ndarray]:
+def pair_arrays(batch: PairBatch, width: int) -> dict[str, np.ndarray]:
     """What a pair objective reads beside the tokens, as numpy arrays.
 
     Args:
         batch: Of :func:`collate_pairs` or :func:`convert_pairs`.
         width: Of the rows as they are computed.
-        ld_alpha: Weight of tokens past the shorter answer of a pair (LD-DPO), or None.
 
     Returns:
-        ``answers`` (R, 1) float32; ``reference`` (R, 1) float32 where it is known; ``token_weights`` (R, width)
-        float32 with ``ld_alpha``; and the counts of the micro-batch, float32 scalars that are at least 1: ``pairs``,
-        ``tokens``, ``chosen_tokens`` and ``rejected_tokens``.
+        ``answers`` (R, 1) float32; ``shared`` (R, width) bool, False where a target lies past the shorter answer of
+        its pair; ``reference`` (R, 1) float32 where it is known; and the counts of the micro-batch, float32 scalars
+        that are at least 1: ``pairs``, ``tokens``, ``chosen_tokens`` and ``rejected_tokens``.
     """
     scored = batch.labels[:, 1:] != IGNORE
     counts = scored.sum(axis=1)
@@ -142,13 +141,10 @@ def pair_arrays(batch: PairBatch, width: int, ld_alpha: float | None) -> dict[st
     arrays = {k: np.array(max(v, 1), np.float32) if np.ndim(v) == 0 else v for k, v in arrays.items()}
     if batch.reference is not None:
         arrays["reference"] = batch.reference[:, None]
-    if ld_alpha is not None:
-        shared = np.repeat(np.minimum(counts[::2], counts[1::2]), 2)
-        weights = np.ones((len(counts), width), np.float32)
-        past = np.cumsum(scored, axis=1) > shared[:, None]
-        weights[:, : past.shape[1]][past] = ld_alpha
-        arrays["token_weights"] = weights
-    return arrays
+    shorter = np.repeat(np.minimum(counts[::2], counts[1::2]), 2)
+    shared = np.ones((len(counts), width), bool)
+    shared[:, : scored.shape[1]] = np.cumsum(scored, axis=1) <= shorter[:, None]
+    return arrays | {"shared": shared}
 
 
 def _to_numpy(value: Any) -> np.ndarray:

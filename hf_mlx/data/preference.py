@@ -50,7 +50,10 @@ def prepare_preference(
     """
     from datasets import IterableDataset
 
-    dataset = read_source(dataset, name)
+    dataset = read_source(dataset, name, as_is=plan.skip_prepare_dataset)
+    if plan.skip_prepare_dataset:
+        read_first(dataset, name)
+        return Prepared(dataset, Report(name, notes=("taken as it is",)), False, True)
     first, columns = read_first(dataset, name)
     _check_columns(columns, name)
     tokenizer = prepare_tokenizer(tokenizer, plan)

@@ -21,9 +21,11 @@ class RowTable(Protocol):
 
     Attributes:
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on.
+        shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
     signature_columns: tuple[str, ...]
+    shaped: bool
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: Any, *, name: str, packing: bool, **options: Any) -> Any:
         """A set as it is trained on: a :class:`~hf_mlx.data.prepare.Prepared`."""

@@ -25,6 +25,7 @@ class SFTRows:
 
     # What trl keeps of a prepared row when remove_unused_columns is on.
     signature_columns: tuple[str, ...] = ("input_ids", "labels", "seq_lengths")
+    shaped = True
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
         return prepare(dataset, tokenizer, plan, name=name, packing=packing, **options)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data_plan import resolve_data
-from .plan import LossPlan
+from .dpo_config import DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss
+from .plan import LossPlan, PairLossPlan
 from .run_plan import resolve_loss
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
 from .training_arguments import TRAINING_ARGUMENTS
@@ -20,7 +21,7 @@ class ConfigTable:
 
     Attributes:
         name: The class's.
-        rules: A rule for each field that it adds to ``TrainingArguments``.
+        rules: A rule for each field that it adds to ``TrainingArguments``, or that means something else there.
         defaults: Fields of ``TrainingArguments`` that it gives another default.
         resolve_data: The values of all fields -> how rows become tokens.
         resolve_loss: The values of all fields -> what is minimised.
@@ -30,7 +31,7 @@ class ConfigTable:
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any]
     resolve_data: Callable[[Mapping[str, Any]], Any]
-    resolve_loss: Callable[[Mapping[str, Any]], LossPlan]
+    resolve_loss: Callable[[Mapping[str, Any]], LossPlan | PairLossPlan]
 
     @property
     def all_rules(self) -> dict[str, Rule]:
@@ -39,3 +40,4 @@ class ConfigTable:
 
 
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
+DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)

@@ -99,6 +99,9 @@ class PairLossPlan:
         losses: Each loss type with its weight, in the order they are added up.
         f_divergence_type: Which divergence keeps the policy near its reference.
         use_weighting: WPO's weights of pairs.
+        disable_dropout: The adapter's dropout is off while training.
+        precompute: The reference's log-probabilities are computed once, before training.
+        precompute_batch_size: Pairs at once then; None is the batch size of the set.
     """
 
     losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
@@ -110,6 +113,9 @@ class PairLossPlan:
     ld_alpha: float | None = None
     use_weighting: bool = False
     router_aux_loss_coef: float | None = None
+    disable_dropout: bool = True
+    precompute: bool = False
+    precompute_batch_size: int | None = None
 
     @property
     def sorts(self) -> bool:
@@ -184,7 +190,7 @@ class TrainPlan:
     model: ModelPlan
     optim: OptimPlan
     schedule: SchedulePlan
-    loss: LossPlan
+    loss: LossPlan | PairLossPlan
     clip: GradClip
     lora: LoraPlan | None
     checkpointing: CheckpointingPlan

@@ -94,12 +94,14 @@ class Evaluation:
             means = progress.means.take()
             if not means:
                 return {}
-            # In upstream's order: the routers' loss comes last.
-            routers = {"aux_loss": means.pop("aux_loss")} if "aux_loss" in means else {}
-            return means | {"num_tokens": float(progress.num_tokens)} | routers
+            return self._in_order(means)
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}
-        means = {f"eval_{name}": sum(values) / len(values) for name, values in sums.metrics.items()}
-        aux_loss = {name: means.pop(name) for name in ("eval_aux_loss",) if name in means}
-        return {**means, "eval_num_tokens": float(progress.num_tokens), **aux_loss}
+        means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
+        return {f"eval_{name}": value for name, value in self._in_order(means).items()}
+
+    def _in_order(self, means: dict[str, float]) -> dict[str, float]:
+        """The means and the counter of tokens, as upstream's log has them."""
+        values = {**means, "num_tokens": float(self._session.progress.num_tokens)}
+        return {name: values[name] for name in self._session.step.objective.log_order}

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
-from ..errors import AdapterError
+from ..data.batch import Batch
+from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..settings.plan import PairLossPlan
@@ -163,21 +165,35 @@ class PairObjective:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and token ids of a batch in upstream's order: all chosen rows, then all rejected ones."""
+        order = np.arange(len(logits)).reshape(-1, 2).T.reshape(-1)
+        return logits[order], batch.input_ids[order]
+
+    def adopt_reference(self, reference: Reference | None) -> None:
+        """Hold the policy to ``reference``, before the first micro-batch is traced; None leaves it to the batches."""
+        self.reference = reference
+
     def _reference(self, params: Arrays, arrays: Arrays) -> mx.array:
         if "reference" in arrays:
             return arrays["reference"][:, 0]
-        assert self.reference is not None
+        if self.reference is None:
+            raise SettingError(
+                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and full fine-tuning",
+                "rows that the constructor has seen: the reference is not kept (TRL raises too)",
+                "MLXDPOTrainer(..., eval_dataset=rows), ref_model=…, or DPOConfig(precompute_ref_log_probs=False)",
+            )
         if self.model.training:
             self._bind_keys(arrays)
         frozen = {name: mx.stop_gradient(value) for name, value in params.items()}
         if self.routers is None:
-            return sum_rows(self.reference(frozen, arrays).logp, arrays)
+            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
         with self.routers.log.recording():
-            return sum_rows(self.reference(frozen, arrays).logp, arrays)
+            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
 
     def _answers(self, params: Arrays, arrays: Arrays) -> Answers:
         tokens = self.score(params, arrays, gradient=self.model.training)
-        return Answers(sum_rows(tokens.logp, arrays), tokens)
+        return Answers(sum_rows(tokens.logp, arrays, self.plan.ld_alpha), tokens)
 
     def _bind_keys(self, arrays: Arrays) -> None:
         if not self._dropouts:
@@ -215,11 +231,16 @@ class PairObjective:
         return loss.sum() / arrays["pairs"], {name: mx.stop_gradient(value) for name, value in metrics.items()}
 
 
-def sum_rows(logp: mx.array, arrays: Arrays) -> mx.array:
-    """Log-probabilities of scored tokens (N,) summed over each row, (R,), under LD-DPO's weights where there are any."""
-    if "token_weights" in arrays:
-        # A target stands one position before its token, and so do the weights.
-        logp = logp * _scored(arrays["token_weights"][..., None], arrays)[:, 0]
+def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
+    """Log-probabilities of scored tokens (N,) summed over each row, (R,).
+
+    Args:
+        logp: Of each scored token.
+        arrays: Of the micro-batch.
+        ld_alpha: Weight of tokens past the shorter answer of a pair (LD-DPO, https://huggingface.co/papers/2409.06411).
+    """
+    if ld_alpha is not None:
+        logp = mx.where(_scored(arrays["shared"][..., None], arrays)[:, 0], logp, ld_alpha * logp)
     return _sum_by_row(logp, arrays)
 
 
