@@ -39,5 +39,14 @@ class ConfigTable:
         return {rule.field: rule for rule in (*TRAINING_ARGUMENTS, *self.rules)}
 
 
+def choose_table(settings: Any) -> ConfigTable:
+    """The table of a configuration object, by its class, or of a dict, by a field that one class alone has."""
+    if isinstance(settings, Mapping):
+        own = {rule.field for rule in DPO_CONFIG} - SFT_TABLE.all_rules.keys()
+        return SFT_TABLE if own.isdisjoint(settings) else DPO_TABLE
+    names = {cls.__name__ for cls in type(settings).__mro__}
+    return DPO_TABLE if DPO_TABLE.name in names else SFT_TABLE
+
+
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
 DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)

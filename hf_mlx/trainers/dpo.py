@@ -28,8 +28,8 @@ class MLXDPOTrainer(TrainerBase):
         args: ``DPOConfig``; None is TRL's default configuration.
         data_collator: Called with a list of prepared rows; returns ``input_ids``, ``attention_mask`` and
             ``completion_mask``, all chosen rows first.
-        train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts with ``chosen`` and ``rejected``, and
-            mostly ``prompt``.
+        train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts with ``chosen`` and ``rejected``,
+            and mostly ``prompt``.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; None loads the model's own.
         compute_metrics: Called with a ``transformers.EvalPrediction`` of logits and token ids.

@@ -179,7 +179,7 @@ class PairObjective:
             return arrays["reference"][:, 0]
         if self.reference is None:
             raise SettingError(
-                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and full fine-tuning",
+                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and no adapter",
                 "rows that the constructor has seen: the reference is not kept (TRL raises too)",
                 "MLXDPOTrainer(..., eval_dataset=rows), ref_model=…, or DPOConfig(precompute_ref_log_probs=False)",
             )
