@@ -73,7 +73,6 @@ class Objective(Protocol):
 
     model: nn.Module
     slots: Slots
-    plan: LossPlan | PairLossPlan
     routers: Routers | None
     head: Head | None
     metrics: tuple[str, ...]
@@ -81,6 +80,11 @@ class Objective(Protocol):
     log_order: tuple[str, ...]
     unit: int
     whole: bool
+
+    @property
+    def plan(self) -> LossPlan | PairLossPlan:
+        """Which loss."""
+        ...
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss and the metrics of a micro-batch, each a float32 scalar and a sum that pieces add up to."""
