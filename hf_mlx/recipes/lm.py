@@ -27,6 +27,7 @@ class PlainRows:
     # Those of the model's forward.
     signature_columns: tuple[str, ...] | None = None
     reads_tokenizer = False
+    shaped = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return tokenizer
@@ -76,6 +77,7 @@ def language_objective(
     loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
 ) -> LanguageObjective:
     """Next-token prediction, as the model itself defines it."""
+    assert isinstance(plan.loss, LossPlan)
     return LanguageObjective(loaded, names, plan.loss, routers)
 
 

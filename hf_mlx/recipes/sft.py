@@ -12,7 +12,7 @@ from ..data.prepare import Prepared, prepare, prepare_eval, prepare_tokenizer
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
 from ..settings.config_tables import SFT_TABLE
-from ..settings.plan import DataPlan, TrainPlan
+from ..settings.plan import DataPlan, LossPlan, TrainPlan
 from ..training.inputs import HostInputs, make_host_inputs
 from ..training.objective import TokenObjective
 from ..training.router import Routers
@@ -27,6 +27,7 @@ class SFTRows:
     # What trl keeps of a prepared row when remove_unused_columns is on.
     signature_columns: tuple[str, ...] | None = ("input_ids", "labels", "seq_lengths")
     reads_tokenizer = True
+    shaped = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)
@@ -78,6 +79,7 @@ def token_objective(
     loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
 ) -> TokenObjective:
     """Next-token prediction."""
+    assert isinstance(plan.loss, LossPlan)
     return TokenObjective(loaded, names, plan.loss, routers)
 
 

@@ -44,6 +44,12 @@ STAND_INS = (
         ("trl.trainer.sft_trainer", "trl.trainer", "trl"),
         ("transformers.training_args:TrainingArguments", "trl.trainer.sft_config:SFTConfig"),
     ),
+    StandIn(
+        "DPOTrainer",
+        "trainers.dpo:MLXDPOTrainer",
+        ("trl", "trl.trainer", "trl.trainer.dpo_trainer"),
+        ("transformers:TrainingArguments", "trl:DPOConfig"),
+    ),
 )
 
 
