@@ -9,6 +9,7 @@ from typing import Any
 
 import pairs
 import pytest
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -61,11 +62,12 @@ def built(request, tmp_path_factory):
     pair, folder = PAIRS[request.param], tmp_path_factory.mktemp(request.param)
     model = pairs.tiny_model("llama", folder / "base", hidden_size=32, intermediate_size=48)
     made = []
-    for cls in (pair.theirs, pair.ours):
+    # A config that is made later takes accelerate's state from under upstream's trainer.
+    for cls in (pair.ours, pair.theirs):
         with pairs._quiet():
             args = pair.config(output_dir=str(folder / cls.__name__), **pairs.SILENT)
             made.append(cls(str(model), args, train_dataset=Dataset.from_list(pair.rows)))
-    return (pair, *made)
+    return (pair, made[1], made[0])
 
 
 def test_every_public_name_is_here(built):
@@ -168,3 +170,35 @@ def test_methods_answer_as_theirs(built):
             }
         )
     assert answers[0] == answers[1]
+
+
+def test_accelerator_answers_as_theirs(built):
+    _, theirs, ours = built
+    answers = []
+    for trainer in (theirs, ours):
+        accelerator = trainer.accelerator
+        accelerator.log({"x": 1.0}, step=1)
+        accelerator.wait_for_everyone()
+        with accelerator.main_process_first(), accelerator.accumulate(trainer.model), accelerator.autocast():
+            answers.append(
+                {
+                    "names": (
+                        accelerator.is_main_process,
+                        accelerator.is_local_main_process,
+                        accelerator.num_processes,
+                    ),
+                    "state": (accelerator.state.num_processes, accelerator.state.process_index),
+                    "gathered": accelerator.gather(torch.ones(2)).tolist(),
+                    "reduced": accelerator.reduce(torch.ones(2)).tolist(),
+                    "weights": sorted(accelerator.get_state_dict(trainer.model)),
+                    "unwrapped": accelerator.unwrap_model(trainer.model) is trainer.model,
+                    "tracker": type(accelerator.get_tracker("wandb")).__name__,
+                    "decorated": accelerator.on_main_process(len)([1, 2]),
+                    "has": hasattr(accelerator, "no_such_name"),
+                }
+            )
+    tied = {"lm_head.weight"}
+    assert set(answers[0].pop("weights")) - tied == set(answers[1].pop("weights")) - tied
+    assert answers[0] == answers[1]
+    with pytest.raises(HFMLXError, match=r"trainer\.accelerator\.backward"):
+        ours.accelerator.backward(None)

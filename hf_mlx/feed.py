@@ -99,6 +99,11 @@ class Feed:
         return self._collator
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that a collator gets when ``remove_unused_columns`` is on."""
+        return self._columns
+
+    @property
     def is_padding_free(self) -> bool:
         """Whether batches are collated into one row of documents."""
         return self._train.padding_free

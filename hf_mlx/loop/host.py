@@ -21,6 +21,13 @@ class Host(Protocol):
     def adopt_additions(self) -> None: ...
 
 
+class Rates(Protocol):
+    """The optimizer as callbacks see it, whose learning rate they may set."""
+
+    def show(self, rate: float) -> None: ...
+    def rate(self, scheduled: float) -> float: ...
+
+
 def fire(host: Host, event: str) -> None:
     """Let the callbacks hear of ``event``; they may change the control."""
     host.control = getattr(host.callback_handler, event)(host.args, host.state, host.control)

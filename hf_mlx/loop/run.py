@@ -23,7 +23,7 @@ from ..training.shortage import describe_training, naming_shortage
 from ..training.splitting import choose_computation
 from ..training.wired_memory import wired_memory
 from .actions import Actions
-from .host import Host, fire
+from .host import Host, Rates, fire
 from .pending import Pending
 from .place import Place
 
@@ -41,6 +41,7 @@ class Loop:
         steps: Counts of the run.
         schedule: Learning rate by step.
         interrupt: Looked at between two steps.
+        rates: What callbacks see as the optimizer, if they see one.
 
     Attributes:
         first_step: Step that this call began after.
@@ -55,6 +56,7 @@ class Loop:
         steps: Steps,
         schedule: Schedule,
         interrupt: Interrupt | None = None,
+        rates: Rates | None = None,
     ) -> None:
         self.host = host
         self.session = session
@@ -62,6 +64,7 @@ class Loop:
         self.loader = loader
         self.steps = steps
         self.schedule = schedule
+        self._rates = rates
         self.plan = session.plan
         self.compute = choose_computation(session.step, self.plan, host.model.config)
         self.first_step = host.state.global_step
@@ -74,6 +77,11 @@ class Loop:
     def boundary(self) -> Boundary | None:
         """The last moment between two steps that the run can go on from; None while a step is under way."""
         return self._place.boundary
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps that the schedule has seen."""
+        return self.host.state.global_step - self._place.offset
 
     def resume(self, boundary: Boundary) -> None:
         """Go on from ``boundary`` instead of beginning."""
@@ -104,6 +112,8 @@ class Loop:
 
     def _run_epochs(self) -> None:
         host = self.host
+        if self._rates is not None:
+            self._rates.show(self.schedule.lr(self.steps_done))
         fire(self.host, "on_train_begin")
         resumed = self._place.resumed
         if host.args.eval_on_start and resumed is None:
@@ -204,15 +214,20 @@ class Loop:
     def _optimize(self, window: list[Inputs]) -> None:
         host, place = self.host, self._place
         made = host.state.global_step - place.offset
-        place.learning_rate = self.schedule.lr(made)
+        place.learning_rate = rate = self.schedule.lr(made)
         fire(self.host, "on_pre_optimizer_step")
+        if self._rates is not None and (rate := self._rates.rate(rate)) != place.learning_rate:
+            self.schedule.take_rate(rate)
+            place.learning_rate = self.schedule.lr(made)
         place.boundary = None
         step = self.session.step
         with self._computing(window):
-            metrics = self.compute(window, step.updates + 1, place.learning_rate)
+            metrics = self.compute(window, step.updates + 1, rate)
         step.updates += 1
         fire(self.host, "on_optimizer_step")
         host.state.global_step += 1
+        if self._rates is not None:
+            self._rates.show(self.schedule.lr(made + 1))
         self._pending.append(metrics, window)
         every = self.plan.clear_cache_steps
         if every and host.state.global_step % every == 0:

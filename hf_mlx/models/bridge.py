@@ -124,7 +124,7 @@ class TorchModel:
     def trained(self) -> set[str]:
         """Names of what ``requires_grad``, the adapter's own name left out, as PEFT's keys are."""
         names = (name for name, value in self.model.named_parameters() if value.requires_grad)
-        return {_without_adapter(name, self.adapter) if self.adapter else name for name in names}
+        return {without_adapter(name, self.adapter) if self.adapter else name for name in names}
 
     def place(self, device: Any) -> None:
         """Move the model to where upstream's trainer would have put it, so that ``inputs.to(device)`` still fits."""
@@ -277,7 +277,7 @@ def _base_name(name: str) -> str | None:
     return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
-def _without_adapter(name: str, adapter: str) -> str:
+def without_adapter(name: str, adapter: str) -> str:
     """The name without the adapter's: a layer may be called the same, so only below PEFT's own containers."""
     parts = name.split(".")
     below = (i for i, part in enumerate(parts) if part == adapter and i and _holds_adapters(parts[i - 1]))

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from ..errors import SettingError
 from .facade import Device
+
+
+class UnknownAccelerate(SettingError, AttributeError):
+    """Something of accelerate's that is not there; ``hasattr`` says so."""
 
 
 class Accelerator:
@@ -84,6 +89,65 @@ class Accelerator:
         yield
 
     local_main_process_first = main_process_first
+
+    def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Any]:
+        """``model.state_dict()``."""
+        return model.state_dict()
+
+    def log(self, values: dict[str, Any], step: int | None = None, log_kwargs: dict[str, Any] | None = None) -> None:
+        """Nothing, as upstream's where the trainer has begun no tracker: ``trainer.log`` reaches those of report_to."""
+
+    def get_tracker(self, name: str, unwrap: bool = False) -> Any:
+        """accelerate's empty tracker, as upstream's where the trainer has begun none.
+
+        Raises:
+            ValueError: One of another name than ``"blank"`` (as accelerate's).
+        """
+        from accelerate.tracking import GeneralTracker
+
+        return GeneralTracker(_blank=True)
+
+    @property
+    def state(self) -> Accelerator:
+        """What accelerate keeps apart as its state: the same answers."""
+        return self
+
+    @property
+    def trackers(self) -> list[Any]:
+        """None: trackers are the callbacks' own business."""
+        return []
+
+    @contextmanager
+    def accumulate(self, *models: Any) -> Iterator[None]:
+        """Runs the block."""
+        yield
+
+    def on_main_process(self, function: Any = None) -> Any:
+        """``function``, which runs on this process."""
+        return function if function is not None else (lambda wrapped: wrapped)
+
+    on_local_main_process = on_last_process = on_main_process
+
+    def autocast(self, autocast_handler: Any = None) -> Any:
+        """A block in which nothing changes: MLX's models cast by themselves."""
+        return nullcontext()
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """The tensor: one process holds it all."""
+        return tensor
+
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
+        """The tensor: there is no other to be as long as."""
+        return tensor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnknownAccelerate(
+            f"trainer.accelerator.{name}",
+            "what accelerate has to say of one process that trains by itself",
+            "leave it out: trainer.train() makes the steps, trainer.save_model(dir) and save_checkpoint() write",
+        )
 
     def free_memory(self, *objects: Any) -> list[Any]:
         """Empty MLX's cache and let go of ``objects``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +100,10 @@ class Base(Protocol):
         """
         ...
 
+    def parameters(self, paths: Iterable[str]) -> list[Any]:
+        """The trained parameters at these MLX paths, as the model shows them."""
+        ...
+
     def complete(self, folder: Path) -> None:
         """Add to what ``model.save_pretrained(folder)`` wrote what it leaves out."""
         ...
@@ -169,6 +173,9 @@ class NamedBase:
     def take_over(self, event: str) -> None:
         take_over_loans(self._session, self._model.lent, event)
 
+    def parameters(self, paths: Iterable[str]) -> list[Any]:
+        return self._model.parameters_at(paths)
+
     def complete(self, folder: Path) -> None:
         pass
 
@@ -236,6 +243,9 @@ class TorchBase:
     def take_over(self, event: str) -> None:
         if self._handover is not None:
             self._handover.take_over(event)
+
+    def parameters(self, paths: Iterable[str]) -> list[Any]:
+        return [] if self._handover is None else self._handover.parameters(paths)
 
     def complete(self, folder: Path) -> None:
         if self._handover is not None:

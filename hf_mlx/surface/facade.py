@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from ..adapters.adapter import Adapter
 from ..adapters.export import write_adapter
 from ..adapters.merge import merge_and_unload
 from ..errors import AdapterError, SettingError
-from ..intake import lies
-from ..models.config import FILES, check_generation_config
 from ..models.load import LoadedModel
 from ..models.save import write_model
 from .forward import CausalLMOutput, run_forward
 from .generation import Generation, like, read_ids, read_rows
 from .hub import upload
 from .loans import Loans
+from .model_config import read_config, read_generation_config
 from .parameters import ADAPTER_NAME, Parameters
+from .requests import check_keywords, unknown_keyword
+from .writes import differs
 
 
 class Device(str):
@@ -65,11 +66,11 @@ class MLXCausalLM:
         self._parameters = Parameters(loaded, adapter)
         self.name_or_path = str(loaded.path)
         self.training = False
-        self.settle: Callable[[], None] = _nothing
+        self.settle: Callable[[], None] = lambda: None
         if peft_config is not None:
             self.peft_config = {ADAPTER_NAME: peft_config}
-        self.config = _read_config(loaded)
-        self.generation_config = _read_generation_config(loaded, self.config)
+        self.config = read_config(loaded)
+        self.generation_config = read_generation_config(loaded, self.config)
         pad = getattr(tokenizer, "pad_token_id", None)
         if pad is not None:
             self.config.get_text_config().pad_token_id = self.generation_config.pad_token_id = pad
@@ -104,6 +105,10 @@ class MLXCausalLM:
         """The copies of :meth:`named_parameters`."""
         for _, value in self.named_parameters():
             yield value
+
+    def parameters_at(self, paths: Iterable[str]) -> list[Any]:
+        """Copies of the parameters at these MLX paths."""
+        return self._parameters.copies_at(paths)
 
     def get_parameter(self, target: str) -> Any:
         """A copy of one parameter.
@@ -206,25 +211,47 @@ class MLXCausalLM:
         return self
 
     def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """Write the adapter for PEFT, or the whole model for transformers.
+
+        Args:
+            save_directory: Where to.
+            is_main_process: False writes nothing.
+            state_dict: The weights to write: those of this model.
+            push_to_hub: Upload them as ``repo_id``.
+            **kwargs: Other keywords of transformers and PEFT, as far as they ask for what is done anyway.
 
         Raises:
             SettingError: A keyword that is not honoured here.
         """
-        if safe_serialization is False:
-            raise SettingError("safe_serialization=False", "safetensors, which run no code", "leave it out")
-        push, repo = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        if kwargs:
-            raise _unknown("save_pretrained", kwargs)
+        repo, token = kwargs.pop("repo_id", None), kwargs.pop("token", None)
+        check_keywords(kwargs)
         self.settle()
+        if state_dict is not None:
+            self._check_own(state_dict)
+        if not is_main_process:
+            return
         if self.adapter is not None:
             write_adapter(self.adapter, self.loaded, save_directory)
         else:
             write_model(self.loaded, save_directory)
-        if push:
-            upload(Path(save_directory), repo or Path(save_directory).name)
+        if push_to_hub:
+            upload(Path(save_directory), repo or Path(save_directory).name, token=token)
+
+    def _check_own(self, state_dict: Mapping[str, Any]) -> None:
+        for name, value in state_dict.items():
+            if name not in self._parameters.paths or differs(value, self._parameters.read(name)):
+                raise SettingError(
+                    f"save_pretrained(state_dict=…) with a {name} that is not this model's",
+                    "the model's own weights",
+                    "model.load_state_dict(state_dict) before, or leave state_dict= out",
+                )
 
     def push_to_hub(
         self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None, token: Any = None,
@@ -232,7 +259,7 @@ class MLXCausalLM:
     ) -> Any:  # fmt: skip
         """Upload what :meth:`save_pretrained` writes; gives the hub's commit."""
         if kwargs:
-            raise _unknown("push_to_hub", kwargs)
+            raise unknown_keyword("push_to_hub", kwargs)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(Path(folder, "model"))
             message = commit_message or "Upload model"
@@ -267,33 +294,3 @@ class MLXCausalLM:
             yield
         finally:
             self.mlx.train(mode)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _read_config(loaded: LoadedModel) -> Any:
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-
-    # The mapping is lazy: its get() knows nothing that has not been imported yet.
-    known = loaded.model_type in CONFIG_MAPPING
-    kind = CONFIG_MAPPING[loaded.model_type] if known else PretrainedConfig
-    values = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
-    return kind.from_dict(values, name_or_path=str(loaded.path))
-
-
-def _read_generation_config(loaded: LoadedModel, config: Any) -> Any:
-    from transformers import GenerationConfig
-
-    path = loaded.path / "generation_config.json"
-    if lies(path):
-        check_generation_config(loaded.path)
-        with FILES.understood(path, "a file that GenerationConfig.from_pretrained reads"):
-            return GenerationConfig.from_pretrained(loaded.path)
-    return GenerationConfig.from_model_config(config)
-
-
-def _unknown(method: str, kwargs: dict[str, Any]) -> SettingError:
-    name, value = next(iter(kwargs.items()))
-    return SettingError(f"{method}({name}={value!r})", f"keywords that {method} honours here", f"leave {name}= out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..adapters.slots import Slot, list_slots
 from ..adapters.source import WEIGHTS, read_shapes, read_tensors
 from ..adapters.vocabulary import carried_slots
 from ..errors import AdapterError, SettingError
-from ..models.bridge import TorchModel
+from ..models.bridge import TorchModel, without_adapter
 from ..models.heads import module_at
 from ..models.torch_arrays import to_mlx
 from ..session import Session
@@ -79,6 +79,12 @@ class Handover:
             refuse_within(event, next(iter(changed)))
             take_over(self.session, self._to_params(held, changed))
             self._written = self.session.step.params
+
+    def parameters(self, paths: Iterable[str]) -> list[Any]:
+        """The user's parameters at these MLX paths, in their order."""
+        wanted, adapter = {self.session.hf_name(path) for path in paths}, self.source.adapter
+        named = [(name, value) for name, value in self.source.model.named_parameters() if value.requires_grad]
+        return [value for name, value in named if (without_adapter(name, adapter) if adapter else name) in wanted]
 
     def _hand_out(self) -> None:
         self._written = self.session.step.params

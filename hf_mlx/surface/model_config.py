@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..intake import lies
+from ..models.config import FILES, check_generation_config
 from ..models.load import LoadedModel
 
 
@@ -32,3 +34,26 @@ def record_settings(
     text.output_router_logits = enabled
     saved = loaded.config.get("text_config") or loaded.config
     saved.update(output_router_logits=enabled, router_aux_loss_coef=text.router_aux_loss_coef)
+
+
+def read_config(loaded: LoadedModel) -> Any:
+    """The model's config as transformers' class for it."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    # The mapping is lazy: its get() knows nothing that has not been imported yet.
+    known = loaded.model_type in CONFIG_MAPPING
+    kind = CONFIG_MAPPING[loaded.model_type] if known else PretrainedConfig
+    values = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
+    return kind.from_dict(values, name_or_path=str(loaded.path))
+
+
+def read_generation_config(loaded: LoadedModel, config: Any) -> Any:
+    """The model's generation config, or the one that ``config`` stands for."""
+    from transformers import GenerationConfig
+
+    path = loaded.path / "generation_config.json"
+    if lies(path):
+        check_generation_config(loaded.path)
+        with FILES.understood(path, "a file that GenerationConfig.from_pretrained reads"):
+            return GenerationConfig.from_pretrained(loaded.path)
+    return GenerationConfig.from_model_config(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -51,16 +51,30 @@ class Parameters:
         Raises:
             KeyError: There is none of that name.
         """
-        path = self.paths[name]
-        owner, leaf = _owner(self.loaded.model, path), path.rsplit(".", 1)[-1]
-        array = dense_weight(owner) if leaf == "weight" and "scales" in owner else owner[leaf]
-        if not any(part.startswith("lora_") for part in name.split(".")):
-            array = self._stored_layout(path, array)
-        trained, stored = path in self._trainable(), array
+        path, stored = self.paths[name], self.read(name)
+        trained = path in self._trainable()
         copy = to_parameter(stored, trainable=trained)
         copy = mx.array(stored) if copy is stored else copy
         self.lent.add(Loan(name, path, stored, trained, partial(self._from_stored, name, path), copy, find_later(copy)))
         return copy
+
+    def read(self, name: str) -> mx.array:
+        """One parameter in HF's layout.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        path = self.paths[name]
+        owner, leaf = _owner(self.loaded.model, path), path.rsplit(".", 1)[-1]
+        array = dense_weight(owner) if leaf == "weight" and "scales" in owner else owner[leaf]
+        if any(part.startswith("lora_") for part in name.split(".")):
+            return array
+        return self._stored_layout(path, array)
+
+    def copies_at(self, paths: Iterable[str]) -> list[Any]:
+        """Copies of the parameters at these MLX paths, in the order of :attr:`paths`."""
+        wanted = set(paths)
+        return [self.copy(name) for name, path in self.paths.items() if path in wanted]
 
     def count(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers they hold; a quantised weight counts as what it stands for."""

@@ -60,3 +60,38 @@ def no_rows(trainer: str) -> SettingError:
         "`Trainer: training requires a train_dataset.`",
         f"{trainer}(..., train_dataset=my_dataset)",
     )
+
+
+def check_keywords(keywords: dict[str, Any]) -> None:
+    """Refuse keywords of ``save_pretrained`` that ask for other files than those written.
+
+    Raises:
+        SettingError: Names the keyword.
+    """
+    for name, value in keywords.items():
+        if name not in _SAVING:
+            raise unknown_keyword("save_pretrained", {name: value})
+        if name == "safe_serialization" and value is False:
+            raise SettingError("safe_serialization=False", "safetensors, which run no code", "leave it out")
+        if value not in _SAVING[name]:
+            asked = ", ".join(repr(honoured) for honoured in _SAVING[name])
+            raise SettingError(f"save_pretrained({name}={value!r})", f"{name} of {asked}", f"leave {name}= out")
+
+
+def unknown_keyword(method: str, keywords: dict[str, Any]) -> SettingError:
+    """What is raised for the first of ``keywords``, none of which ``method`` reads."""
+    name, value = next(iter(keywords.items()))
+    return SettingError(f"{method}({name}={value!r})", f"keywords that {method} honours here", f"leave {name}= out")
+
+
+# Of transformers 5.23 ``PreTrainedModel`` and peft 0.21 ``PeftModel``: what is honoured of each.
+_SAVING: dict[str, tuple[Any, ...]] = {
+    "safe_serialization": (True, None),
+    "max_shard_size": ("50GB", "5GB", None),
+    "variant": (None,),
+    "save_peft_format": (True,),
+    "save_original_format": (True,),
+    "selected_adapters": (None, ["default"]),
+    "save_embedding_layers": ("auto", False),
+    "path_initial_model_for_weight_conversion": (None,),
+}

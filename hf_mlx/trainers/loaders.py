@@ -69,7 +69,7 @@ class Loaders(Live):
 
     @property
     def _signature_columns(self) -> list[str]:
-        return list(self.recipe.rows.signature_columns)
+        return list(self.data.columns)
 
     def _set_signature_columns_if_needed(self) -> None:
         pass

@@ -17,6 +17,7 @@ from ..loop.run import Loop
 from ..surface.callbacks import make_state
 from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
+from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
 from ..training.schedule import make_schedule
@@ -76,12 +77,10 @@ class Running(Evaluating):
         self.session.step.carry = None
         loader = own_loader or self.data.train_loader(self.train_dataset)
         handler = self.callback_handler
-        handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (
-            self.session.step.optimizer,
-            schedule,
-            own_loader.loader if own_loader is not None else LaterLoader(self.get_train_dataloader),
-        )
-        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder)
+        optimizer = self._show_optimizer(schedule)
+        handler.optimizer, handler.lr_scheduler = optimizer, SchedulerView(schedule, lambda: loop.steps_done)
+        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader)
+        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, optimizer)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
         try:
             with (
@@ -125,6 +124,11 @@ class Running(Evaluating):
         """
         if self._loop is None or self._checkpoints is None:
             raise no_step()
+        if "trl" in self.recipe.tags:
+            # As trl 1.16 ``_save_checkpoint``; transformers' trainer writes none.
+            self.create_model_card(
+                model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
+            )
         folder = self._checkpoints.save(self._loop.boundary, self._loop.schedule)
         if self.args.push_to_hub:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -135,14 +139,27 @@ class Running(Evaluating):
         if self._checkpoints is not None:
             self._checkpoints.store.adopt_additions(self.state.global_step)
 
-    def _make_loop(self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None) -> Loop:
+    def _make_loop(
+        self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None, optimizer: OptimizerView
+    ) -> Loop:
         """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
         boundary = checkpoints.restore(folder, schedule) if folder is not None else None
         self._interrupt = Interrupt()
-        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt)
+        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, optimizer)
         if boundary is not None:
             loop.resume(boundary)
         return loop
+
+    def _show_optimizer(self, schedule: Any) -> OptimizerView:
+        step = self.session.step
+        decayed = step.optimizer.decay & step.params.keys()
+        plain = step.params.keys() - decayed
+        return OptimizerView(
+            step.optimizer,
+            schedule,
+            lambda which: self._base.parameters(decayed if which else plain),
+            (len(decayed), len(plain)),
+        )
 
     def _reset_state(self) -> None:
         self.state = make_state(self.callback_handler, self.control)

@@ -36,6 +36,9 @@ class CurveSchedule(Schedule):
         if isinstance(earlier, CurveSchedule):
             self.base_lr = earlier.base_lr
 
+    def take_rate(self, rate: float) -> None:
+        pass
+
     def describe_resumed(self) -> str | None:
         if self._stored is None:
             return None

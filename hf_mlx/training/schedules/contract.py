@@ -35,6 +35,10 @@ class Schedule(ABC):
     def follow(self, earlier: Schedule) -> None:
         """Begin after ``earlier``, on the same optimizer: a second ``train()`` takes over what torch's groups hold."""
 
+    @abstractmethod
+    def take_rate(self, rate: float) -> None:
+        """Hear of a rate that a script has set for a step; a curve goes on as before."""
+
     def describe_resumed(self) -> str | None:
         """What is to be said of the first step after :meth:`load_state_dict`; None when nothing is."""
         return None

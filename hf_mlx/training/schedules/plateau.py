@@ -55,6 +55,10 @@ class MetricSchedule(Schedule):
     def lr(self, step: int) -> float:
         return self._lr
 
+    def take_rate(self, rate: float) -> None:
+        # torch's goes on from the rate that it finds in the optimizer's groups.
+        self._lr = rate
+
     def follow(self, earlier: Schedule) -> None:
         self._lr = earlier.lr(0)
 
