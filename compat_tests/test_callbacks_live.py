@@ -164,3 +164,45 @@ def test_card_is_there_with_each_checkpoint(model, tmp_path):
     assert fronts[0].keys() - {"licence", "license"} <= fronts[1].keys()
     assert fronts[0]["model_name"] == "SFTTrainer" and fronts[1]["model_name"] == "MLXSFTTrainer"
     assert set(fronts[0]["tags"]) <= set(fronts[1]["tags"])
+
+
+class Norms(TrainerCallback):
+    """Writes down the gradients before the update."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        self.seen.append({name: grad.clone() for name, grad in named.items()})
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_before_the_update_are_theirs(lora, as_object, model, tmp_path):
+    # At a small rate, so that the weights are the same to the last digits in each step.
+    more = {"gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 1e-4}
+    (theirs, ours), _ = run_both(Norms, model, tmp_path, as_object=as_object, lora=lora, **more)
+    compared = 0
+    for a, b in zip(theirs.seen, ours.seen, strict=True):
+        assert a.keys() == b.keys()
+        for name, grad in a.items():
+            assert (grad - b[name]).abs().max() <= 1e-4 * max(grad.abs().max().item(), 1e-3), name
+            compared += 1
+    assert compared == 3 * (8 if lora else 21)
+
+
+class Scales(TrainerCallback):
+    """Zeroes some gradients and halves others."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, p in model.named_parameters():
+            if p.grad is not None and "q_proj" in name:
+                p.grad.zero_()
+            elif p.grad is not None:
+                p.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_gradients_that_are_written_take_effect(as_object, model, tmp_path):
+    run_both(Scales, model, tmp_path, as_object=as_object, optim="sgd", max_steps=4)

@@ -28,6 +28,15 @@ class Rates(Protocol):
     def rate(self, scheduled: float) -> float: ...
 
 
+class GradientLoan(Protocol):
+    """Shows a step's gradients to callbacks that ask for them."""
+
+    @property
+    def are_wanted(self) -> bool: ...
+    def lend(self, grads: dict[str, Any]) -> None: ...
+    def take(self) -> dict[str, Any]: ...
+
+
 def fire(host: Host, event: str) -> None:
     """Let the callbacks hear of ``event``; they may change the control."""
     host.control = getattr(host.callback_handler, event)(host.args, host.state, host.control)

@@ -16,14 +16,16 @@ from ..data.collate import Batch
 from ..data.order import Steps
 from ..feed import Feed, Loader
 from ..session import Session
+from ..training.handed import HandedStep
 from ..training.inputs import Inputs
 from ..training.memory import show_bytes
 from ..training.schedules.contract import Schedule
 from ..training.shortage import describe_training, naming_shortage
 from ..training.splitting import choose_computation
+from ..training.step import StepMetrics
 from ..training.wired_memory import wired_memory
 from .actions import Actions
-from .host import Host, Rates, fire
+from .host import GradientLoan, Host, Rates, fire
 from .pending import Pending
 from .place import Place
 
@@ -42,6 +44,7 @@ class Loop:
         schedule: Learning rate by step.
         interrupt: Looked at between two steps.
         rates: What callbacks see as the optimizer, if they see one.
+        gradients: Shows the gradients to callbacks, if any may look.
 
     Attributes:
         first_step: Step that this call began after.
@@ -57,6 +60,7 @@ class Loop:
         schedule: Schedule,
         interrupt: Interrupt | None = None,
         rates: Rates | None = None,
+        gradients: GradientLoan | None = None,
     ) -> None:
         self.host = host
         self.session = session
@@ -65,6 +69,8 @@ class Loop:
         self.steps = steps
         self.schedule = schedule
         self._rates = rates
+        self._gradients = gradients
+        self._handed: HandedStep | None = None
         self.plan = session.plan
         self.compute = choose_computation(session.step, self.plan, host.model.config)
         self.first_step = host.state.global_step
@@ -214,15 +220,17 @@ class Loop:
     def _optimize(self, window: list[Inputs]) -> None:
         host, place = self.host, self._place
         made = host.state.global_step - place.offset
-        place.learning_rate = rate = self.schedule.lr(made)
-        fire(self.host, "on_pre_optimizer_step")
-        if self._rates is not None and (rate := self._rates.rate(rate)) != place.learning_rate:
-            self.schedule.take_rate(rate)
-            place.learning_rate = self.schedule.lr(made)
-        place.boundary = None
+        place.learning_rate = self.schedule.lr(made)
         step = self.session.step
-        with self._computing(window):
-            metrics = self.compute(window, step.updates + 1, rate)
+        if self._gradients is not None and self._gradients.are_wanted:
+            with self._computing(window):
+                metrics = self._optimize_shown(window, self._gradients)
+        else:
+            fire(self.host, "on_pre_optimizer_step")
+            rate = self._take_rate()
+            place.boundary = None
+            with self._computing(window):
+                metrics = self.compute(window, step.updates + 1, rate)
         step.updates += 1
         fire(self.host, "on_optimizer_step")
         host.state.global_step += 1
@@ -232,6 +240,30 @@ class Loop:
         every = self.plan.clear_cache_steps
         if every and host.state.global_step % every == 0:
             mx.clear_cache()
+
+    def _optimize_shown(self, window: list[Inputs], gradients: GradientLoan) -> StepMetrics:
+        """The step in two halves: callbacks see the gradients in between, and may write them."""
+        step = self.session.step
+        handed = self._handed = self._handed or HandedStep(step)
+        self.compute.accumulate(window, len(window))
+        grads = handed.collect()
+        gradients.lend(grads)
+        try:
+            fire(self.host, "on_pre_optimizer_step")
+        finally:
+            written = gradients.take()
+        rate = self._take_rate()
+        self._place.boundary = None
+        return handed.apply({**grads, **written}, step.updates + 1, rate)
+
+    def _take_rate(self) -> float:
+        """The learning rate of the step, which a callback may have set."""
+        scheduled = self._place.learning_rate
+        if self._rates is None or (rate := self._rates.rate(scheduled)) == scheduled:
+            return scheduled
+        self.schedule.take_rate(rate)
+        self._place.learning_rate = self.schedule.lr(self.steps_done)
+        return rate
 
     @contextmanager
     def _computing(self, window: list[Inputs]) -> Iterator[None]:

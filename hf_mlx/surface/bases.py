@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
+
+import mlx.core as mx
 
 from ..data.tables import Tables
 from ..errors import SettingError
 from ..models.alterations import check_alterations
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype
 from ..models.load import LoadedModel, open_model
-from ..models.positions import learned_positions
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
 from ..models.tokenizer import load_tokenizer
@@ -24,12 +23,11 @@ from ..session import Session
 from ..settings.ledger import Ledger
 from ..settings.plan import TrainPlan
 from ..settings.resolve import resolve_plan
+from .base_settings import drop_init_kwargs, read_peft_config, read_tables
 from .facade import MLXCausalLM
 from .handover import Handover
 from .loans import take_over_loans
 from .signature import forward_columns, named_forward
-
-logger = logging.getLogger(__name__)
 
 
 class Base(Protocol):
@@ -104,6 +102,14 @@ class Base(Protocol):
         """The trained parameters at these MLX paths, as the model shows them."""
         ...
 
+    def lend_gradients(self, grads: dict[str, mx.array]) -> None:
+        """Let ``p.grad`` of the model's parameters be these, by MLX name."""
+        ...
+
+    def take_gradients(self) -> dict[str, mx.array]:
+        """End the loan; by MLX name, what was written into the gradients."""
+        ...
+
     def complete(self, folder: Path) -> None:
         """Add to what ``model.save_pretrained(folder)`` wrote what it leaves out."""
         ...
@@ -155,7 +161,7 @@ class NamedBase:
 
     def open(self) -> Tables:
         self._loaded = open_model(self._folder, self._plan.model)
-        return _read_tables(self._loaded.config)
+        return read_tables(self._loaded.config)
 
     def columns(self) -> tuple[str, ...]:
         return forward_columns(named_forward(self._loaded.config))
@@ -176,6 +182,12 @@ class NamedBase:
     def parameters(self, paths: Iterable[str]) -> list[Any]:
         return self._model.parameters_at(paths)
 
+    def lend_gradients(self, grads: dict[str, mx.array]) -> None:
+        self._model.gradients.lend(grads)
+
+    def take_gradients(self) -> dict[str, mx.array]:
+        return self._model.gradients.take()
+
     def complete(self, folder: Path) -> None:
         pass
 
@@ -194,9 +206,9 @@ class TorchBase:
 
     def resolve(self, args: Any, peft_config: Any, **options: Any) -> tuple[TrainPlan, Ledger]:
         source = self._source
-        options["overrides"] = _drop_init_kwargs(args, options["overrides"])
+        options["overrides"] = drop_init_kwargs(args, options["overrides"])
         options["quantization_config"] = options["quantization_config"] or source.quantization
-        adapter = _read_peft_config(source, peft_config, options["finetune_last_n_layers"])
+        adapter = read_peft_config(source, peft_config, options["finetune_last_n_layers"])
         plan, ledger = resolve_plan(args, adapter, **options)
         # The object's own dtype is trl's rule.
         precision = replace(plan.model.precision, dtype=cast(Any, model_dtype(source)))
@@ -215,7 +227,7 @@ class TorchBase:
 
     def open(self) -> Tables:
         check_alterations(self._source.model, self._source.base, self._source.adapter)
-        found = _read_tables(self._source.base.config.to_dict())
+        found = read_tables(self._source.base.config.to_dict())
         # The table itself, where the script has replaced it behind the config's back.
         embedding = getattr(self._source.base.get_input_embeddings(), "weight", None)
         return found if embedding is None else replace(found, ids=embedding.shape[0])
@@ -247,48 +259,13 @@ class TorchBase:
     def parameters(self, paths: Iterable[str]) -> list[Any]:
         return [] if self._handover is None else self._handover.parameters(paths)
 
+    def lend_gradients(self, grads: dict[str, mx.array]) -> None:
+        if self._handover is not None:
+            self._handover.lend_gradients(grads)
+
+    def take_gradients(self) -> dict[str, mx.array]:
+        return {} if self._handover is None else self._handover.take_gradients()
+
     def complete(self, folder: Path) -> None:
         if self._handover is not None:
             self._handover.complete_adapter(folder)
-
-
-def _read_tables(config: Mapping[str, Any]) -> Tables:
-    ids = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return Tables(ids, learned_positions(config))
-
-
-def _drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Set ``model_init_kwargs`` aside: they load a model by name, and this one is loaded already (trl ignores them)."""
-    given = overrides.get("model_init_kwargs") or getattr(args, "model_init_kwargs", None)
-    if not given:
-        return dict(overrides)
-    logger.warning("model_init_kwargs=%r is not used: the model was loaded by the script itself", given)
-    return {**overrides, "model_init_kwargs": None}
-
-
-def _read_peft_config(source: TorchModel, peft_config: Any, last_n_layers: int | None) -> Any:
-    """The LoraConfig to resolve: the trainer's own, or the one inside a PeftModel.
-
-    Raises:
-        SettingError: Both are given, or the layers are to be chosen after the fact.
-    """
-    if source.adapter is not None and peft_config is not None:
-        raise SettingError(
-            "a PeftModel together with peft_config",
-            "one adapter (trl.SFTTrainer raises too)",
-            "MLXSFTTrainer(model=peft_model, ...) without peft_config, or model=peft_model.merge_and_unload()",
-        )
-    if last_n_layers is not None and (source.adapter is not None or peft_config is not None):
-        count = source.base.config.get_text_config().num_hidden_layers
-        layers = list(range(count))[-last_n_layers:]
-        raise SettingError(
-            f"finetune_last_n_layers={last_n_layers} with a torch model",
-            "layers that PEFT can put its own adapter on as well",
-            f"LoraConfig(..., layers_to_transform={layers})",
-        )
-    if source.adapter is None:
-        return peft_config
-    config = copy.copy(source.peft_config)
-    # The object's weights are the start; how they once came about says nothing any more.
-    config.init_lora_weights = True
-    return config

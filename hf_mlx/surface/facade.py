@@ -23,7 +23,7 @@ from .generation import Generation, like, read_ids, read_rows
 from .hub import upload
 from .loans import Loans
 from .model_config import read_config, read_generation_config
-from .parameters import ADAPTER_NAME, Parameters
+from .parameters import ADAPTER_NAME, GradientCopies, Parameters
 from .requests import check_keywords, unknown_keyword
 from .writes import differs
 
@@ -76,6 +76,11 @@ class MLXCausalLM:
             self.config.get_text_config().pad_token_id = self.generation_config.pad_token_id = pad
 
     @property
+    def gradients(self) -> GradientCopies:
+        """What ``grad`` of the copies is while a step's are lent."""
+        return self._parameters.gradients
+
+    @property
     def lent(self) -> Loans:
         """The copies of parameters that are out."""
         return self._parameters.lent
@@ -103,11 +108,10 @@ class MLXCausalLM:
 
     def parameters(self) -> Iterator[Any]:
         """The copies of :meth:`named_parameters`."""
-        for _, value in self.named_parameters():
-            yield value
+        return (value for _, value in self.named_parameters())
 
     def parameters_at(self, paths: Iterable[str]) -> list[Any]:
-        """Copies of the parameters at these MLX paths."""
+        """Copies of those at these MLX paths."""
         return self._parameters.copies_at(paths)
 
     def get_parameter(self, target: str) -> Any:

@@ -17,11 +17,12 @@ from ..adapters.layers import LoRAEmbedding
 from ..adapters.slots import Slot, list_slots
 from ..adapters.source import WEIGHTS, read_shapes, read_tensors
 from ..adapters.vocabulary import carried_slots
-from ..errors import AdapterError, SettingError
+from ..errors import AdapterError, SettingError, TrainingError
 from ..models.bridge import TorchModel, without_adapter
 from ..models.heads import module_at
-from ..models.torch_arrays import to_mlx
+from ..models.torch_arrays import to_mlx, to_torch
 from ..session import Session
+from .gradients import read_written
 from .marks import FrozenMarks
 from .writes import differs, refuse_frozen, refuse_toggled, refuse_within, take_over
 
@@ -44,6 +45,7 @@ class Handover:
         if session.adapter is not None:
             self._adopt(session.adapter)
         self._trained = source.trained()
+        self._lent: dict[str, tuple[Any, mx.array]] = {}
         self._hand_out()
 
     def write_back(self) -> None:
@@ -85,6 +87,48 @@ class Handover:
         wanted, adapter = {self.session.hf_name(path) for path in paths}, self.source.adapter
         named = [(name, value) for name, value in self.source.model.named_parameters() if value.requires_grad]
         return [value for name, value in named if (without_adapter(name, adapter) if adapter else name) in wanted]
+
+    def lend_gradients(self, grads: dict[str, mx.array]) -> None:
+        """Let ``p.grad`` of the user's trained parameters be these, by MLX name.
+
+        Raises:
+            TrainingError: A parameter of the object is stacked from several of its checkpoint's.
+        """
+        held, ours = self._gradients_by_key(grads)
+        live = {value.data_ptr(): value for value in self.source.model.parameters()}
+        self._lent = {}
+        for key, value in ours.items():
+            parameter = live.get(held[key].data_ptr())
+            if parameter is None or parameter.shape != held[key].shape:
+                raise TrainingError(
+                    f"p.grad of {key}, which the object holds stacked with others",
+                    "a parameter of its own",
+                    "leave on_pre_optimizer_step out, or name the model: its copies have gradients",
+                )
+            parameter.grad = to_torch(value).to(parameter.device, parameter.dtype)
+            self._lent[key] = (parameter, value)
+
+    def take_gradients(self) -> dict[str, mx.array]:
+        """End the loan; by MLX name, what was written into the gradients."""
+        lent, self._lent = self._lent, {}
+        found = {key: read_written(key, parameter, value) for key, (parameter, value) in lent.items()}
+        changed = {key: value for key, value in found.items() if value is not None}
+        params = self._to_params({key: p.grad for key, (p, _) in lent.items()}, changed) if changed else {}
+        for parameter, _ in lent.values():
+            parameter.grad = None
+        return params
+
+    def _gradients_by_key(self, grads: dict[str, mx.array]) -> tuple[dict[str, Any], dict[str, mx.array]]:
+        slots = self.session.step.objective.slots
+        if self.session.adapter is None:
+            held, ours = self.source.tensors(), self.session.loaded.names.export_weights(grads)
+            return {key: held[key] for key in ours}, ours
+        # The adapter's own layers say under which key each array is.
+        slots.bind(grads)
+        try:
+            return self.source.adapter_tensors(), peft_tensors(self.session.adapter)
+        finally:
+            slots.bind(self.session.step.params)
 
     def _hand_out(self) -> None:
         self._written = self.session.step.params

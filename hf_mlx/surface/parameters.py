@@ -14,7 +14,8 @@ from ..adapters.adapter import PREFIX, Adapter, split_parameter
 from ..adapters.layers import LoRAEmbedding, dense_weight
 from ..adapters.order import order_key
 from ..models.load import LoadedModel
-from ..models.torch_arrays import to_parameter
+from ..models.torch_arrays import to_parameter, to_torch
+from .gradients import read_written
 from .loans import Loan, Loans, find_later
 
 # The adapter's name in PEFT's live parameter names; ``get_peft_model`` gives it this one.
@@ -36,6 +37,7 @@ class Parameters:
         self.loaded = loaded
         self.adapter = adapter
         self.lent = Loans()
+        self.gradients = GradientCopies(self)
 
     @cached_property
     def paths(self) -> dict[str, str]:
@@ -55,7 +57,8 @@ class Parameters:
         trained = path in self._trainable()
         copy = to_parameter(stored, trainable=trained)
         copy = mx.array(stored) if copy is stored else copy
-        self.lent.add(Loan(name, path, stored, trained, partial(self._from_stored, name, path), copy, find_later(copy)))
+        self.gradients.give(name, path, copy)
+        self.lent.add(Loan(name, path, stored, trained, partial(self.from_stored, name, path), copy, find_later(copy)))
         return copy
 
     def read(self, name: str) -> mx.array:
@@ -67,9 +70,7 @@ class Parameters:
         path = self.paths[name]
         owner, leaf = _owner(self.loaded.model, path), path.rsplit(".", 1)[-1]
         array = dense_weight(owner) if leaf == "weight" and "scales" in owner else owner[leaf]
-        if any(part.startswith("lora_") for part in name.split(".")):
-            return array
-        return self._stored_layout(path, array)
+        return self.to_stored(name, path, array)
 
     def copies_at(self, paths: Iterable[str]) -> list[Any]:
         """Copies of the parameters at these MLX paths, in the order of :attr:`paths`."""
@@ -108,12 +109,15 @@ class Parameters:
             return f"{stem}.modules_to_save.{ADAPTER_NAME}{name.removeprefix(stem)}"
         return name
 
-    def _stored_layout(self, path: str, array: mx.array) -> mx.array:
+    def to_stored(self, name: str, path: str, array: mx.array) -> mx.array:
+        """An array of the shape of the parameter at ``path``, in the layout of HF's ``name``."""
         plain = path.replace(".base_layer.", ".")
-        stored = self.loaded.names.export_weights({plain: array}) if self._is_whole(plain) else {}
-        return next(iter(stored.values()), array)
+        if any(part.startswith("lora_") for part in name.split(".")) or not self._is_whole(plain):
+            return array
+        return next(iter(self.loaded.names.export_weights({plain: array}).values()), array)
 
-    def _from_stored(self, name: str, path: str, array: mx.array) -> mx.array:
+    def from_stored(self, name: str, path: str, array: mx.array) -> mx.array:
+        """The way back."""
         plain = path.replace(".base_layer.", ".")
         if any(part.startswith("lora_") for part in name.split(".")) or not self._is_whole(plain):
             return array
@@ -144,6 +148,41 @@ class Parameters:
     def _is_embedding(self, path: str) -> bool:
         owner = _owner(self.loaded.model, path)
         return isinstance(owner, (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding))
+
+
+class GradientCopies:
+    """Gradients on the copies that are handed out while a callback may look at them.
+
+    Args:
+        parameters: Names and layouts.
+    """
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._parameters = parameters
+        self._grads: dict[str, mx.array] = {}
+        self._given: list[tuple[str, str, Any, mx.array]] = []
+
+    def lend(self, grads: dict[str, mx.array]) -> None:
+        """Copies that are made from now on have these, by MLX path, as ``grad``."""
+        self._grads = grads
+
+    def give(self, name: str, path: str, copy: Any) -> None:
+        """Set ``grad`` on a copy, where there is one and torch is installed."""
+        if path not in self._grads or isinstance(copy, mx.array):
+            return
+        stored = self._parameters.to_stored(name, path, self._grads[path])
+        copy.grad = to_torch(stored)
+        self._given.append((name, path, copy, stored))
+
+    def take(self) -> dict[str, mx.array]:
+        """End the loan; by MLX path, what was written into the gradients of copies."""
+        given, self._given, self._grads = self._given, [], {}
+        written: dict[str, mx.array] = {}
+        for name, path, copy, lent in given:
+            value = read_written(name, copy, lent)
+            if value is not None:
+                written[path] = self._parameters.from_stored(name, path, value)
+        return written
 
 
 def _owner(model: nn.Module, path: str) -> Any:

@@ -17,6 +17,7 @@ from ..loop.run import Loop
 from ..surface.callbacks import make_state
 from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
+from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
@@ -145,7 +146,8 @@ class Running(Evaluating):
         """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
         boundary = checkpoints.restore(folder, schedule) if folder is not None else None
         self._interrupt = Interrupt()
-        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, optimizer)
+        gradients = Gradients(self._base, self.callback_handler)
+        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, optimizer, gradients)
         if boundary is not None:
             loop.resume(boundary)
         return loop
