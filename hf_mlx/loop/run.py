@@ -212,6 +212,7 @@ class Loop:
             metrics = self.compute(window, step.updates + 1, place.learning_rate)
         step.updates += 1
         fire(self.host, "on_optimizer_step")
+        self.schedule.advance()
         host.state.global_step += 1
         self._pending.append(metrics, window)
         every = self.plan.clear_cache_steps

@@ -25,6 +25,7 @@ from .generation import Generation, like, read_ids, read_rows
 from .hub import upload
 from .loans import Loans
 from .parameters import ADAPTER_NAME, Parameters
+from .ties import Tied, tie_copies
 
 
 class Device(str):
@@ -78,6 +79,14 @@ class MLXCausalLM:
     def lent(self) -> Loans:
         """The copies of parameters that are out."""
         return self._parameters.lent
+
+    def tie(self, parameters: list[Any]) -> Tied:
+        """Ties between copies in an optimizer and what is trained."""
+        return tie_copies(self._parameters, parameters)
+
+    def parameter_paths(self) -> dict[str, str]:
+        """HF's name to MLX path."""
+        return self._parameters.paths
 
     @property
     def mlx(self) -> nn.Module:

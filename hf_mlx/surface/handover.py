@@ -23,6 +23,7 @@ from ..models.heads import module_at
 from ..models.torch_arrays import to_mlx
 from ..session import Session
 from .marks import FrozenMarks
+from .ties import Tied, tie_object
 from .writes import differs, refuse_frozen, refuse_toggled, refuse_within, take_over
 
 
@@ -79,6 +80,10 @@ class Handover:
             refuse_within(event, next(iter(changed)))
             take_over(self.session, self._to_params(held, changed))
             self._written = self.session.step.params
+
+    def tie(self, parameters: list[Any]) -> Tied:
+        """Ties between parameters of an optimizer over the user's model and what is trained."""
+        return tie_object(self.source, self.session, self._both()[0], parameters)
 
     def _hand_out(self) -> None:
         self._written = self.session.step.params

@@ -54,13 +54,17 @@ class Parameters:
         path = self.paths[name]
         owner, leaf = _owner(self.loaded.model, path), path.rsplit(".", 1)[-1]
         array = dense_weight(owner) if leaf == "weight" and "scales" in owner else owner[leaf]
-        if not any(part.startswith("lora_") for part in name.split(".")):
-            array = self._stored_layout(path, array)
+        array = self.stored(name, path, array)
         trained, stored = path in self._trainable(), array
         copy = to_parameter(stored, trainable=trained)
         copy = mx.array(stored) if copy is stored else copy
         self.lent.add(Loan(name, path, stored, trained, partial(self._from_stored, name, path), copy, find_later(copy)))
         return copy
+
+    def stored(self, name: str, path: str, array: mx.array) -> mx.array:
+        """``array`` of the parameter's shape, in HF's layout."""
+        adapted = any(part.startswith("lora_") for part in name.split("."))
+        return array if adapted else self._stored_layout(path, array)
 
     def count(self, *, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many numbers they hold; a quantised weight counts as what it stands for."""

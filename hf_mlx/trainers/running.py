@@ -19,7 +19,6 @@ from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
 from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
-from ..training.schedule import make_schedule
 from .evaluating import Evaluating
 from .loaders import LaterLoader
 from .refused import NO_SEARCH
@@ -70,15 +69,15 @@ class Running(Evaluating):
             align_special_tokens(self.model, self.processing_class)
         logger.info(self.grad_clip.describe())
         start = time.time()
-        schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)
+        schedule = self._make_schedule()
         if self._loop is not None:
             schedule.follow(self._loop.schedule)
         self.session.step.carry = None
         loader = own_loader or self.data.train_loader(self.train_dataset)
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (
-            self.session.step.optimizer,
-            schedule,
+            self.optimizer or self.session.step.optimizer,
+            self.lr_scheduler or schedule,
             own_loader.loader if own_loader is not None else LaterLoader(self.get_train_dataloader),
         )
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder)

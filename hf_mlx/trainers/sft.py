@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipes.sft import SFT
+from ..surface.upstream_losses import trl_loss
 from .base import TrainerBase
 
 
@@ -26,7 +27,8 @@ class MLXSFTTrainer(TrainerBase):
         processing_class: Tokenizer; None loads the model's own.
         compute_metrics: Called with a ``transformers.EvalPrediction``.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
-        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
+            ``(None, None)`` makes those that ``args`` names, inside the compiled step.
         preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
         peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
         formatting_func: Row to text.
@@ -89,3 +91,14 @@ class MLXSFTTrainer(TrainerBase):
             strict=strict,
             **keywords,
         )
+
+    counts_in_evaluation = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch in torch with its metrics, as ``trl.SFTTrainer`` computes it.
+
+        Called where a subclass overrides it or ``compute_loss_func`` is given; the compiled step has its own.
+        """
+        return trl_loss(self, model, inputs, num_items_in_batch, return_outputs=return_outputs)

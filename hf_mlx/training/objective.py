@@ -169,6 +169,18 @@ class TokenObjective:
         if self._noise is not None:
             self._noise.keys, self._noise.width = row_keys(keys[0], rows), arrays["width"]
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass in training depends on ``key``."""
+        return bool(self._noise is not None or any(dropout.p for dropout in self._dropouts))
+
+    def forward(self, params: Arrays, arrays: Arrays) -> mx.array:
+        """All logits (B, T, V) as a function of the parameters; in training it draws as the loss does."""
+        self.slots.bind(params)
+        if self.model.training:
+            self._bind_keys(arrays)
+        return self.logits(arrays)
+
     def logits(self, arrays: dict[str, mx.array]) -> mx.array:
         """All logits, (B, T, V), of the model as it stands."""
         return self.model(arrays["input_ids"], cache=self._cache(arrays))
