@@ -56,9 +56,13 @@ class Groups:
 
 
 class MuonLike:
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+    def create_optimizer(self, model: Any = None) -> Any:
         self.optimizer = Muon([p for p in self.model.parameters() if p.requires_grad], lr=2e-3)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: 1 / (1 + step))
+        return self.lr_scheduler
 
 
 class Halving:

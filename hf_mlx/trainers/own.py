@@ -30,6 +30,10 @@ _OPTIMIZER_NOTICE = (
     "The optimizer is the script's own (torch's {name}): MLX computes and clips the gradients, torch takes the step on "
     "{count:,} numbers that go there and back each time{heavy}."
 )
+_BOTH_NOTICE = (
+    "create_optimizer_and_scheduler() is the script's own and is called, as transformers did up to version 4; "
+    "transformers 5.23 calls create_optimizer() and create_scheduler() alone, and would train without it."
+)
 _OPTIMIZER_HOOKS = (
     "create_optimizer", "create_scheduler", "create_optimizer_and_scheduler", "get_optimizer_cls_and_kwargs",
     "get_decay_parameter_names",
@@ -150,7 +154,7 @@ class Own(Parts):
         """The script's loss, by name; None where the compiled one is meant."""
         if "compute_loss" in vars(self):
             return "trainer.compute_loss"
-        if not type(self).compute_loss.__module__.startswith("hf_mlx."):
+        if not _is_houses(type(self).compute_loss):
             return f"{type(self).__name__}.compute_loss"
         return None if self.compute_loss_func is None else "compute_loss_func"
 
@@ -173,7 +177,7 @@ class Own(Parts):
         own = (self._own_optimizer, self._own_scheduler, self.optimizer_cls_and_kwargs)
         if any(part is not None for part in own):
             return True
-        hooks = (getattr(type(self), name).__module__.startswith("hf_mlx.") for name in _OPTIMIZER_HOOKS)
+        hooks = (_is_houses(getattr(type(self), name)) for name in _OPTIMIZER_HOOKS)
         return not all(hooks) or any(name in vars(self) for name in _OPTIMIZER_HOOKS)
 
     def _make_schedule(self) -> Schedule:
@@ -183,7 +187,14 @@ class Own(Parts):
         self._base.write_back()
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_optimizer_and_scheduler(num_training_steps=self.steps.total_steps)
+        if _is_houses(type(self).create_optimizer_and_scheduler) and (
+            "create_optimizer_and_scheduler" not in vars(self)
+        ):
+            self.create_optimizer()
+            self.create_scheduler(num_training_steps=self.steps.total_steps)
+        else:
+            self.say_once(_BOTH_NOTICE)
+            self.create_optimizer_and_scheduler(num_training_steps=self.steps.total_steps)
         if self.optimizer is None or self.lr_scheduler is None:
             missing = "optimizer" if self.optimizer is None else "lr_scheduler"
             raise SettingError(
@@ -198,3 +209,7 @@ class Own(Parts):
         name = type(self.optimizer).__name__
         self.say_once(_OPTIMIZER_NOTICE.format(name=name, count=host.count(), heavy=heavy))
         return HostSchedule(self.lr_scheduler, self.optimizer)
+
+
+def _is_houses(function: Callable) -> bool:
+    return function.__module__.startswith("hf_mlx.")
