@@ -130,7 +130,6 @@ def test_every_attribute_is_written_or_refused(built):
 
 
 REFUSED = {
-    "compute_loss": (None, {}),
     "training_step": (),
     "prediction_step": (None, {}, True),
     "evaluation_loop": (None, "Evaluation"),

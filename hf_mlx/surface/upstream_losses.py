@@ -9,7 +9,8 @@ logger = logging.getLogger(__name__)
 
 _DETACHED = (
     "super().compute_loss(..., return_outputs=True) of trl's SFTTrainer gives logits without a gradient, so a term "
-    "made of them changes the logged loss and trains nothing, here as under trl. To train by it: outputs = model(**inputs)."
+    "made of them changes the logged loss and trains nothing, here as under trl. To train by it, make it of "
+    "outputs = model(**inputs)."
 )
 
 

@@ -45,18 +45,17 @@ class Own(Parts):
 
     Attributes:
         optimizer_cls_and_kwargs: A torch optimizer's class and its keywords, or None.
-        compute_loss_func: Called with outputs, labels and ``num_items_in_batch``, or None.
         loss_is_scaled_for_ga: As in transformers: whether ``compute_loss`` returns a loss of the whole window.
     """
 
     optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None
-    compute_loss_func: Callable | None = None
     loss_is_scaled_for_ga: bool | None = None
     #: Whether ``num_items_in_batch`` reaches ``compute_loss`` in evaluation.
     counts_in_evaluation: bool = True
     _created_lr_scheduler: bool = False
     _own_optimizer: Any = None
     _own_scheduler: Any = None
+    _loss_func: Callable | None = None
     _said: set[str]
     _metrics: dict[str, Any]
 
@@ -67,7 +66,8 @@ class Own(Parts):
 
     @optimizer.setter
     def optimizer(self, optimizer: Any) -> None:
-        check_optimizer(optimizer, None)
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise _not_an(optimizer, "optimizer", "torch.optim.AdamW(trainer.model.parameters())")
         self._own_optimizer = optimizer
 
     @property
@@ -77,7 +77,20 @@ class Own(Parts):
 
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: Any) -> None:
+        if scheduler is not None and not hasattr(scheduler, "step"):
+            raise _not_an(scheduler, "lr_scheduler", "torch.optim.lr_scheduler.StepLR(trainer.optimizer, 10)")
         self._own_scheduler = scheduler
+
+    @property
+    def compute_loss_func(self) -> Callable | None:
+        """Called with outputs, labels and ``num_items_in_batch``, or None."""
+        return self._loss_func
+
+    @compute_loss_func.setter
+    def compute_loss_func(self, function: Callable | None) -> None:
+        if function is not None and not callable(function):
+            raise _not_an(function, "compute_loss_func", "my_loss, a function of outputs, labels, num_items_in_batch")
+        self._loss_func = function
 
     @property
     def model_accepts_loss_kwargs(self) -> bool:
@@ -213,3 +226,11 @@ class Own(Parts):
 
 def _is_houses(function: Callable) -> bool:
     return function.__module__.startswith("hf_mlx.")
+
+
+def _not_an(value: Any, name: str, remedy: str) -> SettingError:
+    return SettingError(
+        f"trainer.{name} = a {type(value).__name__}",
+        "one that torch has, or that is written for it",
+        f"trainer.{name} = {remedy}",
+    )
