@@ -154,3 +154,54 @@ def test_twenty_steps_are_trls(case, model, tmp_path):
     assert len(found) > 0
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=CLOSE, err_msg=name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["groups, LoRA by name", "OneCycle, LoRA on an object"])
+@pytest.mark.parametrize("houses", [(SFTTrainer, MLXSFTTrainer), (MLXSFTTrainer, SFTTrainer), (MLXSFTTrainer,) * 2])
+def test_a_run_resumes_in_both_directions(case, houses, model, tmp_path):
+    first, second = houses
+    settings = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "no"}
+    whole = run_case(SFTTrainer, model, tmp_path / "whole", case, max_steps=8, **settings)
+    run_case(first, model, tmp_path / "first", case, max_steps=8, **settings)
+    own, lora, by_name = CASES[case]
+    trainer = build(second, model, tmp_path / "second", own, lora=lora, by_name=by_name, max_steps=8, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "first" / first.__name__ / "checkpoint-4"))
+    for a, b in zip(whole.state.log_history[4:8], trainer.state.log_history[4:8], strict=True):
+        assert abs(a["loss"] - b["loss"]) <= CLOSE
+        assert abs(a["grad_norm"] - b["grad_norm"]) <= CLOSE
+        assert a["learning_rate"] == pytest.approx(b["learning_rate"], rel=1e-9)
+
+
+class Both:
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.5)
+        self.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_no_longer_calls_is_called_and_said(model, tmp_path, caplog):
+    trainer = build(MLXSFTTrainer, model, tmp_path, Both, lora=False, by_name=True, max_steps=1, eval_strategy="no")
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 0.25
+    assert sum("create_optimizer_and_scheduler" in record.message for record in caplog.records) == 1
+    assert sum("all weights, so this is slow" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_assigned_before_train_takes_the_steps(model, tmp_path):
+    case = {"optimizer_cls_and_kwargs": None}
+    trainer = build(MLXSFTTrainer, model, tmp_path, case, lora=True, by_name=True, max_steps=1, eval_strategy="no")
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    trainer.optimizer = torch.optim.SGD(trained, lr=0.125)
+    trainer.train()
+    assert trainer.state.log_history[0]["learning_rate"] == 0.125
+
+
+def test_an_optimizer_over_frozen_weights_is_refused(model, tmp_path):
+    def frozen(model: Any) -> tuple[Any, Any]:
+        return torch.optim.SGD([p for p in model.parameters() if not p.requires_grad], lr=0.1), None
+
+    trainer = build(MLXSFTTrainer, model, tmp_path, frozen, lora=True, by_name=False, max_steps=1, eval_strategy="no")
+    with pytest.raises(HFMLXError, match="frozen parameters alone"):
+        trainer.train()

@@ -30,6 +30,7 @@ from .training.feed_forward import recompute_activations
 from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring_nothing
 from .training.lanes import make_step
 from .training.means import Progress
+from .training.native_loss import NativeLoss
 from .training.optim import Optimizer, decay_names, make_optimizer
 from .training.step import Step
 
@@ -78,6 +79,7 @@ class Session:
         self._weigh = recipe.make_weighting(loaded)
         self.decayed = self._decayed(names)
         self.host_loss: HostLoss | None = None
+        self.native_loss: NativeLoss | None = None
         self.step = self._make_step(make_optimizer(plan.optim, self.decayed), plan.clip)
         self.evaluator = self._make_evaluator()
         self.progress = Progress()
@@ -94,6 +96,12 @@ class Session:
         if self.host_loss is None:
             return Evaluator(self._objective)
         return HostEvaluator(measuring_nothing(self._objective), self.host_loss)
+
+    def adopt_native_loss(self, loss: NativeLoss) -> None:
+        """Minimise a loss of the script's own that MLX compiles with the rest of the step."""
+        self.native_loss = self._objective.native = loss  # pyright: ignore[reportAttributeAccessIssue]
+        self.step.retrace()
+        self.evaluator = self._make_evaluator()
 
     def adopt_loss(self, loss: HostLoss | None) -> None:
         """Train and evaluate by a loss of the script's from here on; None goes back to the compiled one."""

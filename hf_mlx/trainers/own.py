@@ -56,6 +56,7 @@ class Own(Parts):
     _own_optimizer: Any = None
     _own_scheduler: Any = None
     _loss_func: Callable | None = None
+    _native_loss: Callable | None = None
     _said: set[str]
     _metrics: dict[str, Any]
 
@@ -146,6 +147,7 @@ class Own(Parts):
         self._said = set()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.optimizer, self.lr_scheduler = optimizers
+        self._native_loss = keywords.pop("loss", None)
         for name in ("compute_loss_func", "optimizer_cls_and_kwargs"):
             setattr(self, name, keywords.pop(name, None))
         if self.optimizer_cls_and_kwargs is not None and self._own_optimizer is not None:
@@ -174,6 +176,10 @@ class Own(Parts):
     def _settle_loss(self) -> None:
         """Train and evaluate by the script's loss from here on, where there is one."""
         name = self._own_name()
+        if self._native_loss is not None:
+            _check_native(self._native_loss, name, self.plan.loss)
+            if self.session.native_loss is not self._native_loss:
+                self.session.adopt_native_loss(self._native_loss)
         if name is None:
             if self.session.host_loss is not None:
                 self.session.adopt_loss(None)
@@ -222,6 +228,17 @@ class Own(Parts):
         name = type(self.optimizer).__name__
         self.say_once(_OPTIMIZER_NOTICE.format(name=name, count=host.count(), heavy=heavy))
         return HostSchedule(self.lr_scheduler, self.optimizer)
+
+
+def _check_native(loss: Any, own: str | None, plan: Any) -> None:
+    others = {own: own, "label_smoothing_factor": plan.label_smoothing_factor, 'loss_type="dft"': plan.kind == "dft"}
+    other = next((name for name, given in others.items() if given), None)
+    if not callable(loss) or other is not None:
+        raise SettingError(
+            f"loss= together with {other}" if other else f"loss= of type {type(loss).__name__}",
+            "one loss: a function of logits, labels and mask in mlx.core",
+            "MLXSFTTrainer(loss=my_loss) without it",
+        )
 
 
 def _is_houses(function: Callable) -> bool:
