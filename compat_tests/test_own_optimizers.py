@@ -15,6 +15,7 @@ from test_own_losses import CLOSE, LORA, ROWS, SETTINGS, STEPS, same
 from trl import SFTConfig, SFTTrainer
 
 from hf_mlx import MLXSFTTrainer
+from hf_mlx.errors import HFMLXError
 
 
 class Muon(torch.optim.Optimizer):
@@ -102,6 +103,8 @@ CASES = {
     "by class, full by name": (BY_CLASS, False, True),
 }
 
+QUICK = ("groups, LoRA by name", "OneCycle, full, an object")
+
 
 def build(house: type, model: Any, folder: Any, own: Any, *, lora: bool, by_name: bool, **more: Any) -> Any:
     cls, keywords, settings = house, {}, {**pairs.SILENT, **SETTINGS, **more}
@@ -145,7 +148,9 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.wide) for case in CASES]
+)
 def test_twenty_steps_are_trls(case, model, tmp_path):
     theirs, ours = (run_case(house, model, tmp_path, case) for house in (SFTTrainer, MLXSFTTrainer))
     assert same(theirs, ours) >= 4 * STEPS
@@ -158,6 +163,7 @@ def test_twenty_steps_are_trls(case, model, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", ["groups, LoRA by name", "OneCycle, LoRA on an object"])
+@pytest.mark.wide
 @pytest.mark.parametrize("houses", [(SFTTrainer, MLXSFTTrainer), (MLXSFTTrainer, SFTTrainer), (MLXSFTTrainer,) * 2])
 def test_a_run_resumes_in_both_directions(case, houses, model, tmp_path):
     first, second = houses

@@ -45,6 +45,8 @@ WRITABLE = {
     "data_collator": copy.copy,
     "eval_dataset": lambda before: None,
     "is_in_train": lambda before: before,
+    "loss_is_scaled_for_ga": lambda before: True,
+    "optimizer_cls_and_kwargs": lambda before: (type("SGD", (), {}), {}),
     "preprocess_logits_for_metrics": lambda before: max,
     "processing_class": copy.copy,
     "state": copy.copy,

@@ -34,8 +34,8 @@ def native_sums(loss: NativeLoss, logits: mx.array, arrays: Arrays, plan: LossPl
         found = f"shape {made.shape}" if isinstance(made, mx.array) else f"type {type(made).__name__}"
         raise SettingError(
             f"loss= with a result of {found}",
-            f"one loss for each position, shape {targets.shape} here: they are summed where mask is True and divided by "
-            "the scored tokens of the step",
+            f"one loss for each position, shape {targets.shape} here: they are summed where mask is True and divided "
+            "by the scored tokens of the step",
             'mlx.nn.losses.cross_entropy(logits, labels, reduction="none")',
         )
     sums = token_sums(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), plan)
