@@ -18,6 +18,13 @@ _READABLE = """
     num_parameters base_model_prefix _get_name print_trainable_parameters get_nb_trainable_parameters warnings_issued
     _is_quantized is_gradient_checkpointing vocab_size
 """
+# A torch model's, whether or not the model here has them.
+_PARTS = frozenset(
+    """
+    parameters named_parameters modules named_modules children state_dict get_input_embeddings get_output_embeddings
+    lm_head model base_model get_base_model generate
+    """.split()
+)
 
 
 class LossModel:
@@ -81,9 +88,10 @@ class LossModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self._model, name)
-        if name in _READABLE.split():
-            return value
+        if name not in _PARTS:
+            value = getattr(self._model, name)
+            if name in _READABLE.split():
+                return value
         raise TrainingError(
             f"model.{name} in compute_loss",
             "outputs.logits or outputs.loss of model(**inputs): MLX trains by the loss's gradient by the logits, and "

@@ -111,7 +111,11 @@ class HostLossStep(Step):
         width = micro.batch.shape[1]
 
         def forward(number: int) -> mx.array:
-            return self._forward(self._params, _numbered(arrays, number))[:, :width]
+            try:
+                return self._forward(self._params, _numbered(arrays, number))[:, :width]
+            finally:
+                # Tracing leaves placeholders in the model, which the loss may look at.
+                self.objective.slots.bind(self.params)
 
         loss, cotangents = self._loss.train(forward, micro)
         sums = {"loss": mx.array(loss, mx.float32), "micro_batches": mx.array(1.0)}
