@@ -19,12 +19,10 @@ _READABLE = """
     _is_quantized is_gradient_checkpointing vocab_size
 """
 # A torch model's, whether or not the model here has them.
-_PARTS = frozenset(
-    """
+_PARTS = """
     parameters named_parameters modules named_modules children state_dict get_input_embeddings get_output_embeddings
     lm_head model base_model get_base_model generate
-    """.split()
-)
+"""
 
 
 class LossModel:
@@ -88,7 +86,7 @@ class LossModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name not in _PARTS:
+        if name not in _PARTS.split():
             value = getattr(self._model, name)
             if name in _READABLE.split():
                 return value

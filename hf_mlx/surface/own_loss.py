@@ -210,6 +210,12 @@ def check_supported(session: Any) -> None:
     Raises:
         SettingError: The load of experts is balanced, whose loss is no function of the logits.
     """
+    if not hasattr(session.step.objective, "forward"):
+        raise SettingError(
+            "a loss of the script's own in a trainer of pairs",
+            "one of the losses of the trainer's configuration, whose pairs are laid out their own way",
+            'DPOConfig(loss_type="sigmoid", …); MLXSFTTrainer and MLXTrainer take compute_loss',
+        )
     if session.routers is not None and session.routers.coefficient:
         raise SettingError(
             f"a loss of the script's own on a model whose experts are balanced (router_aux_loss_coef="

@@ -37,10 +37,10 @@ class MLXSFTTrainer(TrainerBase):
         finetune_last_n_layers: Put adapters on the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
         loss: A loss in MLX that stays inside the compiled step, of ``logits`` (R, W, V) float32, ``labels`` (R, W)
-            int32 and ``mask`` (R, W) bool, which are shifted already: ``logits[r, w]`` predicts ``labels[r, w]``. Returns
-            a loss for each position, (R, W); those where ``mask`` is True are added up and divided by the scored tokens
-            of the optimizer step, as the compiled loss is. Labels are 0 where ``mask`` is False. A row may hold
-            several documents, and a micro-batch may come in pieces of rows. All logits are computed.
+            int32 and ``mask`` (R, W) bool, shifted already: ``logits[r, w]`` predicts ``labels[r, w]``. Returns a loss
+            for each position, (R, W); where ``mask`` is True they are added up and divided by the scored tokens of the
+            optimizer step, as the compiled loss is. Labels are 0 where ``mask`` is False. A row may hold several
+            documents, and a micro-batch may come in pieces of rows. All logits are computed.
         **keywords: TRL's older constructor keywords (``tokenizer``, ``max_seq_length``, …), deprecated.
 
     Attributes:
