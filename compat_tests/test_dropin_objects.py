@@ -176,9 +176,8 @@ def _frozen_adapter() -> Any:
         (_frozen_adapter, {}, "is_trainable=True"),
         (lambda: torch.nn.Linear(2, 2), {}, "AutoModelForCausalLM"),
         (make_model, {"peft_config": _lora(), "finetune_last_n_layers": 1}, "layers_to_transform=\\[1\\]"),
-        (make_model, {"optimizers": (torch.optim.SGD([torch.zeros(1)], 0.1), None)}, "optim="),
-        (make_model, {"compute_loss_func": len}, "loss_type"),
-        (make_model, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {})}, "optim="),
+        (make_model, {"optimizers": (torch.optim.SGD([torch.zeros(1)], 0.1), None)}, "none of trainer.model"),
+        (make_model, {"optimizers": (None, object())}, "without its optimizer"),
         (make_model, {"model_init": make_model}, "model_init\\(\\)"),
     ],
 )
@@ -189,10 +188,10 @@ def test_what_cannot_be_honoured_is_refused_with_the_line_to_write(make, keyword
 
 def test_overrides_that_would_never_run_are_refused(tmp_path):
     class Weighted(MLXSFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        def training_step(self, model, inputs, num_items_in_batch=None):
             return 0.0
 
-    with pytest.raises(SettingError, match=r"Weighted\.compute_loss"):
+    with pytest.raises(SettingError, match=r"Weighted\.training_step"):
         _train(Weighted, tmp_path, make_model())
 
 

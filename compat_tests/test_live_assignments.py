@@ -252,11 +252,9 @@ ATTRIBUTES = {
     "optimizer": object(),
     "lr_scheduler": object(),
     "callbacks": [],
-    "compute_loss": function,
     "training_step": function,
-    "create_optimizer": function,
     "prediction_step": function,
-    "compute_loss_func": function,
+    "compute_loss_func": "focal",
     "label_smoother": function,
     "floating_point_ops": function,
     "data_collator": None,
@@ -306,8 +304,8 @@ def test_names_that_scripts_read(model, tmp_path):
 def test_method_set_before_the_constructor_is_refused(model, tmp_path):
     class Own(MLXSFTTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self.compute_loss = function
+            self.training_step = function
             super().__init__(*args, **kwargs)
 
-    with pytest.raises(HFMLXError, match="compute_loss"):
+    with pytest.raises(HFMLXError, match="training_step"):
         build(Own, model, tmp_path)

@@ -46,6 +46,8 @@ WRITABLE = {
     "data_collator": copy.copy,
     "eval_dataset": lambda before: None,
     "is_in_train": lambda before: before,
+    "loss_is_scaled_for_ga": lambda before: True,
+    "optimizer_cls_and_kwargs": lambda before: (type("SGD", (), {}), {}),
     "preprocess_logits_for_metrics": lambda before: max,
     "processing_class": copy.copy,
     "state": copy.copy,
@@ -132,7 +134,6 @@ def test_every_attribute_is_written_or_refused(built):
 
 
 REFUSED = {
-    "compute_loss": (None, {}),
     "training_step": (),
     "prediction_step": (None, {}, True),
     "evaluation_loop": (None, "Evaluation"),

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from .data.collate import Batch
+from .data.custom import MODEL_INPUTS
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
@@ -43,7 +44,10 @@ class Feed:
 
     Attributes:
         share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
+        keeps_batches: Rows stay as the collator made them, with its batch beside them, for a loss of the script's own.
     """
+
+    keeps_batches = False
 
     def __init__(
         self,
@@ -230,7 +234,7 @@ class Feed:
             batch: Of one of the loaders.
             keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
         """
-        shapes = None if keep_rows else self.shapes
+        shapes = None if keep_rows or self.keeps_batches else self.shapes
         return self._rows.lay_out(batch, self._guard.fill_id, shapes, limit=self._limit).to_device()
 
     def train_batches(self, loader: Loader, epoch: int, skip: int) -> Iterator[tuple[Batch, HostInputs]]:
@@ -241,7 +245,10 @@ class Feed:
         """
         fill_id, limit = self._guard.fill_id, self._limit
         batches = loader.batches(epoch, skip=skip)
-        laid = ((batch, self._rows.lay_out(batch, fill_id, self.shapes, limit=limit)) for batch in batches)
+        shapes = None if self.keeps_batches else self.shapes
+        laid = ((batch, self._rows.lay_out(batch, fill_id, shapes, limit=limit)) for batch in batches)
+        if self.keeps_batches:
+            return ((batch, replace(inputs, batch=batch)) for batch, inputs in laid)
         if self._collator is not None or not isinstance(loader, RowLoader):
             return laid
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
@@ -297,4 +304,9 @@ class Feed:
         return self._guard.batch(batch)
 
     def _convert(self, collated: Mapping[str, Any]) -> Batch:
-        return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))
+        if not self.keeps_batches or not isinstance(collated, Mapping):
+            return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))
+        # Columns that the model does not take are for the script's loss.
+        known = {name: value for name, value in collated.items() if name in MODEL_INPUTS}
+        batch = self._guard.batch(self._rows.convert(known, self._guard.fill_id))
+        return replace(batch, collated={name: value for name, value in collated.items() if value is not None})

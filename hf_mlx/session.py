@@ -20,15 +20,19 @@ from .models.heads import layers
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
 from .recipes.recipe import Recipe
+from .settings.clipping import GradClip
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
 from .training.feed_forward import recompute_activations
+from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring_nothing
 from .training.lanes import make_step
 from .training.means import Progress
-from .training.optim import decay_names, make_optimizer
+from .training.native_loss import NativeLoss
+from .training.optim import Optimizer, decay_names, make_optimizer
+from .training.step import Step
 
 
 class Session:
@@ -46,6 +50,8 @@ class Session:
         adapter_name: What PEFT calls the adapter.
         routers: The routers whose load is balanced; None where there is no such loss.
         progress: Counters of the run.
+        decayed: MLX names of what weight decay applies to.
+        host_loss: The script's own loss, in the place of the compiled one; see :meth:`adopt_loss`.
         packs: Whether the model keeps documents that share a row apart.
         restored: Frozen weights that came from a checkpoint, as it stores them; see :meth:`adopt_frozen`.
     """
@@ -69,19 +75,41 @@ class Session:
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
-        objective = recipe.make_objective(loaded, names, plan, self.routers)
-        optimizer = make_optimizer(plan.optim, self._decayed(names))
-        self.step = make_step(
-            objective,
-            optimizer,
-            plan.clip,
-            seed=plan.batch.seed,
-            weigh=recipe.make_weighting(loaded),
-            computed_in=partial(_computed_in, loaded.model),
-        )
-        self.evaluator = Evaluator(objective)
+        self._objective = recipe.make_objective(loaded, names, plan, self.routers)
+        self._weigh = recipe.make_weighting(loaded)
+        self.decayed = self._decayed(names)
+        self.host_loss: HostLoss | None = None
+        self.native_loss: NativeLoss | None = None
+        self.step = self._make_step(make_optimizer(plan.optim, self.decayed), plan.clip)
+        self.evaluator = self._make_evaluator()
         self.progress = Progress()
         self.restored: dict[str, mx.array] = {}
+
+    def _make_step(self, optimizer: Optimizer, clip: GradClip) -> Step:
+        options = {"seed": self.plan.batch.seed, "computed_in": partial(_computed_in, self.loaded.model)}
+        if self.host_loss is None:
+            return make_step(self._objective, optimizer, clip, weigh=self._weigh, **options)
+        silent = measuring_nothing(self._objective)
+        return HostLossStep(silent, optimizer, clip, loss=self.host_loss, count=self._weigh.count, **options)
+
+    def _make_evaluator(self) -> Evaluator:
+        if self.host_loss is None:
+            return Evaluator(self._objective)
+        return HostEvaluator(measuring_nothing(self._objective), self.host_loss)
+
+    def adopt_native_loss(self, loss: NativeLoss) -> None:
+        """Minimise a loss of the script's own that MLX compiles with the rest of the step."""
+        self.native_loss = self._objective.native = loss  # pyright: ignore[reportAttributeAccessIssue]
+        self.step.retrace()
+        self.evaluator = self._make_evaluator()
+
+    def adopt_loss(self, loss: HostLoss | None) -> None:
+        """Train and evaluate by a loss of the script's from here on; None goes back to the compiled one."""
+        old, self.host_loss = self.step, loss
+        self.step = self._make_step(old.optimizer, old.clip)
+        self.step.load(old.params, old.state)
+        self.step.draws, self.step.updates = old.draws, old.updates
+        self.evaluator = self._make_evaluator()
 
     @contextmanager
     def evaluation(self, *, in_train: bool) -> Iterator[tuple[Evaluator, dict[str, mx.array]]]:
@@ -97,7 +125,7 @@ class Session:
             return
         objective.slots.bind(self.step.params)
         with cast_weights(self.loaded.model, getattr(mx, dtype)):
-            yield Evaluator(objective), objective.slots.read()
+            yield self._make_evaluator(), objective.slots.read()
 
     def adopt_frozen(self, arrays: Mapping[str, mx.array]) -> None:
         """Take a checkpoint's frozen weights in place of those at hand, where they differ.
@@ -113,13 +141,13 @@ class Session:
             self.loaded.model.update(tree_unflatten([(name, cast[name]) for name in changed]))
             # Frozen weights are constants of a trace.
             self.step.retrace()
-            self.evaluator = Evaluator(self.step.objective)
+            self.evaluator = self._make_evaluator()
 
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, which differs in how the run is batched, optimised, scheduled and clipped."""
         optimizer = self.step.optimizer
-        if plan.optim != self.plan.optim:
-            optimizer = make_optimizer(plan.optim, optimizer.decay)
+        if plan.optim != self.plan.optim and not optimizer.on_host:
+            optimizer = make_optimizer(plan.optim, self.decayed)
         if optimizer is not self.step.optimizer or plan.clip != self.plan.clip:
             self.step.adopt(optimizer, plan.clip)
         self.plan = plan

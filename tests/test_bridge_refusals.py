@@ -41,7 +41,7 @@ def test_the_command_line_starts_without_mlx():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["compute_loss", "training_step", "create_optimizer", "get_train_dataloader"])
+@pytest.mark.parametrize("name", ["training_step", "prediction_step", "_get_learning_rate", "_prepare_dataset"])
 def test_an_override_that_would_never_run_is_refused(name):
     derived = type("Mine", (Base,), {name: lambda self: None})
     with pytest.raises(SettingError, match=rf"Mine\.{name}\(\)"):

@@ -21,6 +21,7 @@ from .folders import checkpoint_path, rotate
 from .inspection import ADAPTER, ARGUMENTS, RUN, STATE, find_checkpoint, read_trainer_state
 from .manifest import MANIFEST, extend_manifest, write_manifest
 from .optimizer_state import Moments, dump_optimizer, load_optimizer
+from .own_optimizer import load_own, save_own
 from .parameters import make_parameters
 from .random_states import RandomStates
 from .schedules import compare_schedules
@@ -48,6 +49,7 @@ class Loaded:
         moments: The optimizer's state; None begins it afresh.
         schedule: The schedule's state; None begins it afresh.
         updates: Steps that ``moments`` has seen; None where there are no moments.
+        own_optimizer: The state of a torch optimizer of the script's own.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class Loaded:
     moments: Moments | None
     schedule: dict[str, Any] | None
     updates: int | None = None
+    own_optimizer: dict[str, Any] | None = None
 
 
 class CheckpointStore:
@@ -177,6 +180,11 @@ class CheckpointStore:
             self._check_weights_only(folder)
             boundary.offset = state["global_step"]
             return Loaded(folder, boundary, weights, frozen, None, None)
+        if step.optimizer.on_host:
+            optimizer, schedule = load_own(folder, step.optimizer.torch)
+            if run is None:
+                boundary.offset = state["global_step"] - schedule.get("last_epoch", state["global_step"])
+            return Loaded(folder, boundary, weights, frozen, None, schedule, boundary.updates, optimizer)
         moments, updates = load_optimizer(read_state(folder, OPTIMIZER), step, self.parameters, self.plan.optim, folder)
         schedule = read_state(folder, SCHEDULER)
         compare_schedules(schedule, self.plan, folder, updates=updates, recorded=boundary.updates)
@@ -196,6 +204,15 @@ class CheckpointStore:
 
     def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
         made = global_step - boundary.offset
+        if self.session.step.optimizer.on_host:
+            save_own(self.session.step.optimizer.torch, schedule.scheduler, folder)
+        else:
+            self._write_optimizer(folder, made, schedule)
+        write_state(boundary.random.to_hf(), folder, RANDOM)
+        run = {"format": _FORMAT, "boundary": boundary.to_tree(), "base": self._base(), "settings": self._settings()}
+        write_tree(run, folder, RUN)
+
+    def _write_optimizer(self, folder: Path, made: int, schedule: Any) -> None:
         optimizer, for_torch = dump_optimizer(
             self.session.step,
             self.parameters,
@@ -212,9 +229,6 @@ class CheckpointStore:
             )
         write_state(optimizer, folder, OPTIMIZER, torch=None if for_torch else False)
         write_state(schedule.state_dict(made), folder, SCHEDULER)
-        write_state(boundary.random.to_hf(), folder, RANDOM)
-        run = {"format": _FORMAT, "boundary": boundary.to_tree(), "base": self._base(), "settings": self._settings()}
-        write_tree(run, folder, RUN)
 
     def _base(self) -> dict[str, Any]:
         if self._fingerprint is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ class Batch:
         segments: (B, T) int32 document number of each token, where documents must not see each other; else None.
         has_mask: Whether upstream's batch has an attention mask.
         keys: (B, T) bool, False for positions that none may see; None where padding on the right is all there is to it.
+        collated: What the user's own collator returned, where a loss of the script's own reads it.
     """
 
     input_ids: np.ndarray
@@ -30,6 +33,7 @@ class Batch:
     segments: np.ndarray | None = None
     has_mask: bool = True
     keys: np.ndarray | None = None
+    collated: Mapping[str, Any] | None = None
 
     @property
     def num_items(self) -> int:

@@ -13,6 +13,8 @@ from .batch import IGNORE, Batch
 # Made from position_ids by collators that flatten; they say nothing more.
 DERIVED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
 _READ = {"input_ids", "labels", "attention_mask", "position_ids"}
+# What a collator makes for the model.
+MODEL_INPUTS = _READ | DERIVED
 
 
 def convert_batch(mapping: Mapping[str, Any]) -> Batch:

@@ -12,7 +12,8 @@ import mlx.core as mx
 from ..errors import TrainingError
 from ..session import Session
 from ..training.inputs import Inputs
-from ..training.step import StepMetrics, read_scalar
+from ..training.measured import StepMetrics
+from ..training.step import read_scalar
 from ..training.undefined import settle_undefined
 
 

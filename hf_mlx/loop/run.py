@@ -233,6 +233,7 @@ class Loop:
                 metrics = self.compute(window, step.updates + 1, rate)
         step.updates += 1
         fire(self.host, "on_optimizer_step")
+        self.schedule.advance()
         host.state.global_step += 1
         if self._rates is not None:
             self._rates.show(self.schedule.lr(made + 1))

@@ -10,15 +10,14 @@ _EVAL = "compute_metrics=… and preprocess_logits_for_metrics=…, or override 
 _SAVE = "override save_model(), or add a TrainerCallback with on_save"
 
 _STEP_METHODS = """
-    compute_loss training_step compute_loss_context_manager autocast_smart_context_manager get_batch_samples
+    training_step compute_loss_context_manager autocast_smart_context_manager get_batch_samples
     _inner_training_loop _run_epoch _clip_grad_norm _prepare_input _prepare_inputs _maybe_log_save_evaluate _wrap_model
 """
 _DATA_METHODS = """
     _prepare_dataset _remove_unused_columns _set_signature_columns_if_needed
 """
 _OPTIM_METHODS = """
-    create_optimizer create_scheduler create_optimizer_and_scheduler get_optimizer_cls_and_kwargs
-    get_decay_parameter_names _get_learning_rate
+    _get_learning_rate
 """
 NEVER_CALLED = {
     **dict.fromkeys(_STEP_METHODS.split(), _STEP),

@@ -10,7 +10,6 @@ from ..recipes.never_called import NEVER_CALLED
 
 logger = logging.getLogger(__name__)
 
-_OPTIM = 'trainer.args.optim = "adamw_torch", trainer.args.learning_rate = …'
 _ROWS = "prepare the rows before, or pass them to a new trainer: MLXSFTTrainer(train_dataset=…)"
 _PLAN = "change the setting: trainer.args.… = …"
 _LOSS = 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels'
@@ -25,10 +24,6 @@ _ATTRIBUTES = {
     "model": "MLXSFTTrainer(model=my_model, …)",
     "model_wrapped": "MLXSFTTrainer(model=my_model, …)",
     "model_init": "MLXSFTTrainer(model=model_init(), …)",
-    "optimizer": _OPTIM,
-    "lr_scheduler": 'trainer.args.lr_scheduler_type = "cosine", trainer.args.warmup_steps = …',
-    "optimizer_cls_and_kwargs": _OPTIM,
-    "compute_loss_func": _LOSS,
     "label_smoother": _LOSS,
     "label_names": 'rows with "labels"',
     "model_accepts_loss_kwargs": _LOSS,
@@ -51,7 +46,6 @@ _ATTRIBUTES = {
     "_loss_shifts_labels": _LOSS,
     "_tokenizer": "trainer.processing_class = my_tokenizer",
     "current_flos": "trainer.state.total_flos = …, which counts them",
-    "loss_is_scaled_for_ga": _LOSS,
     "hp_name": _SEARCH,
     "hp_search_backend": _SEARCH,
     **dict.fromkeys(_ONE_PROCESS.split(), "leave it as it is: one process trains here, on one device"),
@@ -61,7 +55,7 @@ _ATTRIBUTES = {
 _METHODS = """
     call_model_init create_accelerator_and_postprocess floating_point_ops get_cp_size get_learning_rates
     get_num_trainable_parameters get_optimizer_group get_sp_size get_total_train_batch_size get_tp_size
-    hyperparameter_search loss_is_scaled_for_ga metrics_format set_initial_training_values store_flos
+    hyperparameter_search metrics_format set_initial_training_values store_flos
     _build_accelerator_args _defer_fsdp_gradient_reduction _determine_best_metric _finalize_training
     _finish_current_push _get_collator_with_removed_columns _get_grad_norm _get_num_items_in_batch _get_output_dir
     _has_mixed_mesh_grads _hp_search_setup _init_training_state _issue_warnings_after_load _load_callback_state
@@ -78,8 +72,7 @@ _REMEDIES = {
 }
 # Their value in transformers' trainer before train(); setting it again asks for nothing.
 _NONE = """
-    optimizer lr_scheduler optimizer_cls_and_kwargs compute_loss_func label_smoother neftune_noise_alpha model_init
-    chat_template _formatting_func _signature_columns
+    label_smoother neftune_noise_alpha model_init chat_template _formatting_func _signature_columns
 """
 _EMPTY = frozenset(_NONE.split())
 # No attribute of HF's trainer either, so a subclass may mean its own; said, in case it does not.

@@ -28,6 +28,7 @@ from .facade import MLXCausalLM
 from .handover import Handover
 from .loans import take_over_loans
 from .signature import forward_columns, named_forward
+from .ties import Tied
 
 
 class Base(Protocol):
@@ -110,6 +111,14 @@ class Base(Protocol):
         """End the loan; by MLX name, what was written into the gradients."""
         ...
 
+    def tie(self, parameters: list[Any]) -> Tied:
+        """Ties between parameters of a torch optimizer and what is trained; and those that are not the model's."""
+        ...
+
+    def decayed_names(self, session: Session) -> list[str]:
+        """Names, as ``trainer.model.named_parameters()`` has them, of what weight decay applies to."""
+        ...
+
     def complete(self, folder: Path) -> None:
         """Add to what ``model.save_pretrained(folder)`` wrote what it leaves out."""
         ...
@@ -188,6 +197,12 @@ class NamedBase:
     def take_gradients(self) -> dict[str, mx.array]:
         return self._model.gradients.take()
 
+    def tie(self, parameters: list[Any]) -> Tied:
+        return self._model.tie(parameters)
+
+    def decayed_names(self, session: Session) -> list[str]:
+        return [name for name, path in self._model.parameter_paths().items() if path in session.decayed]
+
     def complete(self, folder: Path) -> None:
         pass
 
@@ -265,6 +280,16 @@ class TorchBase:
 
     def take_gradients(self) -> dict[str, mx.array]:
         return {} if self._handover is None else self._handover.take_gradients()
+
+    def tie(self, parameters: list[Any]) -> Tied:
+        assert self._handover is not None, "the model was entered"
+        return self._handover.tie(parameters)
+
+    def decayed_names(self, session: Session) -> list[str]:
+        from transformers import Trainer
+
+        # The method looks at the model alone.
+        return Trainer.get_decay_parameter_names(cast(Any, None), self._source.model)
 
     def complete(self, folder: Path) -> None:
         if self._handover is not None:

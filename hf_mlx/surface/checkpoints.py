@@ -60,6 +60,8 @@ class Checkpoints:
         step = trainer.session.step
         trainer.session.adopt_frozen(loaded.frozen)
         step.load(loaded.weights, loaded.moments or step.state)
+        if loaded.own_optimizer is not None:
+            step.optimizer.torch.load_state_dict(loaded.own_optimizer)
         if loaded.updates is not None:
             step.updates = loaded.updates
         logger.info(f"Resuming from {folder} at step {state.global_step}.")

@@ -98,7 +98,7 @@ class Evaluation:
             means = progress.means.take()
             return arrange(means, tokens) if means else {}
         sums, self._sums = self._sums, None
-        if sums is None or not sums.losses:
+        if sums is None or not sums.metrics:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}

@@ -25,6 +25,7 @@ from .loans import Loans
 from .model_config import read_config, read_generation_config
 from .parameters import ADAPTER_NAME, GradientCopies, Parameters
 from .requests import check_keywords, unknown_keyword
+from .ties import Tied, tie_copies
 from .writes import differs
 
 
@@ -84,6 +85,14 @@ class MLXCausalLM:
     def lent(self) -> Loans:
         """The copies of parameters that are out."""
         return self._parameters.lent
+
+    def tie(self, parameters: list[Any]) -> Tied:
+        """Ties between copies in an optimizer and what is trained."""
+        return tie_copies(self._parameters, parameters)
+
+    def parameter_paths(self) -> dict[str, str]:
+        """HF's name to MLX path."""
+        return self._parameters.paths
 
     @property
     def mlx(self) -> nn.Module:

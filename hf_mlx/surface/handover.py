@@ -24,6 +24,7 @@ from ..models.torch_arrays import to_mlx, to_torch
 from ..session import Session
 from .gradients import read_written
 from .marks import FrozenMarks
+from .ties import Tied, tie_object
 from .writes import differs, refuse_frozen, refuse_toggled, refuse_within, take_over
 
 
@@ -129,6 +130,10 @@ class Handover:
             return self.source.adapter_tensors(), peft_tensors(self.session.adapter)
         finally:
             slots.bind(self.session.step.params)
+
+    def tie(self, parameters: list[Any]) -> Tied:
+        """Ties between parameters of an optimizer over the user's model and what is trained."""
+        return tie_object(self.source, self.session, self._both()[0], parameters)
 
     def _hand_out(self) -> None:
         self._written = self.session.step.params

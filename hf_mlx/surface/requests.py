@@ -19,24 +19,8 @@ def check_functions(keywords: dict[str, Any]) -> None:
 
 
 _REFUSED_KEYWORDS = {
-    "compute_loss_func": 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels',
-    "optimizer_cls_and_kwargs": 'SFTConfig(optim="adamw_torch", optim_args="…", learning_rate=…)',
     "model_init": "MLXSFTTrainer(model=model_init(), …)",
 }
-
-
-def check_optimizers(optimizers: tuple[Any, Any]) -> None:
-    """Refuse optimizer and schedule objects.
-
-    Raises:
-        SettingError: One of them was given.
-    """
-    if any(part is not None for part in optimizers):
-        raise SettingError(
-            f"optimizers=({type(optimizers[0]).__name__}, {type(optimizers[1]).__name__})",
-            "the optimizer and schedule are chosen by name, so that they can run inside the compiled step",
-            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", ...)',
-        )
 
 
 def check_evaluation(args: Any, eval_dataset: Any, trainer: str) -> None:

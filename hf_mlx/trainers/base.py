@@ -23,7 +23,7 @@ from ..surface.hooks import check_overrides
 from ..surface.hub import HubRepo
 from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
-from ..surface.requests import check_evaluation, check_functions, check_optimizers
+from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
 from ..training.command_buffers import limit_pending_work
 from .running import Running
@@ -65,8 +65,8 @@ class TrainerBase(Running):
         house = next(cls for cls in type(self).__mro__ if "recipe" in vars(cls))
         check_overrides(type(self), house, self.recipe.never_called)
         check_presets(self)
-        check_optimizers(optimizers)
         check_functions(keywords)
+        self._start_own(optimizers, keywords)
         self._base = base = open_base(model)
         overrides, tokenizer = merge_trainer_keywords({}, keywords)
         self.args = args if args is not None else self.recipe.make_args(base.name)
@@ -149,6 +149,7 @@ class TrainerBase(Running):
         self.session, self._model = base.enter(self.args, peft_config, self.processing_class, self.recipe)
         self._clock.end("model")
         self.data.share_rows = self.session.packs
+        self._settle_loss()
         self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()

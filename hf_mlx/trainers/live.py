@@ -11,12 +11,12 @@ from ..errors import MissingDependency, SettingError
 from ..settings.changes import Asked
 from ..surface.assignments import check_assignment, started
 from ..surface.requests import check_evaluation
-from .parts import Parts
+from .own import Own
 
 logger = logging.getLogger(__name__)
 
 
-class Live(Parts):
+class Live(Own):
     """Assignments, and the settings as they are when they are needed: transformers 5.23 reads them late."""
 
     _asked: Asked
@@ -99,6 +99,7 @@ class Live(Parts):
             self.data.adopt_plan(plan)
             self.accelerator.gradient_accumulation_steps = plan.batch.gradient_accumulation_steps
             self._set_own(plan=plan, grad_clip=plan.clip)
+        self._settle_loss()
         self._asked.keep(self.args, ledger)
         self._set_own(ledger=ledger)
         self.hub.args = self.args

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
-from ..errors import MissingDependency
 from .loaders import Loaders
 from .refused import Refused
 
@@ -22,12 +21,8 @@ class Names(Loaders, Refused):
     is_distributed_loading_by_transformers = False
     place_model_on_device = True
     can_return_loss = False
-    model_accepts_loss_kwargs = True
-    loss_is_scaled_for_ga: bool | None = None
     deepspeed = None
-    compute_loss_func = None
     label_smoother = None
-    optimizer_cls_and_kwargs = None
     model_init = None
     hp_name = None
     hp_search_backend = None
@@ -43,16 +38,6 @@ class Names(Loaders, Refused):
     def model_wrapped(self) -> Any:
         """``trainer.model``: nothing is wrapped around it."""
         return self.model
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimizer of the run; None before ``train()``, as in transformers."""
-        return self.callback_handler.optimizer
-
-    @property
-    def lr_scheduler(self) -> Any:
-        """The schedule of the run; None before ``train()``, as in transformers."""
-        return self.callback_handler.lr_scheduler
 
     @property
     def neftune_noise_alpha(self) -> float | None:
@@ -126,22 +111,6 @@ class Names(Loaders, Refused):
                 if any(held is param for held in group["params"]):
                     return group
         return [group["params"] for group in groups]
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Names of the trained parameters that weight decay applies to; ``model`` must be the trainer's."""
-        return [self.session.hf_name(name) for name in sorted(self.session.step.optimizer.decay)]
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
-        """torch's class and keywords for ``args.optim``, as transformers chooses them. Training uses none of them."""
-        try:
-            import torch  # noqa: F401
-            from transformers import Trainer
-        except ImportError as error:
-            raise MissingDependency(
-                "get_optimizer_cls_and_kwargs()", "torch, whose class it names", "pip install torch"
-            ) from error
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def get_cp_size(self) -> int:
         """1: one process."""

@@ -19,6 +19,7 @@ class Records(Names):
         from transformers.trainer_utils import speed_metrics
 
         logs.update(self._evaluate_loader.running_metrics())
+        logs.update(self._take_own_metrics())
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
         if self.args.include_num_input_tokens_seen != "no":

@@ -26,10 +26,6 @@ def _refuse(remedy: str) -> Callable[[Callable], Callable]:
 class Refused:
     """The methods with upstream's signatures; each raises a :class:`~hf_mlx.errors.SettingError`."""
 
-    @_refuse("trainer.model(**inputs, labels=labels).loss, or trainer.evaluate()")
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
-        """The loss of one batch."""
-
     @_refuse("trainer.train()")
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
@@ -54,18 +50,6 @@ class Refused:
     @_refuse("for batch in trainer.get_train_dataloader(): …")
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step."""
-
-    @_refuse('SFTConfig(optim="adamw_torch", …): train() makes the optimizer, trainer.optimizer shows it')
-    def create_optimizer(self, model: Any = None) -> Any:
-        """Makes ``trainer.optimizer``."""
-
-    @_refuse('SFTConfig(lr_scheduler_type="cosine", …): train() makes the schedule, trainer.lr_scheduler shows it')
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Makes ``trainer.lr_scheduler``."""
-
-    @_refuse('SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …): train() makes both')
-    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
-        """Makes both."""
 
     @_refuse(NO_SEARCH)
     def hyperparameter_search(

@@ -21,7 +21,6 @@ from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
-from ..training.schedule import make_schedule
 from .evaluating import Evaluating
 from .loaders import LaterLoader
 from .refused import NO_SEARCH
@@ -72,16 +71,19 @@ class Running(Evaluating):
             align_special_tokens(self.model, self.processing_class)
         logger.info(self.grad_clip.describe())
         start = time.time()
-        schedule = make_schedule(self.plan.schedule, self.plan.optim, self.steps.total_steps)
+        schedule = self._make_schedule()
         if self._loop is not None:
             schedule.follow(self._loop.schedule)
         self.session.step.carry = None
         loader = own_loader or self.data.train_loader(self.train_dataset)
         handler = self.callback_handler
-        optimizer = self._show_optimizer(schedule)
-        handler.optimizer, handler.lr_scheduler = optimizer, SchedulerView(schedule, lambda: loop.steps_done)
+        # The script's own optimizer is shown as it is: a rate that is set in it is what it steps with.
+        view = None if self._brings_optimizer() else self._show_optimizer(schedule)
+        handler.optimizer = self.optimizer if view is None else view
+        shown = self.lr_scheduler if view is None else SchedulerView(schedule, lambda: loop.steps_done)
+        handler.lr_scheduler = shown
         handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader)
-        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, optimizer)
+        loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
         try:
             with (
@@ -141,13 +143,13 @@ class Running(Evaluating):
             self._checkpoints.store.adopt_additions(self.state.global_step)
 
     def _make_loop(
-        self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None, optimizer: OptimizerView
+        self, loader: Any, schedule: Any, checkpoints: Checkpoints, folder: Path | None, view: OptimizerView | None
     ) -> Loop:
         """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
         boundary = checkpoints.restore(folder, schedule) if folder is not None else None
         self._interrupt = Interrupt()
         gradients = Gradients(self._base, self.callback_handler)
-        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, optimizer, gradients)
+        loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, view, gradients)
         if boundary is not None:
             loop.resume(boundary)
         return loop

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipes.sft import SFT
+from ..surface.upstream_losses import trl_loss
 from .base import TrainerBase
 
 
@@ -26,7 +27,8 @@ class MLXSFTTrainer(TrainerBase):
         processing_class: Tokenizer; None loads the model's own.
         compute_metrics: Called with a ``transformers.EvalPrediction``.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
-        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
+            ``(None, None)`` makes those that ``args`` names, inside the compiled step.
         preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
         peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
         formatting_func: Row to text.
@@ -34,6 +36,11 @@ class MLXSFTTrainer(TrainerBase):
         max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
         finetune_last_n_layers: Put adapters on the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
+        loss: A loss in MLX that stays inside the compiled step, of ``logits`` (R, W, V) float32, ``labels`` (R, W)
+            int32 and ``mask`` (R, W) bool, shifted already: ``logits[r, w]`` predicts ``labels[r, w]``. Returns a loss
+            for each position, (R, W); where ``mask`` is True they are added up and divided by the scored tokens of the
+            optimizer step, as the compiled loss is. Labels are 0 where ``mask`` is False. A row may hold several
+            documents, and a micro-batch may come in pieces of rows. All logits are computed.
         **keywords: TRL's older constructor keywords (``tokenizer``, ``max_seq_length``, …), deprecated.
 
     Attributes:
@@ -68,6 +75,7 @@ class MLXSFTTrainer(TrainerBase):
         max_grad_value: float | None = None,
         finetune_last_n_layers: int | None = None,
         strict: bool = False,
+        loss: Callable | None = None,
         **keywords: Any,
     ) -> None:
         super().__init__(
@@ -87,5 +95,17 @@ class MLXSFTTrainer(TrainerBase):
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
             strict=strict,
+            loss=loss,
             **keywords,
         )
+
+    counts_in_evaluation = False
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch in torch with its metrics, as ``trl.SFTTrainer`` computes it.
+
+        Called where a subclass overrides it or ``compute_loss_func`` is given; the compiled step has its own.
+        """
+        return trl_loss(self, model, inputs, num_items_in_batch, return_outputs=return_outputs)

@@ -40,7 +40,12 @@ class HandedStep:
         """
         step = self._step
         hyper = {key: mx.array(value, mx.float32) for key, value in step.optimizer.hyper(number, lr).items()}
-        params, state = self._updated(step.params, grads, step.state, hyper)
+        if step.optimizer.on_host:
+            # The optimizer moves for good, so what can fail must have been computed by then.
+            mx.eval(grads, self._sums)
+            params, state = step.optimizer.step_on_host(step.params, grads), step.state
+        else:
+            params, state = self._updated(step.params, grads, step.state, hyper)
         step.carry = None
         step.load(params, state)
         mx.async_eval(params, state, self._sums)

@@ -30,6 +30,7 @@ class Inputs:
         tokens: What counts towards ``num_tokens``.
         padding: Positions that hold no token of the dataset.
         labelled: ``(labels != -100).sum()``, the first label of each row included, which nothing predicts.
+        batch: What the collator made, where a loss of the script's own reads it.
     """
 
     arrays: dict[str, mx.array]
@@ -37,6 +38,7 @@ class Inputs:
     tokens: int
     padding: int
     labelled: int = 0
+    batch: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class HostInputs:
     tokens: int
     padding: int
     labelled: int
+    batch: Batch | None = None
 
     def to_device(self) -> Inputs:
         """The same as MLX arrays."""
         arrays = {name: mx.array(array) for name, array in self.arrays.items()}
-        return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled)
+        return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled, self.batch)
 
 
 def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, limit: int | None = None) -> Inputs:

@@ -41,22 +41,13 @@ class LanedStep(Step):
         self._streams = [_stream(lane) for lane in range(lanes)]
         self._pool = pool
 
-    def _compile(self) -> None:
-        super()._compile()
-        self._finish = self._wrap(self._update_carried)
-
     def _count(self, arrays: Arrays) -> int:
         """Lanes for a piece: one where its rows would leave most cores idle, which its products then use."""
         rows = arrays["input_ids"].shape[0] // self.objective.unit
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
-    def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
-        if all(self._count(arrays) == 1 for arrays, _ in pieces):
-            return super()._train(pieces, hyper)
-        self._accumulate_all(pieces)
-        self._params, self._state, sums = self._finish(self._params, self._state, self._carry, hyper)
-        mx.async_eval(self._params, self._state, sums)
-        return sums
+    def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
+        return all(self._count(arrays) == 1 for arrays, _ in pieces)
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         # One piece after the other: no more rows are under way than without lanes.

@@ -19,6 +19,7 @@ from ..models.masks import masked_cache, packed_cache
 from ..settings.plan import LossPlan, PairLossPlan
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
+from .native_loss import NativeLoss, native_sums
 from .noise import NoisyEmbedding
 from .optimizers.contract import Arrays
 from .router import Routers
@@ -112,9 +113,11 @@ class TokenObjective:
 
     Attributes:
         head: The vocabulary projection; None where the model's code does not divide there.
+        native: The script's own loss, in the place of the plan's.
     """
 
     unit = 1
+    native: NativeLoss | None = None
 
     def __init__(
         self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
@@ -169,12 +172,26 @@ class TokenObjective:
         if self._noise is not None:
             self._noise.keys, self._noise.width = row_keys(keys[0], rows), arrays["width"]
 
+    @property
+    def draws(self) -> bool:
+        """Whether a pass in training depends on ``key``."""
+        return bool(self._noise is not None or any(dropout.p for dropout in self._dropouts))
+
+    def forward(self, params: Arrays, arrays: Arrays) -> mx.array:
+        """All logits (B, T, V) as a function of the parameters; in training it draws as the loss does."""
+        self.slots.bind(params)
+        if self.model.training:
+            self._bind_keys(arrays)
+        return self.logits(arrays)
+
     def logits(self, arrays: dict[str, mx.array]) -> mx.array:
         """All logits, (B, T, V), of the model as it stands."""
         return self.model(arrays["input_ids"], cache=self._cache(arrays))
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> TokenSums:
         targets = arrays["targets"]
+        if self.native is not None:
+            return native_sums(self.native, self.logits(arrays), arrays, self.plan)
         if self._split is None or self._blocks is None:
             return token_sums(_scored_rows(self.logits(arrays), arrays), targets, self.plan)
         backbone, head = self._split

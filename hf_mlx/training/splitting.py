@@ -19,9 +19,10 @@ import numpy as np
 from ..settings.plan import TrainPlan
 from .inputs import Inputs, gather_scored
 from .loss import IGNORED
+from .measured import StepMetrics
 from .memory import estimate_step, planned_limit, show_bytes
 from .shortage import is_shortage
-from .step import Arrays, Step, StepMetrics, keep_whole
+from .step import Arrays, Step, keep_whole
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,12 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
         return step
     if step.objective.whole and step.objective.routers is None:
         logger.warning("auto_find_batch_size: this loss sorts the pairs of a micro-batch, which is computed whole.")
+        return step
+    if not step.divisible:
+        logger.warning(
+            "auto_find_batch_size: micro-batches are computed whole, since the loss is the script's own and may be "
+            "anything of all its rows; per_device_train_batch_size= is what has to fit."
+        )
         return step
     if step.objective.routers is not None:
         logger.warning(

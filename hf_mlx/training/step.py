@@ -8,7 +8,6 @@ a log needs comes back as a lazy scalar.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
 from .clip import clip_gradients
 from .inputs import Inputs
+from .measured import Held, StepMetrics
 from .objective import Objective
 from .optim import Optimizer
 from .optimizers.contract import Arrays
@@ -24,39 +24,6 @@ from .weighting import ByTokens, Weighting, Weights
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step measured. Lazy float32 scalars until read.
-
-    Attributes:
-        loss: Sum of the window's micro-losses, each already divided by its denominator.
-        grad_norm: Global L2 norm before clipping; None where no update was made.
-        micro_batches: How many micro-batches the sums run over.
-        metrics: Sums over the window of what the objective measured of each micro-batch, by name.
-    """
-
-    loss: mx.array
-    grad_norm: mx.array | None
-    micro_batches: mx.array
-    metrics: Arrays
-
-    @classmethod
-    def split(cls, sums: Mapping[str, mx.array]) -> StepMetrics:
-        """From one dict of everything that adds up; ``grad_norm`` may be missing."""
-        metrics = {name: value for name, value in sums.items() if name not in ("loss", "grad_norm", "micro_batches")}
-        return cls(sums["loss"], sums.get("grad_norm"), sums["micro_batches"], metrics)
-
-
-@dataclass(frozen=True)
-class Held:
-    """All that an optimizer step changes, as it was at one moment; arrays as they are kept."""
-
-    params: Arrays
-    state: dict[str, Arrays]
-    carry: tuple[Arrays, Arrays] | None
-    draws: int
 
 
 def keep_whole(micro: Inputs) -> Sequence[Arrays]:
@@ -82,6 +49,9 @@ class Step:
         traces: How many distinct shapes were traced so far.
         cut: How a micro-batch is divided; no number depends on it but by rounding.
     """
+
+    #: Whether a micro-batch may be computed in pieces of rows.
+    divisible = True
 
     def __init__(
         self,
@@ -186,6 +156,7 @@ class Step:
             self._compile()
         self._params = self._bundles.pack(params)
         self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
+        self.optimizer.forget_host()
         self._bind()
 
     def adopt(self, optimizer: Optimizer, clip: GradClip) -> None:
@@ -216,6 +187,8 @@ class Step:
     def _compile(self) -> None:
         self._accumulate = self._wrap(self._accumulate_micro)
         self._update = self._wrap(self._update_micro)
+        self._apply = self._wrap(self._update_carried)
+        self._clip = self._wrap(self._clip_carried)
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
@@ -224,8 +197,28 @@ class Step:
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
+        if self.optimizer.on_host or not self._updates_with_last(pieces):
+            self._accumulate_all(pieces)
+            return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
         self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
+        mx.async_eval(self._params, self._state, sums)
+        return sums
+
+    def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
+        """Whether the last piece and the update are one compiled function."""
+        return True
+
+    def _finish(self, hyper: Arrays) -> Arrays:
+        """Update with the gradients that are carried; what the window measured."""
+        if self.optimizer.on_host:
+            grads, sums = self._clip(self._carry)
+            # The optimizer moves for good, so what can fail must have been computed by then.
+            mx.eval(grads, sums)
+            moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
+            self._params = self._bundles.pack(moved)
+        else:
+            self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
@@ -277,6 +270,13 @@ class Step:
         grads, scale, norm = clip_gradients(grads, self.clip)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
+
+    def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
+        grads, metrics = carry
+        grads, scale, norm = clip_gradients(grads, self.clip)
+        if scale is not None:
+            grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
+        return grads, {**metrics, "grad_norm": norm}
 
 
 def read_scalar(value: Any) -> float:

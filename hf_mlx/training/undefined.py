@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from ..settings.plan import LossPlan, PairLossPlan
 from .inputs import Inputs
-from .step import Step, StepMetrics, read_scalar
+from .measured import StepMetrics
+from .step import Step, read_scalar
 from .weighting import ByTokens
 
 

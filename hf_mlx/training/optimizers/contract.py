@@ -36,6 +36,8 @@ class Optimizer(ABC):
     defaults: Mapping[str, Any] = {}
     #: Whether each element is updated by itself, so that arrays may be updated end to end.
     elementwise: bool = True
+    #: Whether it is an object of the script's, which :meth:`step_on_host` calls between two compiled functions.
+    on_host: bool = False
 
     def __init__(self, plan: OptimPlan, decay: frozenset[str]) -> None:
         self.plan = plan
@@ -68,6 +70,13 @@ class Optimizer(ABC):
         self, param: mx.array, grad: mx.array, state: Arrays, hyper: Mapping[str, mx.array], weight_decay: float
     ) -> tuple[mx.array, Arrays]:
         """Update one parameter; everything comes and goes in float32, ``state`` under the keys of :meth:`slots`."""
+
+    def step_on_host(self, params: Arrays, grads: Arrays) -> Arrays:
+        """One step outside of the compiled functions; clipped ``grads`` in, the new parameters out."""
+        raise NotImplementedError
+
+    def forget_host(self) -> None:  # noqa: B027
+        """Other parameters than the last step's result are being trained from here on."""
 
     def state_dtype(self, param: mx.array) -> mx.Dtype:
         """Dtype in which the state of ``param`` is kept: the parameter's own, as torch does."""

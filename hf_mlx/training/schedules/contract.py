@@ -23,6 +23,9 @@ class Schedule(ABC):
     def lr(self, step: int) -> float:
         """Learning rate of the optimizer step that follows ``step`` finished ones: a double; ``lr(0)`` is the first."""
 
+    def advance(self) -> None:  # noqa: B027
+        """An optimizer step was made; only a schedule that keeps count itself has to know."""
+
     @abstractmethod
     def step_metric(self, value: float) -> None:
         """Take in the metric of an evaluation; a curve does not look at it."""
