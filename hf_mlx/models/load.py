@@ -25,6 +25,7 @@ from .architectures import (
     module_renames,
     steps_for,
 )
+from .bitsandbytes import Packed, compute_dtype, describe_packed, find_packed, hold_packed, is_four_bit, unpack
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config
 from .names import NameMap
@@ -141,16 +142,23 @@ def _assemble(
     full = interpret(config)
     check_config(full, folder)
     checkpoint, weights = read()
+    packed: dict[str, Packed] = {}
+    if is_four_bit(config) and weights is None:
+        checkpoint, weights, packed = unpack(folder, checkpoint)
     _check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
-    converts = checkpoint.layout == "hf" and not config.get("quantization_config")
+    converts = checkpoint.layout == "hf" and (bool(packed) or not config.get("quantization_config"))
     model = _build(folder, full, steps if converts else None, weights)
+    coded = find_packed(model, packed)
     adapt(model, full, converts)
     if converts:
         _check_dtypes(model, folder)
     _cast(model, plan.precision.dtype)
     notes = quantize_base(model, plan, config)
+    if packed:
+        held = hold_packed(model, coded, compute_dtype(config))
+        notes = [*notes, describe_packed(held, len(packed))]
     model.eval()
     params: Any = tree_flatten(model.parameters())
     shapes = {k: tuple(v.shape) for k, v in params}
