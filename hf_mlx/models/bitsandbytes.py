@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from ..errors import ModelError
 from .blockwise import TABLES, BlockLinear, dequantize
 from .config import FILES
 from .weights import Checkpoint, Tensor
@@ -65,7 +66,7 @@ def unpack(folder: Path, stored: Checkpoint) -> tuple[Checkpoint, dict[str, mx.a
         Its tensors, their (lazy) values, and what is packed by the weight's name.
 
     Raises:
-        ModelError: A record that is not one, or parts that do not fit it.
+        ModelError: No record, one that cannot be read, or parts that do not fit it.
     """
     arrays: dict[str, mx.array] = {}
     for file in stored.files:
@@ -73,7 +74,15 @@ def unpack(folder: Path, stored: Checkpoint) -> tuple[Checkpoint, dict[str, mx.a
         arrays |= loaded
     tensors = dict(stored.tensors)
     packed: dict[str, Packed] = {}
-    for key in [key for key in stored.tensors if _RECORD in key]:
+    records = [key for key in stored.tensors if _RECORD in key]
+    if not records:
+        raise ModelError(
+            f"{folder}: a quantization_config of bitsandbytes, and no packed weight in the files",
+            "a config.json that was saved with these weights",
+            "take quantization_config out of config.json and pass it to the trainer: "
+            "quantization_config=BitsAndBytesConfig(load_in_4bit=True)",
+        )
+    for key in records:
         name, _, kind = key.partition(_RECORD)
         with FILES.understood(folder / stored.tensors[key].file, "weights as bitsandbytes packs them into 4 bits"):
             packed[name] = _read(name, kind, arrays, arrays.pop(key))
