@@ -133,7 +133,7 @@ LORA: dict[str, tuple[list[Any], list[Any]]] = {
     "lora_bias": ([False], [True, None]),
     "bias": (["none", "all", "lora_only"], ["some", None, ""]),
     "fan_in_fan_out": ([False], [True]),
-    "init_lora_weights": ([True, False, "gaussian"], ["pissa", "nope", None, "", 1]),
+    "init_lora_weights": ([True, False, "gaussian", "pissa"], ["loftq", "nope", None, "", 1]),
     "layers_to_transform": ([None, 0, [1]], [[], 9, -1, [0, 9], "0"]),
     "layers_pattern": ([None, "layers"], ["h", "", ["layers"]]),
     "modules_to_save": ([None, ["lm_head"]], [[], ["nope"], "lm_head", ["embed_tokens"], ["q_proj"]]),

@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 from ..settings.plan import LoraPlan
 from .adapter import Adapter
 from .blueprint import Blueprint
+from .decomposed import KINDS, take_out
 from .defaults import CONV1D_TYPES
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
@@ -60,6 +61,8 @@ def attach(
     else:
         drawn = count_loading_draws(loaded) if seeded_before_loading else 0
         start_as_peft(layers.values(), plan, seed, drawn=drawn)
+        if plan.init_lora_weights in KINDS and not loaded.decomposed:
+            take_out(layers.values(), str(plan.init_lora_weights))
     return make_adapter(loaded, plan, blueprint)
 
 

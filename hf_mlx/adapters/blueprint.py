@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import RENAMED_MODULES, UNWRAPPED_MODULES
+from .decomposed import check_decomposed
+from .defaults import CONV1D_TYPES, RENAMED_MODULES, UNWRAPPED_MODULES
 from .experts import check_selector
 from .layers import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .matching import Selector, is_all_linear, is_excluded, is_matched, minimal_names
@@ -64,6 +65,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
     tied = is_tied(loaded)
     layers = _last_layers(loaded, last_n_layers)
     targets = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers)
+    check_decomposed(plan, sites, targets, conv1d=loaded.model_type in CONV1D_TYPES)
     for target in targets:
         _check_embedding(target, plan)
     saved = _saved_sites(sites, plan, loaded.model_type, targets, tied=tied)

@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .adapter import Adapter
+from .decomposed import KINDS
 from .matching import pattern_value
 
 FORMAT = "0.21.2"
@@ -110,10 +111,10 @@ def config_from_json(config: Mapping[str, Any], source: str) -> LoraPlan:
             "the types and ranges that PEFT trains with",
             "the adapter_config.json that was saved with these weights",
         ) from error
-    if plan.init_lora_weights not in (True, False, "gaussian"):
+    if plan.init_lora_weights not in (True, False, "gaussian", *KINDS):
         raise AdapterError(
             f"{source}: init_lora_weights={plan.init_lora_weights!r}",
-            "True, False or 'gaussian' (other starts change the base weights as well)",
+            "True, False, 'gaussian', 'pissa' or 'olora' (others change the base by chance or by data)",
             "convert it with PEFT: save_pretrained(dir, path_initial_model_for_weight_conversion=...)",
         )
     return plan

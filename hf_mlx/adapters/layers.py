@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from ..models.blockwise import BlockLinear
 from ..models.products import gather_mm, matmul
 from .dropout import KeyedDropout
 from .low_rank import add_low_rank, scaled
@@ -22,6 +23,8 @@ def dense_weight(layer: Any) -> mx.array:
     """The layer's weight as floating-point numbers, dequantised where the layer is quantised."""
     if "scales" not in layer:
         return layer.weight
+    if isinstance(layer, BlockLinear):
+        return layer.dense_weight()
     return mx.dequantize(
         layer.weight,
         layer.scales,

@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from ..atomic import staged
 from ..errors import AdapterError
 from ..intake import LARGE
+from ..models.blockwise import BlockLinear, dequantize, quantize
 from ..models.config import FILES
 from ..models.save import write_model
 from .adapter import Adapter
@@ -177,12 +178,18 @@ def _norm(x: mx.array) -> float:
 
 
 def _quantize(base: Any, weight: mx.array) -> list[mx.array]:
+    if isinstance(base, BlockLinear):
+        return list(quantize(weight, base.mode, base.group_size))
     # The base's own dtype decides in which precision scales are kept.
     return list(mx.quantize(weight.astype(base.scales.dtype), base.group_size, base.bits, mode=base.mode))
 
 
 def _round_trip(base: Any, weight: mx.array) -> mx.array:
     packed = _quantize(base, weight)
+    if isinstance(base, BlockLinear):
+        codes, scales = (part.reshape(-1) for part in packed)
+        flat = dequantize(codes.view(mx.uint8), scales, base.mode, base.group_size, base.dtype)
+        return flat.reshape(weight.shape).astype(mx.float32)
     return mx.dequantize(*packed, group_size=base.group_size, bits=base.bits, mode=base.mode).astype(mx.float32)
 
 

@@ -17,6 +17,7 @@ from .adapter import Adapter
 from .attach import install_layers, make_adapter
 from .blueprint import Blueprint
 from .config import config_from_json
+from .decomposed import KINDS, take_out
 from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
@@ -101,6 +102,8 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
         return read_mlx_lm(folder, config, loaded, compute_dtype=compute_dtype)
     plan, blueprint, slots, tensors = open_adapter(folder, loaded)
     layers = install_layers(loaded, plan, blueprint, compute_dtype)
+    if plan.init_lora_weights in KINDS:
+        take_out(layers.values(), str(plan.init_lora_weights))
     held = dict(tree_flatten(loaded.model.parameters()))
     values = _to_parameters(loaded, slots, tensors, held)
     loaded.model.update(tree_unflatten(list(values.items())))

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from ..data.generator import TorchGenerator
 from ..settings.plan import LoraPlan
+from .decomposed import KINDS
 from .defaults import DRAWN_ON_LOADING
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
@@ -115,7 +116,7 @@ def _draw_linear(layer: LoRALinear | LoRASwitchLinear, generator: TorchGenerator
     if plan.init_lora_weights is not False:
         if plan.init_lora_weights == "gaussian":
             a = generator.normal((rank, inputs), std=1 / rank)
-        else:
+        elif plan.init_lora_weights not in KINDS:
             a = generator.kaiming_uniform((rank, inputs), a=_A)
         b, bias = np.zeros_like(b), None if bias is None else np.zeros_like(bias)
     if bias is not None:

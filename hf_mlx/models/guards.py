@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import ModelError
 from .activations import check_activation
+from .bitsandbytes import is_four_bit
 
 Config = dict[str, Any]
 
@@ -83,8 +84,15 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
 
 def _check_quantizer(config: Config, folder: Path) -> None:
     quantizer = config.get("quantization_config")
-    if not isinstance(quantizer, dict) or config.get("quantization"):
+    if not isinstance(quantizer, dict) or config.get("quantization") or is_four_bit(config):
         return
+    if "bitsandbytes" in str(quantizer.get("quant_method")):
+        raise ModelError(
+            f"{folder}: weights of LLM.int8(), which multiplies rounded activations (bitsandbytes, load_in_8bit)",
+            "4-bit weights of bitsandbytes, or weights in floating point",
+            "pass the unquantised base and quantization_config=BitsAndBytesConfig(load_in_8bit=True): "
+            "it is quantised here on loading",
+        )
     # mlx-lm unpacks some of these, but neither its numbers nor the way back have been compared with transformers.
     raise ModelError(
         f"{folder}: weights quantised by {quantizer.get('quant_method')!r}",

@@ -25,6 +25,7 @@ from .architectures import (
     module_renames,
     steps_for,
 )
+from .bitsandbytes import compute_dtype, describe_packed, find_packed, hold_packed, is_four_bit, unpack
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config
 from .names import NameMap
@@ -52,6 +53,7 @@ class LoadedModel:
         buffers: Parameter paths that transformers holds as buffers: never to be trained.
         notes: What is done another way than upstream, one line each, to be said once.
         resized: Embedding and head have another number of rows than in the base that ``path`` names.
+        decomposed: PEFT has taken an adapter's start (PiSSA, OLoRA) out of these weights already.
         untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
     """
 
@@ -67,6 +69,7 @@ class LoadedModel:
     notes: list[str] = field(default_factory=list)
     resized: bool = False
     untied: bool = False
+    decomposed: bool = False
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
@@ -141,16 +144,21 @@ def _assemble(
     full = interpret(config)
     check_config(full, folder)
     checkpoint, weights = read()
+    four_bit = is_four_bit(config) and weights is None
+    checkpoint, weights, packed = unpack(folder, checkpoint) if four_bit else (checkpoint, weights, {})
     _check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
-    converts = checkpoint.layout == "hf" and not config.get("quantization_config")
+    converts = checkpoint.layout == "hf" and (bool(packed) or not config.get("quantization_config"))
     model = _build(folder, full, steps if converts else None, weights)
+    coded = find_packed(model, packed)
     adapt(model, full, converts)
     if converts:
         _check_dtypes(model, folder)
     _cast(model, plan.precision.dtype)
     notes = quantize_base(model, plan, config)
+    if packed:
+        notes.append(describe_packed(hold_packed(model, coded, compute_dtype(config)), len(packed)))
     model.eval()
     params: Any = tree_flatten(model.parameters())
     shapes = {k: tuple(v.shape) for k, v in params}
@@ -204,8 +212,7 @@ def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str,
         raise ModelError(
             f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})",
             _BUILDABLE,
-            "save the model again with transformers 5: AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(folder)",
+            "save it again with transformers 5: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)",
         ) from error
     return model
 

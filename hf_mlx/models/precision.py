@@ -16,6 +16,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm.models import rope_utils
 from mlx_lm.models.switch_layers import SwitchLinear
 
+from .blockwise import BlockLinear
 from .overrides.rope import LongRope
 from .products import addmm, gather_mm, matmul, widens
 
@@ -85,7 +86,13 @@ class CastSwitchLinear(SwitchLinear):
         return x + self.bias[indices][..., None, :] if "bias" in self else x
 
 
+def _recast(base: BlockLinear, compute_dtype: mx.Dtype) -> BlockLinear:
+    base.compute_dtype = compute_dtype
+    return base
+
+
 _CAST = {
+    BlockLinear: _recast,
     nn.Linear: CastLinear,
     nn.QuantizedLinear: CastQuantizedLinear,
     nn.Embedding: CastEmbedding,

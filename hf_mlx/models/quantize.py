@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ..errors import ModelError
 from ..settings.plan import ModelPlan
+from .bitsandbytes import is_four_bit
 
 _BITS = (2, 3, 4, 5, 6, 8)
 
@@ -30,6 +31,9 @@ def quantize_base(model: nn.Module, plan: ModelPlan, config: dict[str, Any]) -> 
         return _describe(config.get("quantization"))
     if bits not in _BITS:
         raise ModelError(f"quantization_bits={bits}", f"one of {_BITS}", "load_in_4bit=True")
+    if bits == 4 and is_four_bit(config):
+        # As in transformers, the checkpoint's own quantisation counts.
+        return []
     if config.get("quantization") or config.get("quantization_config"):
         raise ModelError(
             f"a {bits}-bit request for a checkpoint that is quantised already",

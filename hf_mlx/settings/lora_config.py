@@ -46,9 +46,13 @@ TARGETS = (
         "init_lora_weights",
         True,
         one_of(True, False, "gaussian", ruling=honoured("the numbers of PEFT where torch is installed")),
+        one_of(
+            "pissa", "olora", ruling=honoured("taken out of the base's weights, as PEFT does on training and loading")
+        ),
         otherwise(
             refused(
-                "derives the start from the base weights or from data, not implemented", write="init_lora_weights=True"
+                "derives the start from data or by chance, which PEFT does not find again when it loads the adapter",
+                write='init_lora_weights="pissa", or True',
             )
         ),
     ),

@@ -165,7 +165,7 @@ class LoraPlan:
     use_dora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     lora_bias: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian", "pissa", "olora"] = True
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None

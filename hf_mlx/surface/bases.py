@@ -256,7 +256,9 @@ class TorchBase:
             source.attach(peft_config, plan.batch.seed)
         if recipe.rows.reads_tokenizer:
             source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
-        session = Session(plan, load_torch_model(source, plan.model), recipe)
+        loaded = load_torch_model(source, plan.model)
+        loaded.decomposed = True
+        session = Session(plan, loaded, recipe)
         session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.
         source.place(args.device)
