@@ -184,7 +184,9 @@ def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int
         report_to="none",
         disable_tqdm=True,
     )
-    lora = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=SEVEN, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=job["rank"], lora_alpha=2 * job["rank"], target_modules=job.get("targets", SEVEN), task_type="CAUSAL_LM"
+    )
     return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora, callbacks=[Ticks()])
 
 

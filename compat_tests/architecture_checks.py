@@ -42,12 +42,12 @@ def load_quietly(folder: Path, plan: ModelPlan | None = None) -> LoadedModel:
         return load_model(folder, plan or ModelPlan())
 
 
-def compare(model: torch.nn.Module, folder: Path, packs: bool = False) -> Comparison:
+def compare(model: torch.nn.Module, folder: Path, packs: bool = False, ids: torch.Tensor | None = None) -> Comparison:
     """Saves ``model`` into ``folder``, loads it here and compares logits, gradients, names and the head."""
     model.save_pretrained(folder / "model")
     loaded = load_quietly(folder / "model")
     stored = read_tensors(folder / "model")
-    ids = make_ids()
+    ids = make_ids() if ids is None else ids
     inputs = mx.array(ids.numpy())
     logits, loss, gradients = torch_pass(model, ids, folder / "gradients")
     ours = loaded.model(inputs)

@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..adapters.layers import layer_dims
 from ..device import on_cuda
 from ..models.heads import Head, layers
+from ..models.overrides.recurrent import kept_bytes
 from ..settings.plan import TrainPlan
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
@@ -95,7 +96,9 @@ def estimate(
     size = 2 if plan.model.precision.autocast else stored
     fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
     attention = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions * tokens
-    blocks = [positions * size * sum(_features(block)) + attention for block in layers(model)]
+    blocks = [
+        positions * size * sum(_features(block)) + attention + _states(block, rows, tokens) for block in layers(model)
+    ]
     kept, recomputed = sum(blocks), 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
@@ -177,6 +180,11 @@ def _features(block: nn.Module) -> list[int]:
             inputs, outputs = layer_dims(module)
             found += [outputs] if id(module) in recomputed else [inputs, outputs]
     return found
+
+
+def _states(block: nn.Module, rows: int, tokens: int) -> int:
+    """Bytes of the recurrent states that a block keeps, at the ends of chunks, and of its convolution's outputs."""
+    return sum(kept_bytes(module, rows, tokens) for module in block.modules())
 
 
 def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:

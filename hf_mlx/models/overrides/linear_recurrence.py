@@ -93,14 +93,13 @@ class _Chunks(NamedTuple):
 
 
 def _prepare(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array | None = None) -> _Chunks:
-    total = mx.cumsum(g, axis=-2)
-    grown = mx.exp(total)
-    shrunk = mx.exp(total[..., -1:, :] - total)
+    grown = mx.exp(mx.cumsum(g, axis=-2))
+    shrunk = mx.exp(mx.cumsum(g, axis=-2, reverse=True, inclusive=False))
     decay = grown[..., -1:, :].swapaxes(-1, -2)
     if beta is None:
-        (scores,) = _decayed_products([q], k, total)
+        (scores,) = _decayed_products([q], k, g)
         return _Chunks(scores, q * grown, k * shrunk, decay, v, None)
-    scores, overlaps = _decayed_products([q, k], k, total)
+    scores, overlaps = _decayed_products([q, k], k, g)
     solved = unit_lower_inverse(mx.tril(overlaps * beta, -1))
     return _Chunks(scores, q * grown, k * shrunk, decay, solved @ (v * beta), solved @ (k * (grown * beta)))
 
@@ -163,31 +162,53 @@ def _recurrence() -> Any:
     return recurrence
 
 
-def _decayed_products(left: list[mx.array], right: mx.array, total: mx.array) -> list[mx.array]:
-    """For each a of ``left``, the lower triangle of Σ_d a_i b_j e^{total_i - total_j}; every exponent is ≤ 0."""
-    if total.shape[-1] == 1:
-        decay = _pairwise_decay(total)[..., 0]
+def _decayed_products(left: list[mx.array], right: mx.array, g: mx.array) -> list[mx.array]:
+    """For each a of ``left`` the lower triangle of Σ_d a_i b_j e^{g_{j+1} + … + g_i}."""
+    if g.shape[-1] == 1:
+        decay = _decay_between(g)
         return [(a @ right.swapaxes(-1, -2)) * decay for a in left]
-    return list(_decayed_by_channel(mx.stack(left), right, total))
+    return list(_decayed_by_channel(mx.stack(left), right, g))
 
 
-def _decayed_by_channel(left: mx.array, right: mx.array, total: mx.array) -> mx.array:
-    """By halves: decays up to the middle and from it on are separate factors, neither of which can overflow."""
-    size = total.shape[-2]
-    if size <= _PAIRS:
-        return (left[..., :, None, :] * right[..., None, :, :] * _pairwise_decay(total)).sum(-1)
-    half = size // 2
-    middle = total[..., half - 1 : half, :]
-    later = left[..., half:, :] * mx.exp(total[..., half:, :] - middle)
-    earlier = right[..., :half, :] * mx.exp(middle - total[..., :half, :])
-    upper, lower = _decayed_by_channel(
-        *(mx.stack([x[..., :half, :], x[..., half:, :]], axis=a) for x, a in ((left, 1), (right, 0), (total, 0)))
-    ).swapaxes(0, 1)
+def _decay_between(g: mx.array) -> mx.array:
+    """e^{g_{j+1} + … + g_i} for j ≤ i, else 0: (…, C, C) of (…, C, 1).
+
+    By halves: the decay up to the middle and the one from it on are factors, neither of which can overflow, and no
+    difference of long sums loses their digits.
+    """
+    if g.shape[-2] <= _PAIRS:
+        return _pairwise_decay(g)[..., 0]
+    before, after = _halves(g)
+    upper, lower = _decay_between(mx.stack([before, after]))
+    return join_blocks(upper, _from_middle(after) * _to_middle(before).swapaxes(-1, -2), lower)
+
+
+def _decayed_by_channel(left: mx.array, right: mx.array, g: mx.array) -> mx.array:
+    """The products, in the same halves; ``left`` has one axis more than the others, its first."""
+    if g.shape[-2] <= _PAIRS:
+        return (left[..., :, None, :] * right[..., None, :, :] * _pairwise_decay(g)).sum(-1)
+    halves = [_halves(x) for x in (left, right, g)]
+    stacked = (mx.stack(pair, axis=axis) for pair, axis in zip(halves, (1, 0, 0), strict=True))
+    upper, lower = _decayed_by_channel(*stacked).swapaxes(0, 1)
+    later, earlier = halves[0][1] * _from_middle(halves[2][1]), halves[1][0] * _to_middle(halves[2][0])
     return join_blocks(upper, later @ earlier.swapaxes(-1, -2), lower)
 
 
-def _pairwise_decay(total: mx.array) -> mx.array:
-    """e^{total_i - total_j} for j ≤ i, else 0: (…, C, C, D)."""
-    size = total.shape[-2]
+def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
+    half = x.shape[-2] // 2
+    return x[..., :half, :], x[..., half:, :]
+
+
+def _from_middle(after: mx.array) -> mx.array:
+    return mx.exp(mx.cumsum(after, axis=-2))
+
+
+def _to_middle(before: mx.array) -> mx.array:
+    return mx.exp(mx.cumsum(before, axis=-2, reverse=True, inclusive=False))
+
+
+def _pairwise_decay(g: mx.array) -> mx.array:
+    """The same of a few tokens, pair by pair: (…, C, C, D)."""
+    size, total = g.shape[-2], mx.cumsum(g, axis=-2)
     causal = mx.tril(mx.ones((size, size), dtype=mx.bool_))[..., None]
     return mx.exp(mx.where(causal, total[..., :, None, :] - total[..., None, :, :], -mx.inf))

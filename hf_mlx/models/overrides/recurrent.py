@@ -14,8 +14,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
-from .linear_recurrence import linear_recurrence
-from .selective_scan import selective_scan
+from .linear_recurrence import CHUNK, linear_recurrence
+from .selective_scan import SEGMENT, selective_scan
 
 # transformers' l2norm adds it to the sum of squares.
 _L2_EPSILON = 1e-6
@@ -27,6 +27,34 @@ def apply(model: Any) -> None:
         build = _FORMS.get((type(module).__module__.removeprefix("mlx_lm.models."), type(module).__name__))
         if build:
             module.__class__ = build(type(module))
+
+
+def kept_bytes(module: Any, rows: int, tokens: int) -> int:
+    """What a chunkwise mixer keeps for its backward pass beside the inputs and outputs of its projections.
+
+    Args:
+        module: Any module; 0 unless :func:`apply` made it chunkwise.
+        rows: Rows of a micro-batch.
+        tokens: Padded length of a row.
+
+    Returns:
+        Bytes of float32 values: the states at the ends of chunks, and what goes into the recurrence.
+    """
+    if not type(module).__name__.startswith("Chunkwise"):
+        return 0
+    if "dt_proj" in module:  # Mamba: x, delta and the outputs, and states of (channels, state)
+        channels, size = module.A_log.shape
+        return 4 * rows * (3 * tokens * channels + -(-tokens // SEGMENT) * channels * size)
+    heads, keys, values = _state_shape(module)
+    # Queries, keys, values and outputs.
+    return 4 * rows * heads * (2 * tokens * (keys + values) + -(-tokens // CHUNK) * keys * values)
+
+
+def _state_shape(module: Any) -> tuple[int, int, int]:
+    """Heads, and the widths of a key and of a value."""
+    if "num_v_heads" in vars(module):
+        return module.num_v_heads, module.head_k_dim, module.head_v_dim
+    return module.num_heads, getattr(module, "ssm_state_size", module.head_dim), module.head_dim
 
 
 def delta_rule(

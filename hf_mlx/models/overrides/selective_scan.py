@@ -17,9 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 
-# Tokens of a chunk and chunks of a segment: equal, so that both levels take as many steps.
+# Tokens of a chunk, and of a segment: as many chunks as a chunk has tokens, so both levels take as many steps.
 CHUNK = 16
-CHUNKS = 16
+SEGMENT = CHUNK * CHUNK
 
 
 def selective_scan(x: mx.array, delta: mx.array, a: mx.array, b: mx.array, c: mx.array) -> mx.array:
@@ -36,7 +36,7 @@ def selective_scan(x: mx.array, delta: mx.array, a: mx.array, b: mx.array, c: mx
         (B, T, D), of x's dtype.
     """
     tokens = x.shape[1]
-    padding = -tokens % (CHUNK if tokens < CHUNK * CHUNKS else CHUNK * CHUNKS)
+    padding = -tokens % (CHUNK if tokens < SEGMENT else SEGMENT)
     parts = [mx.pad(part.astype(mx.float32), [(0, 0), (0, padding), (0, 0)]) for part in (x, delta, b, c)]
     outputs, _ = _scan()(a.astype(mx.float32), *parts)
     return outputs[:, :tokens].astype(x.dtype)
@@ -71,8 +71,7 @@ def _scan() -> Any:
 
 
 def _segments(parts: tuple[mx.array, ...]) -> list[list[mx.array]]:
-    length = CHUNK * CHUNKS
-    return [[part[:, i : i + length] for part in parts] for i in range(0, parts[0].shape[1], length)]
+    return [[part[:, i : i + SEGMENT] for part in parts] for i in range(0, parts[0].shape[1], SEGMENT)]
 
 
 def _segment(
