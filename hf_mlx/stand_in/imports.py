@@ -43,7 +43,7 @@ class Imports:
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is None and fullname in self._empty and self._empty[fullname]():
-            spec = ModuleSpec(fullname, _Empty(), is_package=True)
+            spec = ModuleSpec(fullname, _Empty(), is_package=True)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -62,6 +62,15 @@ def offer_older_names(imports: Imports, talk: Talk) -> None:
         imports.after(home, _answering(home, talk))
     for name in GONE_MODULES:
         imports.provide(name)
+    imports.after("transformers.tokenization_utils_base", _keep_encode_plus)
+
+
+def _keep_encode_plus(module: Any) -> None:
+    """``encode_plus`` and ``batch_encode_plus`` left in transformers 5.0: calling the tokenizer does both."""
+    cls = module.PreTrainedTokenizerBase
+    for name in ("encode_plus", "batch_encode_plus"):
+        if not hasattr(cls, name):
+            setattr(cls, name, lambda self, *args, **kwargs: self(*args, **kwargs))
 
 
 def _answering(home: str, talk: Talk) -> Any:
