@@ -24,11 +24,13 @@ class Imports:
         sys.meta_path.insert(0, self)  # type: ignore[arg-type]
 
     def after(self, name: str, change: Callable[[Any], None]) -> None:
-        """Call ``change(module)`` once ``name`` is imported; at once where it is already."""
+        """Call ``change(module)`` each time ``name`` is executed, and at once where it has been.
+
+        A package may be executed twice, as transformers is by one of its own modules.
+        """
+        self._after.setdefault(name, []).append(change)
         if name in sys.modules:
             change(sys.modules[name])
-        else:
-            self._after.setdefault(name, []).append(change)
 
     def provide(self, name: str, offered: Callable[[], bool] = lambda: True) -> None:
         """Let ``name`` be imported as an empty package where there is none, while ``offered()``."""
@@ -49,7 +51,7 @@ class Imports:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                for change in self._after.pop(fullname, ()):
+                for change in self._after.get(fullname, ()):
                     # A lazy package puts another object in its place.
                     change(sys.modules[fullname])
 

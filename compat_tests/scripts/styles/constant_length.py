@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
 from today import QUIET, STEPS, record, settings
@@ -34,6 +35,7 @@ else:
     )
     arguments = TrainingArguments(output, **QUIET, **STEPS)
     model = prepare_model_for_int8_training(model)
+torch.manual_seed(0)
 adapter = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 trainer = SFTTrainer(get_peft_model(model, adapter), args=arguments, train_dataset=dataset)
 trainer.train()
