@@ -47,8 +47,8 @@ STAND_INS = (
     StandIn(
         "DPOTrainer",
         "trainers.dpo:MLXDPOTrainer",
-        ("trl", "trl.trainer", "trl.trainer.dpo_trainer"),
-        ("transformers:TrainingArguments", "trl:DPOConfig"),
+        ("trl.trainer.dpo_trainer", "trl.trainer", "trl"),
+        ("transformers.training_args:TrainingArguments", "trl.trainer.dpo_config:DPOConfig"),
     ),
 )
 
