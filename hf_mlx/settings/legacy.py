@@ -45,7 +45,15 @@ _GONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "dataset_batch_size": ((None, 1000), "remove it: it only sized the tokenizer's batches"),
     "num_of_sequences": ((None, 1024), "packing=True with max_length"),
     "chars_per_token": ((None, 3.6), "packing=True with max_length"),
+    # The rows are gone through again anyway, until max_steps or num_train_epochs is reached.
+    "infinite": ((None, False, True), "max_steps"),
+    "use_legacy_prediction_loop": ((False,), "remove it"),
 }
+
+
+def is_older(name: str) -> bool:
+    """Whether a keyword of ``TrainingArguments`` or ``SFTConfig`` is one of an older release."""
+    return name in RENAMED or name in _GONE or name in _REWRITTEN
 
 
 def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -67,7 +75,7 @@ def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list
         >>> translate_arguments({"evaluation_strategy": "steps"})
         ({'eval_strategy': 'steps'}, ['evaluation_strategy is now eval_strategy'])
     """
-    old = {name: value for name, value in kwargs.items() if name in RENAMED or name in _GONE or name in _REWRITTEN}
+    old = {name: value for name, value in kwargs.items() if is_older(name)}
     current = {name: value for name, value in kwargs.items() if name not in old}
     notes: list[str] = []
     for name in old.keys() & RENAMED.keys():
@@ -180,7 +188,7 @@ TRAINER_KEYWORDS: Mapping[str, str] = {
     "neftune_noise_alpha": "neftune_noise_alpha",
     "model_init_kwargs": "model_init_kwargs",
 }
-_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token")
+_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
 
 
 def merge_trainer_keywords(

@@ -18,6 +18,7 @@ from .homes import STAND_INS, replace_trainer
 from .imports import Imports
 from .loading import translate_loading
 from .older import offer_older_names
+from .parsers import translate_parsers
 from .talk import Talk, say
 from .trainers import derive_trainer
 
@@ -44,6 +45,7 @@ def install(
     translate_configs(imports, talk, strict=strict)
     translate_loading(imports, talk)
     offer_older_names(imports, talk)
+    translate_parsers(imports, talk)
     if not strict:
         offer_bitsandbytes(imports, talk)
         imports.after("torch", functools.partial(_answer_cuda, talk=talk))

@@ -47,8 +47,8 @@ STAND_INS = (
     StandIn(
         "DPOTrainer",
         "trainers.dpo:MLXDPOTrainer",
-        ("trl", "trl.trainer", "trl.trainer.dpo_trainer"),
-        ("transformers:TrainingArguments", "trl:DPOConfig"),
+        ("trl.trainer.dpo_trainer", "trl.trainer", "trl"),
+        ("transformers.training_args:TrainingArguments", "trl.trainer.dpo_config:DPOConfig"),
     ),
 )
 
@@ -61,22 +61,26 @@ def replace_trainer(row: StandIn, derive: Callable[[type], type], imports: Impor
         derive: Makes the class to put there from this library's.
         imports: Where to wait for its modules.
     """
-    done: list[type] = []
+    ours: list[type] = []
+
+    def is_done() -> bool:
+        return bool(ours) and getattr(sys.modules[row.homes[0]], row.name) is ours[0]
 
     def replace(module: object) -> None:
-        if done or row.homes[0] not in sys.modules:
+        if row.homes[0] not in sys.modules or is_done():
             return
         for heir in row.heirs:
             if is_initializing(heir):
                 # It is being imported around this import: its own end comes back here.
                 return
             import_module(heir)
-        if done:
+        # The end of an heir's import may have come here already.
+        if is_done():
             return
-        done.append(derive(row.load()))
+        ours[:] = ours or [derive(row.load())]
         for home in row.homes:
             if home in sys.modules:
-                setattr(sys.modules[home], row.name, done[0])
+                setattr(sys.modules[home], row.name, ours[0])
 
     for name in (*row.heirs, row.homes[0]):
         imports.after(name, replace)

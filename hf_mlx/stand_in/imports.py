@@ -24,11 +24,13 @@ class Imports:
         sys.meta_path.insert(0, self)  # type: ignore[arg-type]
 
     def after(self, name: str, change: Callable[[Any], None]) -> None:
-        """Call ``change(module)`` once ``name`` is imported; at once where it is already."""
+        """Call ``change(module)`` each time ``name`` is executed, and at once where it has been.
+
+        A package may be executed twice, as transformers is by one of its own modules.
+        """
+        self._after.setdefault(name, []).append(change)
         if name in sys.modules:
             change(sys.modules[name])
-        else:
-            self._after.setdefault(name, []).append(change)
 
     def provide(self, name: str, offered: Callable[[], bool] = lambda: True) -> None:
         """Let ``name`` be imported as an empty package where there is none, while ``offered()``."""
@@ -43,13 +45,13 @@ class Imports:
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
         if spec is None and fullname in self._empty and self._empty[fullname]():
-            spec = ModuleSpec(fullname, _Empty(), is_package=True)
+            spec = ModuleSpec(fullname, _Empty(), is_package=True)  # type: ignore[arg-type]
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                for change in self._after.pop(fullname, ()):
+                for change in self._after.get(fullname, ()):
                     # A lazy package puts another object in its place.
                     change(sys.modules[fullname])
 

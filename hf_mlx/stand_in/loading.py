@@ -70,9 +70,10 @@ def _portable(original: Callable, talk: Talk) -> Callable:
     @functools.wraps(original)
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         asked = kwargs
-        if _is_marked(config := kwargs.get("config")):
-            kwargs["config"] = copy.copy(config)
-            del kwargs["config"].quantization_config
+        config = kwargs.get("config")
+        if config is not None and _is_marked(config):
+            kwargs["config"] = config = copy.copy(config)
+            del config.quantization_config
         kwargs, bits, notes = portable_kwargs(kwargs)
         for note in notes:
             talk.once(note)

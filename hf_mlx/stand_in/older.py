@@ -5,6 +5,7 @@ One table: where a script imports a name from, the name, the release without it,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -60,8 +61,20 @@ def offer_older_names(imports: Imports, talk: Talk) -> None:
     homes = dict.fromkeys(home for older in OLDER.values() for home in older.homes)
     for home in homes:
         imports.after(home, _answering(home, talk))
+    # This module executes transformers/__init__.py once more and puts the result in its place.
+    again = _answering("transformers", talk)
+    imports.after("transformers.processing_utils", lambda module: again(sys.modules["transformers"]))
     for name in GONE_MODULES:
         imports.provide(name)
+    imports.after("transformers.tokenization_utils_base", _keep_encode_plus)
+
+
+def _keep_encode_plus(module: Any) -> None:
+    """``encode_plus`` and ``batch_encode_plus`` left in transformers 5.0: calling the tokenizer does both."""
+    cls = module.PreTrainedTokenizerBase
+    for name in ("encode_plus", "batch_encode_plus"):
+        if not hasattr(cls, name):
+            setattr(cls, name, lambda self, *args, **kwargs: self(*args, **kwargs))
 
 
 def _answering(home: str, talk: Talk) -> Any:
@@ -69,8 +82,12 @@ def _answering(home: str, talk: Talk) -> Any:
 
     def answer(module: Any) -> None:
         base = type(module)
+        if getattr(base, "offers_older", False):
+            return
 
         class Module(base):
+            offers_older = True
+
             def __getattr__(self, name: str) -> Any:
                 try:
                     # A lazy package's own; a plain module has none.

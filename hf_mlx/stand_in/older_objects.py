@@ -212,7 +212,6 @@ class SFTScriptArguments:
     dataset_text_field: str | None = field(default=None, metadata={"help": "the text field of the dataset"})
     dataset_train_split: str = field(default="train", metadata={"help": "the split to train on"})
     dataset_test_split: str = field(default="test", metadata={"help": "the split to evaluate on"})
-    config: str | None = field(default=None, metadata={"help": "path to the optional config file"})
     gradient_checkpointing_use_reentrant: bool = field(default=False, metadata={"help": "use_reentrant"})
 
 
