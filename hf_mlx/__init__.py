@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .settings.clipping import GradClip, resolve_grad_clip
     from .settings.ledger import explain
     from .trainers.dpo import MLXDPOTrainer
+    from .trainers.lm import MLXTrainer
     from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "HFMLXError",
     "MLXDPOTrainer",
     "MLXSFTTrainer",
+    "MLXTrainer",
     "explain",
     "export_adapter",
     "import_adapter",
@@ -36,6 +38,7 @@ _HOMES = {
     "HFMLXError": "errors",
     "MLXDPOTrainer": "trainers.dpo",
     "MLXSFTTrainer": "trainers.sft",
+    "MLXTrainer": "trainers.lm",
     "explain": "settings.ledger",
     "export_adapter": "adapters.export",
     "import_adapter": "adapters.read",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,8 @@ from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
-from .data.order import Steps, count_steps, count_tokens, epoch_order, group_by_length
+from .data.order import Steps, count_batched_steps, count_steps, epoch_order, group_by_length
+from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
 from .data.shapes import Shapes
 from .data.tables import Tables
@@ -23,6 +24,8 @@ from .settings.plan import TrainPlan
 from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
+
+Loader = RowLoader | StreamLoader | OwnLoader
 
 
 class Feed:
@@ -35,6 +38,7 @@ class Feed:
         collator: The user's ``data_collator``, or None.
         formatting_func: Row to text, or None.
         keep_columns: Hand every column to the user's collator (``remove_unused_columns=False``).
+        signature_columns: Those of the model's forward, for a recipe that goes by them.
         tables: Ids and positions that the model can embed; ids may be more than the tokenizer knows.
 
     Attributes:
@@ -50,6 +54,7 @@ class Feed:
         collator: Callable | None = None,
         formatting_func: Callable | None = None,
         keep_columns: bool = False,
+        signature_columns: Sequence[str] = (),
         tables: Tables | None = None,
     ) -> None:
         self.plan = plan
@@ -61,9 +66,11 @@ class Feed:
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
+        self._columns = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False
+        self._has_own_loader = False
 
     def prepare_train(self, dataset: Any) -> Any:
         """``dataset`` as the upstream trainer's ``train_dataset``."""
@@ -96,6 +103,11 @@ class Feed:
         """Whether batches are collated into one row of documents."""
         return self._train.padding_free
 
+    @property
+    def is_completion_only(self) -> bool:
+        """Whether prompts are left out of the loss."""
+        return bool(self._train.completion_only)
+
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, whose data settings are the same; the run's generator stays where it is."""
         self.plan = plan
@@ -116,6 +128,19 @@ class Feed:
         self._collator = collator
         self._guard.adopt_collator()
         self._forget_shapes()
+
+    def adopt_loader(self, loader: Any, method: str, *, training: bool = True) -> OwnLoader:
+        """Read batches from a loader that the script made.
+
+        Args:
+            loader: A torch ``DataLoader``, or another iterable of dicts of tensors.
+            method: The trainer's, that it comes from.
+            training: Its batches are trained on, so the run's shapes are not known before.
+        """
+        if training and not self._has_own_loader:
+            self._has_own_loader = True
+            self._forget_shapes()
+        return OwnLoader(loader, self._convert, self.rng, method)
 
     def adopt_train(self, dataset: Any) -> Any:
         """Take ``dataset`` for the train dataset as it is, as trl does with one that is assigned.
@@ -140,8 +165,8 @@ class Feed:
     def _take(self, dataset: Any, name: str, batch_size: int) -> Prepared:
         data = replace(self.plan.data, skip_prepare_dataset=True)
         prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
-        columns = prepared.dataset.column_names
-        first = self._rows.signature_columns[0]
+        columns = getattr(prepared.dataset, "column_names", None)
+        first = (self._rows.signature_columns or ("input_ids",))[0]
         if columns is not None and first not in columns and not (self._collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
@@ -171,7 +196,7 @@ class Feed:
             dataset: A prepared one.
             rng: Stands for torch's global generator; None takes the run's.
         """
-        plan = self.plan.batch
+        plan, dataset = self.plan.batch, self._view(dataset)
         lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
 
         def order(epoch: int) -> Any:
@@ -181,7 +206,7 @@ class Feed:
 
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
-        plan = self.plan.batch
+        plan, dataset = self.plan.batch, self._view(dataset)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
             return make_loader(dataset, plan.eval_batch_size, self.collate, drop_last=plan.drop_last)
@@ -203,9 +228,7 @@ class Feed:
         shapes = None if keep_rows else self.shapes
         return self._rows.lay_out(batch, self._guard.fill_id, shapes, limit=self._limit).to_device()
 
-    def train_batches(
-        self, loader: RowLoader | StreamLoader, epoch: int, skip: int
-    ) -> Iterator[tuple[Batch, HostInputs]]:
+    def train_batches(self, loader: Loader, epoch: int, skip: int) -> Iterator[tuple[Batch, HostInputs]]:
         """The micro-batches of an epoch without the first ``skip``, laid into rows.
 
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
@@ -219,18 +242,16 @@ class Feed:
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
 
     def _row_lengths(self, dataset: Any) -> list[int]:
-        # transformers looks for the column once it has removed those that the model does not take.
         column = self.plan.batch.length_column_name
-        if self._keep_columns and column in dataset.column_names:
-            return list(dataset[column])
-        return count_tokens(dataset)
+        return self._rows.lengths(dataset, column, self.tokenizer, keep_columns=self._keep_columns)
 
     @cached_property
     def shapes(self) -> Shapes:
         """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
         dataset = self._train.dataset
-        # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
-        if self._collator is not None or not self._rows.shaped or not hasattr(dataset, "__len__"):
+        # A user's collator or loader may draw random numbers, and a stream cannot be looked ahead into.
+        own = self._collator is not None or self._has_own_loader
+        if own or not self._rows.shaped or not hasattr(dataset, "__len__"):
             return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
@@ -241,11 +262,34 @@ class Feed:
         """Batches, updates and steps of a run over ``dataset``."""
         return count_steps(len(dataset) if hasattr(dataset, "__len__") else None, self.plan.batch)
 
+    def count_loader_steps(self, loader: OwnLoader) -> Steps:
+        """The same for a loader that the script made; one without a length counts as a stream.
+
+        Raises:
+            DataError: It has no batch.
+        """
+        batches = loader.batches_per_epoch
+        if batches == 0:
+            raise DataError(
+                "a training loader of 0 batches", "at least one batch an epoch", "look at its batch_size and drop_last"
+            )
+        return count_steps(None, self.plan.batch) if batches is None else count_batched_steps(batches, self.plan.batch)
+
+    def _view(self, dataset: Any) -> Any:
+        return dataset if self._keep_columns else self._rows.view(dataset, self._columns)
+
+    def _select(self, row: Any) -> Any:
+        # Upstream leaves rows of other kinds as they are.
+        return {key: row[key] for key in self._columns if key in row} if isinstance(row, dict) else row
+
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Prepared rows as a micro-batch, by the user's collator where there is one."""
         if self._collator is not None:
             if not self._keep_columns:
-                rows = [{key: row[key] for key in self._rows.signature_columns if key in row} for row in rows]
-            return self._guard.batch(self._rows.convert(self._collator(rows), self._guard.fill_id))
+                rows = [self._select(row) for row in rows]
+            return self._convert(self._collator(rows))
         batch = self._rows.collate(rows, self.tokenizer, self.plan.data, padding_free=self._train.padding_free)
         return self._guard.batch(batch)
+
+    def _convert(self, collated: Mapping[str, Any]) -> Batch:
+        return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))

@@ -29,7 +29,6 @@ from .training.feed_forward import recompute_activations
 from .training.lanes import make_step
 from .training.means import Progress
 from .training.optim import decay_names, make_optimizer
-from .training.router import Routers
 
 
 class Session:
@@ -56,6 +55,7 @@ class Session:
     def __init__(self, plan: TrainPlan, loaded: LoadedModel, recipe: Recipe) -> None:
         self.plan = plan
         self.loaded = loaded
+        self.recipe = recipe
         self.packs = can_pack(loaded.model_type)
         _check_packing(loaded, plan.data)
         precision = plan.model.precision
@@ -65,7 +65,7 @@ class Session:
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         loaded.read_weights()
-        self.routers = Routers.attach(loaded, plan.loss)
+        self.routers = recipe.make_routers(loaded, plan.loss)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))

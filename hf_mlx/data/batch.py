@@ -20,6 +20,7 @@ class Batch:
         num_tokens: What TRL logs as ``num_tokens``: the sum of the attention mask, or T for a padding-free row.
         segments: (B, T) int32 document number of each token, where documents must not see each other; else None.
         has_mask: Whether upstream's batch has an attention mask.
+        keys: (B, T) bool, False for positions that none may see; None where padding on the right is all there is to it.
     """
 
     input_ids: np.ndarray
@@ -28,6 +29,7 @@ class Batch:
     num_tokens: int
     segments: np.ndarray | None = None
     has_mask: bool = True
+    keys: np.ndarray | None = None
 
     @property
     def num_items(self) -> int:

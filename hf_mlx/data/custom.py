@@ -11,7 +11,7 @@ from ..errors import DataError
 from .batch import IGNORE, Batch
 
 # Made from position_ids by collators that flatten; they say nothing more.
-_DERIVED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
+DERIVED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "num_items_in_batch"}
 _READ = {"input_ids", "labels", "attention_mask", "position_ids"}
 
 
@@ -29,13 +29,13 @@ def convert_batch(mapping: Mapping[str, Any]) -> Batch:
     if not isinstance(mapping, Mapping):
         raise _refuse(f"a {type(mapping).__name__}", "a dict of arrays", "return {'input_ids': …, 'labels': …}")
     given = {key: value for key, value in mapping.items() if value is not None}
-    if unknown := sorted(set(given) - _READ - _DERIVED):
+    if unknown := sorted(set(given) - _READ - DERIVED):
         names = ", ".join(unknown)
         raise _refuse(f"the keys {unknown}", f"only {sorted(_READ)}", f"leave out {names}: batch.pop({unknown[0]!r})")
     missing = [key for key in ("input_ids", "labels") if key not in given]
     if missing:
         raise _refuse(f"no {missing[0]!r} (keys {sorted(given)})", "input_ids and labels", "batch['labels'] = …")
-    arrays = {key: _read_array(given[key], key) for key in sorted(_READ & set(given))}
+    arrays = {key: read_array(given[key], key) for key in sorted(_READ & set(given))}
     ids, labels = arrays["input_ids"], arrays["labels"].copy()
     for key, array in arrays.items():
         if array.shape != ids.shape or ids.ndim != 2:
@@ -43,7 +43,7 @@ def convert_batch(mapping: Mapping[str, Any]) -> Batch:
     mask = arrays.get("attention_mask")
     lengths = np.full(len(ids), ids.shape[1], np.int32) if mask is None else _read_mask(mask)
     _check_padding_labels(labels, lengths)
-    segments = _read_positions(arrays["position_ids"], lengths) if "position_ids" in arrays else None
+    segments = read_positions(arrays["position_ids"], lengths) if "position_ids" in arrays else None
     if segments is not None:
         starts = np.diff(segments, axis=1, prepend=-1) != 0
         labels[starts & (np.arange(ids.shape[1]) < lengths[:, None])] = IGNORE
@@ -51,7 +51,8 @@ def convert_batch(mapping: Mapping[str, Any]) -> Batch:
     return Batch(ids, labels, lengths, tokens, segments, has_mask=mask is not None)
 
 
-def _read_array(value: Any, key: str) -> np.ndarray:
+def read_array(value: Any, key: str) -> np.ndarray:
+    """Integers as int32, from numpy, torch or lists."""
     if hasattr(value, "detach"):  # a torch tensor, on whatever device
         value = value.detach().cpu().numpy()
     try:
@@ -90,7 +91,7 @@ def _check_padding_labels(labels: np.ndarray, lengths: np.ndarray) -> None:
         )
 
 
-def _read_positions(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
+def read_positions(positions: np.ndarray, lengths: np.ndarray) -> np.ndarray | None:
     """Document numbers from positions that restart at 0; None where each row is one document."""
     real = np.arange(positions.shape[1]) < lengths[:, None]
     steps = np.diff(positions, axis=1, prepend=-1)

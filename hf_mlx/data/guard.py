@@ -19,7 +19,7 @@ class Guard:
 
     Args:
         tables: The model's; without a count of ids, the tokenizer's size is taken.
-        tokenizer: Prepared.
+        tokenizer: Prepared; None where there is none.
         plan: The data settings.
         collated: The user's own collator makes the batches, so rows say nothing about what they will hold.
 
@@ -30,12 +30,14 @@ class Guard:
 
     def __init__(self, tables: Tables | None, tokenizer: Any, plan: DataPlan, *, collated: bool) -> None:
         tables = tables or Tables()
-        self._check = Check(replace(tables, ids=tables.ids or len(tokenizer)), tokenizer)
+        self._check = Check(
+            replace(tables, ids=tables.ids or (None if tokenizer is None else len(tokenizer))), tokenizer
+        )
         self._plan = plan
         self._collated = collated
         self._told = False
         self.rows = Tables() if collated else self._check.tables
-        pad = tokenizer.pad_token_id
+        pad = getattr(tokenizer, "pad_token_id", None)
         self.fill_id: int = pad if pad is not None and 0 <= pad <= self._check.tables.largest_id else 0
 
     def dataset(self, dataset: Any, name: str, batch_size: int, *, padding_free: bool, as_is: bool = False) -> None:

@@ -61,9 +61,7 @@ class RowLoader:
     def _cut(self, order: np.ndarray, numbers: Iterable[int]) -> Iterator[Batch]:
         for batch in numbers:
             chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            columns = self.dataset[chosen.tolist()]
-            rows = zip(*columns.values(), strict=True)
-            yield self.collate([dict(zip(columns, row, strict=True)) for row in rows])
+            yield self.collate(_fetch(self.dataset, chosen.tolist()))
 
 
 class StreamLoader:
@@ -90,11 +88,18 @@ class StreamLoader:
             yield self.collate(chosen)
 
 
+def _fetch(dataset: Any, numbers: list[int]) -> Rows:
+    # As torch's loader asks for the rows of a batch.
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(numbers)
+    return [dataset[number] for number in numbers]
+
+
 def make_loader(
     dataset: Any, batch_size: int, collate: Collate, *, order: Order | None = None, drop_last: bool = False
 ) -> RowLoader | StreamLoader:
     """The loader that fits ``dataset``; arguments as for :class:`RowLoader`."""
-    if hasattr(dataset, "__len__"):
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last)
     return StreamLoader(dataset, batch_size, collate)
 

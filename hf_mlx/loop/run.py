@@ -13,9 +13,8 @@ import mlx.core as mx
 from ..checkpoints.boundary import Boundary
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
-from ..data.loader import RowLoader, StreamLoader
 from ..data.order import Steps
-from ..feed import Feed
+from ..feed import Feed, Loader
 from ..session import Session
 from ..training.inputs import Inputs
 from ..training.memory import show_bytes
@@ -52,7 +51,7 @@ class Loop:
         host: Host,
         session: Session,
         data: Feed,
-        loader: RowLoader | StreamLoader,
+        loader: Loader,
         steps: Steps,
         schedule: Schedule,
         interrupt: Interrupt | None = None,
@@ -199,7 +198,7 @@ class Loop:
         if args.include_num_input_tokens_seen == "all":
             state.num_input_tokens_seen += batch.input_ids.size
         elif args.include_num_input_tokens_seen == "non_padding":
-            state.num_input_tokens_seen += batch.count_input_tokens(self.data.tokenizer.pad_token_id)
+            state.num_input_tokens_seen += batch.count_input_tokens(getattr(self.data.tokenizer, "pad_token_id", None))
         state.total_flos += self.session.flops_per_token * batch.input_ids.size
 
     def _optimize(self, window: list[Inputs]) -> None:

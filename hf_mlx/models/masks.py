@@ -44,6 +44,45 @@ class SegmentCache:
         return []
 
 
+class KeyCache(SegmentCache):
+    """A cache that holds nothing and hides keys, as an attention mask of transformers does.
+
+    A query that sees no key gets an attention output of zero in torch's ``scaled_dot_product_attention``. Softmax over
+    nothing is undefined, so one key and one value of zeros stand in front, which those queries alone see.
+
+    Args:
+        keys: (B, T) bool, False where no position may look.
+    """
+
+    def __init__(self, keys: mx.array) -> None:
+        self.keys = keys
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+        """The boolean mask (B, 1, T, 1 + T): causal, of visible keys, and within ``window_size`` tokens if given."""
+        positions = mx.arange(N)
+        behind = positions[:, None] - positions[None, :]
+        mask = behind >= 0
+        if window_size is not None:
+            mask = mask & (behind < window_size)
+        seen = self.keys[:, None, :] & mask
+        blind = mx.logical_not(seen.any(axis=-1, keepdims=True))
+        return mx.concatenate([blind, seen], axis=-1)[:, None]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values (B, heads, T, size), with zeros in front."""
+        return tuple(mx.pad(x, [(0, 0), (0, 0), (1, 0), (0, 0)]) for x in (keys, values))  # pyright: ignore
+
+
+def masked_cache(model: Any, keys: mx.array) -> list[KeyCache]:
+    """A cache for ``model(input_ids, cache=…)`` that hides the keys (B, T) where they are False.
+
+    Args:
+        model: A model whose type :func:`hf_mlx.models.architectures.can_pack` accepts.
+        keys: May be traced by ``mx.compile``.
+    """
+    return [KeyCache(keys)] * len(model.layers)
+
+
 def packed_cache(model: Any, segments: mx.array) -> list[SegmentCache]:
     """A cache for ``model(input_ids, cache=…)`` that keeps packed examples apart.
 

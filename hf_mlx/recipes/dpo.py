@@ -8,11 +8,12 @@ from typing import Any
 
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
+from ..data.tokenizer import prepare_tokenizer
 from ..models.load import LoadedModel
 from ..settings.config_tables import DPO_TABLE
 from ..settings.plan import DataPlan, PairLossPlan, TrainPlan
 from ..training.inputs import HostInputs, make_host_inputs
-from ..training.pairs import PairObjective
+from ..training.pairs import PAIR_METRICS, PairObjective
 from ..training.router import Routers
 from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
@@ -34,8 +35,12 @@ _OWN = {
 class PairRows:
     """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, prepared and collated as trl 1.16 does."""
 
-    signature_columns: tuple[str, ...] = (*ID_COLUMNS, *REFERENCE_COLUMNS)
+    signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
+    reads_tokenizer = True
     shaped = False
+
+    def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
+        return prepare_tokenizer(tokenizer, plan)
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
         return prepare_preference(dataset, tokenizer, plan, name=name)
@@ -44,6 +49,12 @@ class PairRows:
         if isinstance(dataset, Mapping):
             return {name: prepare_preference(rows, tokenizer, plan, name=name) for name, rows in dataset.items()}
         return prepare_preference(dataset, tokenizer, plan, name="eval")
+
+    def view(self, dataset: Any, columns: Sequence[str]) -> Any:
+        return dataset
+
+    def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
+        raise NotImplementedError("group_by_length is refused with the settings")
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> PairBatch:
         return collate_pairs(
@@ -82,6 +93,13 @@ def by_micro_batch(loaded: LoadedModel) -> ByMicroBatch:
     return ByMicroBatch()
 
 
+def log_pair_metrics(means: Mapping[str, float], num_tokens: float) -> dict[str, float]:
+    """The means in trl's order, which has the counter after the entropy and the routers' loss in front."""
+    values = {**means, "num_tokens": num_tokens}
+    order = ("aux_loss", "entropy", "num_tokens", *(name for name in PAIR_METRICS if name != "entropy"))
+    return {name: values[name] for name in order if name in values}
+
+
 DPO = Recipe(
     name="MLXDPOTrainer",
     config=DPO_TABLE,
@@ -89,6 +107,8 @@ DPO = Recipe(
     rows=PairRows(),
     make_objective=pair_objective,
     make_weighting=by_micro_batch,
+    make_routers=Routers.attach,
+    log_metrics=log_pair_metrics,
     never_called={**NEVER_CALLED, **_OWN},
     tags=("generated_from_trainer", "trl", "dpo", "hf-mlx"),
     method="DPO",

@@ -20,12 +20,19 @@ class RowTable(Protocol):
     """How datasets become micro-batches. Batches are what :meth:`collate` returns; only these functions look inside.
 
     Attributes:
-        signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on.
+        signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
+            None for those that the model's forward takes.
+        reads_tokenizer: Whether the model's own tokenizer is read where none is given.
         shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
-    signature_columns: tuple[str, ...]
+    signature_columns: tuple[str, ...] | None
+    reads_tokenizer: bool
     shaped: bool
+
+    def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
+        """The tokenizer as rows are prepared with."""
+        ...
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: Any, *, name: str, packing: bool, **options: Any) -> Any:
         """A set as it is trained on: a :class:`~hf_mlx.data.prepare.Prepared`."""
@@ -33,6 +40,14 @@ class RowTable(Protocol):
 
     def prepare_eval(self, dataset: Any, tokenizer: Any, plan: Any, *, like: Any, **options: Any) -> Any:
         """The same for an evaluation set, or a dict of them."""
+        ...
+
+    def view(self, dataset: Any, columns: Sequence[str]) -> Any:
+        """A prepared set without the columns that are not in ``columns``, as a loader reads it."""
+        ...
+
+    def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
+        """Tokens of every row of what :meth:`view` returned; ``column`` may hold them."""
         ...
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: Any, *, padding_free: bool) -> Any:
@@ -60,9 +75,12 @@ class Recipe:
         make_objective: What is minimised, of the model with its adapters attached, the names of what is trained,
             the plan, and the routers whose load is balanced.
         make_weighting: What a micro-batch weighs in its window.
+        make_routers: The routers whose load is balanced, of the model and its loss settings.
+        log_metrics: What a log entry says beside the loss, in its order: of the means by name, and ``num_tokens``.
         never_called: Methods of the upstream trainer that no step would call, with what to write instead.
         tags: Of the model card.
         method: What the card says it was trained with.
+        writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
     """
 
     name: str
@@ -71,6 +89,9 @@ class Recipe:
     rows: RowTable
     make_objective: Callable[[LoadedModel, Iterable[str], TrainPlan, Routers | None], Objective]
     make_weighting: Callable[[LoadedModel], Weighting]
+    make_routers: Callable[[LoadedModel, Any], Routers | None]
+    log_metrics: Callable[[Mapping[str, float], float], dict[str, float]]
     never_called: Mapping[str, str]
     tags: tuple[str, ...]
     method: str
+    writes_router_settings: bool = True

@@ -8,6 +8,7 @@ from typing import Any
 
 from .data_plan import resolve_data
 from .dpo_config import DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss
+from .lm_config import LM_CONFIG, resolve_language_loss, resolve_rows
 from .plan import LossPlan, PairLossPlan
 from .run_plan import resolve_loss
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
@@ -50,3 +51,4 @@ def choose_table(settings: Any) -> ConfigTable:
 
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
 DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)
+LM_TABLE = ConfigTable("TrainingArguments", LM_CONFIG, {}, resolve_rows, resolve_language_loss)

@@ -83,12 +83,16 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What is minimised. ``router_aux_loss_coef`` None means the model config's own value."""
+    """What is minimised. ``router_aux_loss_coef`` None means the model config's own value.
+
+    ``divides_by_none`` says that the mean over no token is 0 / 0 upstream, not 0.
+    """
 
     kind: Literal["nll", "dft"] = "nll"
     label_smoothing_factor: float = 0.0
     neftune_noise_alpha: float | None = None
     router_aux_loss_coef: float | None = None
+    divides_by_none: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ class LoraPlan:
     modules_to_save: tuple[str, ...] | None = None
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     target_parameters: tuple[str, ...] | None = None
+    ensure_weight_tying: bool = False
     fan_in_fan_out: bool = False
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None

@@ -27,6 +27,7 @@ from ..settings.resolve import resolve_plan
 from .facade import MLXCausalLM
 from .handover import Handover
 from .loans import take_over_loans
+from .signature import forward_columns, named_forward
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,10 @@ class Base(Protocol):
         Raises:
             ModelError: It would not load right.
         """
+        ...
+
+    def columns(self) -> tuple[str, ...]:
+        """Columns of a row that the model's forward takes."""
         ...
 
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
@@ -148,6 +153,9 @@ class NamedBase:
         self._loaded = open_model(self._folder, self._plan.model)
         return _read_tables(self._loaded.config)
 
+    def columns(self) -> tuple[str, ...]:
+        return forward_columns(named_forward(self._loaded.config))
+
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded, recipe)
         self._session = session
@@ -205,11 +213,15 @@ class TorchBase:
         embedding = getattr(self._source.base.get_input_embeddings(), "weight", None)
         return found if embedding is None else replace(found, ids=embedding.shape[0])
 
+    def columns(self) -> tuple[str, ...]:
+        return forward_columns(self._source.base.forward)
+
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         source, plan = self._source, self._plan
         if peft_config is not None:
             source.attach(peft_config, plan.batch.seed)
-        source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
+        if recipe.rows.reads_tokenizer:
+            source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
         session = Session(plan, load_torch_model(source, plan.model), recipe)
         session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from ..data.loader import RowLoader, StreamLoader
-from ..feed import Feed
+from ..data.own_loader import OwnLoader
+from ..feed import Feed, Loader
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
@@ -33,7 +33,7 @@ class Evaluation:
 
     def __call__(
         self,
-        loader: RowLoader | StreamLoader,
+        loader: Loader,
         prefix: str,
         *,
         compute_metrics: Callable | None,
@@ -73,8 +73,11 @@ class Evaluation:
             metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
+        is_cut = not plan.batch.drop_last
+        if isinstance(loader, OwnLoader):
+            size, is_cut = loader.batch_size, loader.is_prepared
         if sums.losses:
-            kept = None if plan.batch.drop_last else rows
+            kept = rows if is_cut else None
             metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
         else:
             logger.warning(
@@ -88,20 +91,14 @@ class Evaluation:
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
 
     def running_metrics(self) -> dict[str, float]:
-        """What trl 1.16 ``SFTTrainer.log`` adds to an entry: the running means of the mode the model is in."""
-        progress = self._session.progress
+        """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
+        progress, arrange = self._session.progress, self._session.recipe.log_metrics
+        tokens = float(progress.num_tokens)
         if progress.mode == "train":
             means = progress.means.take()
-            if not means:
-                return {}
-            return self._in_order(means)
+            return arrange(means, tokens) if means else {}
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
-        return {f"eval_{name}": value for name, value in self._in_order(means).items()}
-
-    def _in_order(self, means: dict[str, float]) -> dict[str, float]:
-        """The means and the counter of tokens, as upstream's log has them."""
-        values = {**means, "num_tokens": float(self._session.progress.num_tokens)}
-        return {name: values[name] for name in self._session.step.objective.log_order}
+        return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}

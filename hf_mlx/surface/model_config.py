@@ -7,7 +7,9 @@ from typing import Any
 from ..models.load import LoadedModel
 
 
-def record_settings(config: Any, loaded: LoadedModel, *, use_cache: bool, aux_coefficient: float | None) -> None:
+def record_settings(
+    config: Any, loaded: LoadedModel, *, use_cache: bool, aux_coefficient: float | None, routers: bool = True
+) -> None:
     """Write ``use_cache`` and the routers' loss into ``config``, and into what is saved.
 
     Sources: transformers 5.23 ``Trainer.__init__`` for ``use_cache``; trl 1.16 ``SFTTrainer.__init__`` for
@@ -18,10 +20,11 @@ def record_settings(config: Any, loaded: LoadedModel, *, use_cache: bool, aux_co
         loaded: Its own config is what ``config.json`` is written from.
         use_cache: ``args.use_cache``.
         aux_coefficient: ``args.router_aux_loss_coef``; None keeps the config's own.
+        routers: Whether the trainer is one that writes the routers' loss.
     """
     config.use_cache = loaded.config["use_cache"] = use_cache
     text = config.get_text_config()
-    if not hasattr(text, "router_aux_loss_coef"):
+    if not routers or not hasattr(text, "router_aux_loss_coef"):
         return
     if aux_coefficient is not None:
         text.router_aux_loss_coef = aux_coefficient

@@ -51,3 +51,12 @@ def check_evaluation(args: Any, eval_dataset: Any, trainer: str) -> None:
             "an eval_dataset to evaluate on",
             f'{trainer}(..., eval_dataset=my_dataset), or eval_strategy="no"',
         )
+
+
+def no_rows(trainer: str) -> SettingError:
+    """What ``train()`` on a trainer without a train dataset raises."""
+    return SettingError(
+        "train() on a trainer without a train_dataset",
+        "`Trainer: training requires a train_dataset.`",
+        f"{trainer}(..., train_dataset=my_dataset)",
+    )

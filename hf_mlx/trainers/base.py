@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
-from ..data.prepare import prepare_tokenizer
 from ..errors import SettingError
 from ..feed import Feed
 from ..settings.changes import Asked
@@ -118,13 +117,16 @@ class TrainerBase(Running):
     ) -> None:
         """The tokenizer and the rows, while the weights are read from disk."""
         base = self._base
-        base.find(tokenizer=tokenizer is None)
+        rows = self.recipe.rows
+        reads = tokenizer is None and rows.reads_tokenizer
+        base.find(tokenizer=reads)
         self._clock.end("files")
         with base.reading_ahead():
-            if tokenizer is None:
+            if reads:
                 tokenizer = base.read_tokenizer()
-            self.processing_class = prepare_tokenizer(tokenizer, self.plan.data)
+            self.processing_class = rows.prepare_tokenizer(tokenizer, self.plan.data)
             self._clock.end("tokenizer")
+            tables = base.open()
             self.data = Feed(
                 self.plan,
                 self.processing_class,
@@ -132,11 +134,13 @@ class TrainerBase(Running):
                 collator=data_collator,
                 formatting_func=formatting_func,
                 keep_columns=not self.args.remove_unused_columns,
-                tables=base.open(),
+                signature_columns=() if rows.signature_columns is not None else base.columns(),
+                tables=tables,
             )
             self.train_dataset = self.data.prepare_train(train_dataset)
             self.eval_dataset = self.data.prepare_eval(eval_dataset)
-        self.steps = self.data.count_steps(self.train_dataset)
+        if train_dataset is not None:
+            self.steps = self.data.count_steps(self.train_dataset)
         self._clock.end("data")
 
     def _enter(self, peft_config: Any, *, strict: bool) -> None:
@@ -168,6 +172,8 @@ class TrainerBase(Running):
         self.accelerator = Accelerator(
             mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
+            seedable_sampler=self.plan.batch.seedable_sampler,
+            data_seed=self.plan.batch.seed if self.plan.batch.data_seed is None else self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)
         if self.args.push_to_hub:
@@ -178,6 +184,7 @@ class TrainerBase(Running):
             self.session.loaded,
             use_cache=self.args.use_cache,
             aux_coefficient=self.plan.loss.router_aux_loss_coef,
+            routers=self.recipe.writes_router_settings,
         )
 
     @property

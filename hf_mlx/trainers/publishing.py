@@ -23,7 +23,10 @@ class Publishing(Records):
             self._base.write_back()
             self._model.save_pretrained(temporary)
             self._base.complete(temporary)
-            self.processing_class.save_pretrained(temporary)
+            # Upstream saves the collator's tokenizer where the trainer has none.
+            tokenizer = self.processing_class or getattr(self.data.collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
             if has_torch():
                 pickle_object(self.args, temporary / ARGUMENTS)
         if self.args.push_to_hub and not _internal_call:

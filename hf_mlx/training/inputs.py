@@ -11,6 +11,7 @@ from ..data.buckets import bucket_length, pad_batch
 from ..data.collate import Batch
 from ..data.documents import counted_lengths
 from ..data.layout import Rows, lay_out, shift_labels
+from ..data.masked import needs_keys
 from ..data.shapes import Shape, Shapes
 from .loss import IGNORED
 
@@ -72,7 +73,8 @@ def make_host_inputs(
         shapes: Those of the run. None keeps the rows as they are and pads them to their length bucket.
         limit: Positions that the model has; rows that are kept are padded to no more.
     """
-    placed = None if shapes is None else shapes.place(batch)
+    masked = needs_keys(batch)
+    placed = None if shapes is None or masked else shapes.place(batch)
     if placed is None:
         rows, shape = _keep_rows(batch, pad_token_id, limit), None
     else:
@@ -86,6 +88,10 @@ def make_host_inputs(
     arrays |= gather_scored(rows.targets, shape)
     if rows.segments is not None:
         arrays["segments"] = rows.segments
+    if batch.keys is not None and (masked or shapes is None):
+        keys = np.zeros(rows.input_ids.shape, bool)
+        keys[:, : batch.keys.shape[1]] = batch.keys
+        arrays["keys" if masked else "shown_keys"] = keys
     valid, labelled = int((rows.targets != IGNORED).sum()), int((batch.labels != IGNORED).sum())
     padding = rows.input_ids.size - int(batch.lengths.sum())
     return HostInputs(arrays, valid, batch.num_tokens, padding, labelled)

@@ -12,10 +12,10 @@ import numpy as np
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
 from ..data.batch import Batch
-from ..models.architectures import check_packs
+from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
-from ..models.masks import packed_cache
+from ..models.masks import masked_cache, packed_cache
 from ..settings.plan import LossPlan, PairLossPlan
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
@@ -66,7 +66,6 @@ class Objective(Protocol):
         head: The vocabulary projection; None where the model's code does not divide there.
         metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
         aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
-        log_order: The metrics and ``num_tokens``, in the order of the log.
         unit: Rows that a cut leaves together.
         whole: A micro-batch is not cut at all.
     """
@@ -77,7 +76,6 @@ class Objective(Protocol):
     head: Head | None
     metrics: tuple[str, ...]
     aux_coefficient: float
-    log_order: tuple[str, ...]
     unit: int
     whole: bool
 
@@ -127,7 +125,6 @@ class TokenObjective:
         self.routers = routers
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.metrics: tuple[str, ...] = TOKEN_METRICS if routers is None else (*TOKEN_METRICS, "aux_loss")
-        self.log_order: tuple[str, ...] = (*TOKEN_METRICS, "num_tokens", *self.metrics[len(TOKEN_METRICS) :])
         self.whole = routers is not None
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
@@ -152,7 +149,7 @@ class TokenObjective:
         with self.routers.log.recording() as logits:
             loss, metrics = _named(self._sums(params, arrays))
         counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
-        return loss, {**metrics, "aux_loss": self.routers.balance(logits, counted)}
+        return loss, {**metrics, "aux_loss": self.routers.balance(logits, arrays.get("keys", counted))}
 
     def divisor(self, valid: int) -> int:
         """The scored tokens, at least one."""
@@ -191,6 +188,15 @@ class TokenObjective:
         )
 
     def _cache(self, arrays: dict[str, mx.array]) -> list | None:
+        if "keys" in arrays:
+            check_packs(
+                self.model_type,
+                "a batch that pads on the left, has holes in its attention_mask or scores its padding,",
+                "tokenizer.padding_side = 'right', and labels of -100 wherever attention_mask is 0",
+            )
+            return masked_cache(self.model, arrays["keys"])
+        if "shown_keys" in arrays and can_pack(self.model_type):
+            return masked_cache(self.model, arrays["shown_keys"])
         if "segments" not in arrays:
             return None
         check_packs(self.model_type, "a batch whose rows hold several documents", "one document a row: no seq_lengths")

@@ -21,7 +21,9 @@ from .weighting import ByTokens
 
 def is_undefined(plan: LossPlan | PairLossPlan, tokens: int) -> bool:
     """Whether upstream's loss over ``tokens`` trained tokens is 0 / 0."""
-    return tokens == 0 and isinstance(plan, LossPlan) and plan.kind == "nll" and plan.label_smoothing_factor > 0
+    if tokens or not isinstance(plan, LossPlan):
+        return False
+    return plan.divides_by_none or (plan.kind == "nll" and plan.label_smoothing_factor > 0)
 
 
 def settle_undefined(

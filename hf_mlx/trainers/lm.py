@@ -1,0 +1,113 @@
+"""MLXTrainer: transformers' ``Trainer`` for causal language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import SettingError
+from ..recipes.lm import LM, default_args, default_collator
+from ..surface.signature import is_causal_lm
+from .base import TrainerBase
+
+
+class MLXTrainer(TrainerBase):
+    """Training on MLX with the interface of ``transformers.Trainer``, for causal language models.
+
+    Rows are taken as they are: nothing is tokenized, cut, dropped or reordered, and no tokenizer is needed. Columns
+    that the model's forward does not take are left out (``remove_unused_columns``); the collator makes the batches.
+    Any attention mask counts: padding on either side, holes, labels on padding.
+
+    Args:
+        model: A transformers model or PeftModel of a causal language model, which is trained as it is and has the
+            trained weights written back into it; or a hub id or local folder.
+        args: ``TrainingArguments``; None is ``TrainingArguments("tmp_trainer")``.
+        data_collator: Called with a list of rows; None is ``DataCollatorWithPadding`` of ``processing_class``, or
+            ``default_data_collator`` without one.
+        train_dataset: A ``datasets`` dataset of any format, a ``torch.utils.data.Dataset``, a list of rows, or a
+            stream; None to evaluate alone.
+        eval_dataset: Likewise, or a dict of datasets.
+        processing_class: Tokenizer, saved beside the model; None saves none.
+        model_init: Called without arguments for the model, once, after ``set_seed(args.seed)``.
+        compute_loss_func, optimizers, optimizer_cls_and_kwargs: As in ``transformers.Trainer``, where they are taken.
+        compute_metrics: Called with a ``transformers.EvalPrediction``.
+        callbacks: ``transformers.TrainerCallback`` instances or classes.
+        preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
+        max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
+        finetune_last_n_layers: Train the last n blocks only.
+        strict: Also refuse settings that are honoured another way with other numbers.
+
+    Attributes:
+        plan, ledger, grad_clip, args, state, control, callback_handler: As of :class:`~hf_mlx.MLXSFTTrainer`.
+        train_dataset, eval_dataset: As they were given.
+
+    Raises:
+        HFMLXError: One of its subclasses, before any training.
+    """
+
+    recipe = LM
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        *,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
+    ) -> None:
+        args = args if args is not None else default_args("")
+        if model is None or model_init is not None:
+            model = _init_model(model, model_init, args)
+        if not is_causal_lm(model):
+            raise SettingError(
+                f"model of class {type(model).__name__}",
+                "a causal language model (AutoModelForCausalLM): MLX trains no other here",
+                "transformers.Trainer(model=model, ...) on torch",
+            )
+        super().__init__(
+            model,
+            args,
+            data_collator if data_collator is not None else default_collator(processing_class),
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            preprocess_logits_for_metrics,
+            peft_config=None,
+            formatting_func=None,
+            quantization_config=None,
+            max_grad_value=max_grad_value,
+            finetune_last_n_layers=finetune_last_n_layers,
+            strict=strict,
+            compute_loss_func=compute_loss_func,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+
+
+def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
+    if model is not None or model_init is None:
+        given = "a model and model_init" if model is not None else "neither a model nor model_init"
+        raise SettingError(
+            given,
+            "`Trainer` requires either a `model` or `model_init` argument" + (", but not both" if model else ""),
+            "MLXTrainer(model=model, ...)",
+        )
+    from transformers import set_seed
+
+    # A model that is made here is made from the run's seed, as upstream.
+    set_seed(args.seed)
+    return model_init()

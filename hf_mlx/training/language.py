@@ -1,0 +1,42 @@
+"""What ``transformers.Trainer`` minimises of a causal model: its own loss, nothing else measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..models.load import LoadedModel
+from ..settings.plan import LossPlan
+from .inputs import Inputs
+from .objective import TokenObjective
+from .optimizers.contract import Arrays
+from .router import Routers
+from .weighting import ByTokens, Weights
+
+
+class LanguageObjective(TokenObjective):
+    """:class:`~hf_mlx.training.objective.TokenObjective` without trl's metrics; arguments as there."""
+
+    def __init__(
+        self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
+    ) -> None:
+        super().__init__(loaded, names, plan, routers)
+        self.metrics: tuple[str, ...] = () if routers is None else ("aux_loss",)
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """The loss as a sum over the scored tokens, and the routers' loss where the model adds one."""
+        loss, measured = super().__call__(params, arrays)
+        return loss, {name: measured[name] for name in self.metrics}
+
+
+@dataclass(frozen=True)
+class ByTrainer(ByTokens):
+    """As ``transformers.Trainer.training_step`` divides (5.23): the model's own routers' loss is not divided by the
+    accumulation where the loss is by the tokens of the window."""
+
+    def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
+        """The factors of each micro-batch of ``window``."""
+        share = mx.array(1.0 if self.accepts_loss_kwargs else 1 / len(window))
+        return [{**weights, "metrics": {}, "aux_loss": share} for weights in super().__call__(window)]
