@@ -77,6 +77,7 @@ def language_objective(
     loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
 ) -> LanguageObjective:
     """Next-token prediction, as the model itself defines it."""
+    assert isinstance(plan.loss, LossPlan)
     return LanguageObjective(loaded, names, plan.loss, routers)
 
 
