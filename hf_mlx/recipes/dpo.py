@@ -8,12 +8,13 @@ from typing import Any
 
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
-from ..data.tokenizer import prepare_tokenizer
+from ..data.prepare import prepare_tokenizer
+from ..errors import SettingError
 from ..models.load import LoadedModel
 from ..settings.config_tables import DPO_TABLE
 from ..settings.plan import DataPlan, PairLossPlan, TrainPlan
 from ..training.inputs import HostInputs, make_host_inputs
-from ..training.pairs import PAIR_METRICS, PairObjective
+from ..training.pairs import PairObjective
 from ..training.router import Routers
 from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
@@ -54,7 +55,11 @@ class PairRows:
         return dataset
 
     def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
-        raise NotImplementedError("group_by_length is refused with the settings")
+        raise SettingError(
+            "train_sampling_strategy='group_by_length'",
+            "another order: pairs have no length of their own",
+            "DPOConfig(train_sampling_strategy='random')",
+        )
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> PairBatch:
         return collate_pairs(
@@ -94,10 +99,13 @@ def by_micro_batch(loaded: LoadedModel) -> ByMicroBatch:
 
 
 def log_pair_metrics(means: Mapping[str, float], num_tokens: float) -> dict[str, float]:
-    """The means in trl's order, which has the counter after the entropy and the routers' loss in front."""
-    values = {**means, "num_tokens": num_tokens}
-    order = ("aux_loss", "entropy", "num_tokens", *(name for name in PAIR_METRICS if name != "entropy"))
-    return {name: values[name] for name in order if name in values}
+    """In trl 1.16's order: the counter of tokens follows the entropy."""
+    entry: dict[str, float] = {}
+    for name, value in means.items():
+        entry[name] = value
+        if name == "entropy":
+            entry["num_tokens"] = num_tokens
+    return entry
 
 
 DPO = Recipe(

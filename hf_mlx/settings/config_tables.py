@@ -50,5 +50,5 @@ def choose_table(settings: Any) -> ConfigTable:
 
 
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
-DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)
 LM_TABLE = ConfigTable("TrainingArguments", LM_CONFIG, {}, resolve_rows, resolve_language_loss)
+DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)
