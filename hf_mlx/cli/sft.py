@@ -1,8 +1,10 @@
-"""``hf-mlx sft``: the flags of ``trl sft``, trained by MLX."""
+"""``hf-mlx sft``: the flags of ``trl sft``, trained by MLX; what it shares with the other commands of trl's."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,15 +14,20 @@ from .run import add_flags
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command to ``hf-mlx``."""
+    return add_trl_command(subparsers, "sft", "Supervised fine-tuning")
+
+
+def add_trl_command(subparsers: Any, name: str, what: str) -> argparse.ArgumentParser:
+    """Add a command that takes the flags of ``trl NAME``."""
     parser = subparsers.add_parser(
-        "sft",
-        help="fine-tune with the flags of `trl sft`",
-        description="Supervised fine-tuning with the flags of `trl sft` (--model_name_or_path, --dataset_name, "
-        "--use_peft, --config FILE, …), trained by MLX; `trl sft --help` lists them.",
+        name,
+        help=f"fine-tune with the flags of `trl {name}`",
+        description=f"{what} with the flags of `trl {name}` (--model_name_or_path, --dataset_name, "
+        f"--use_peft, --config FILE, …), trained by MLX; `trl {name} --help` lists them.",
         allow_abbrev=False,
     )
     add_flags(parser)
-    parser.set_defaults(run=run, arguments=[])
+    parser.set_defaults(run=partial(run, name), arguments=[])
     known = parser.parse_known_args
 
     def keep_the_rest(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
@@ -33,16 +40,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    """Train as ``trl sft`` would."""
+def run(name: str, options: argparse.Namespace) -> int:
+    """Train as ``trl NAME`` would."""
     if find_spec("trl") is None:
-        raise MissingDependency("hf-mlx sft without trl installed", "trl, which defines its flags", "pip install trl")
+        received = f"hf-mlx {name} without trl installed"
+        raise MissingDependency(received, "trl, which defines its flags", "pip install trl")
     from ..stand_in import install
 
     install(strict=options.strict, dry_run=options.dry_run)
-    from trl.scripts.sft import main, make_parser
-
-    parser = make_parser(prog="hf-mlx sft")
-    script, training, model, dataset = parser.parse_args_and_config(args=options.arguments)
-    main(script, training, model, dataset)
+    script = import_module(f"trl.scripts.{name}")
+    parser = script.make_parser(prog=f"hf-mlx {name}")
+    script.main(*parser.parse_args_and_config(args=options.arguments))
     return 0

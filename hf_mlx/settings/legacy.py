@@ -48,6 +48,21 @@ _GONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     # The rows are gone through again anyway, until max_steps or num_train_epochs is reached.
     "infinite": ((None, False, True), "max_steps"),
     "use_legacy_prediction_loop": ((False,), "remove it"),
+    # Of DPOConfig, before trl 1.
+    "reference_free": ((False,), "remove it: TRL 1 always has a reference"),
+    "max_prompt_length": ((None,), "max_length for prompt and answer together; TRL 1 cuts no prompt alone"),
+    "max_completion_length": ((None,), "max_length for prompt and answer together"),
+    "label_pad_token_id": ((-100, None), "remove it: -100 is what is left out"),
+    "padding_value": ((None,), "processing_class with its pad_token"),
+    "is_encoder_decoder": ((None, False), "remove it: causal language models are trained here"),
+    "generate_during_eval": ((False,), "a TrainerCallback that generates"),
+    "model_adapter_name": ((None,), "remove it: the model's active adapter is trained"),
+    "ref_adapter_name": ((None,), "remove it: the reference is the adapter as it was"),
+    "force_use_ref_model": ((False,), "remove it: MLXDPOTrainer(ref_model=…) is always used"),
+    "base_model_attribute_name": (("model",), "remove it"),
+    "ref_model_init_kwargs": ((None, {}), "MLXDPOTrainer(ref_model=model) with a model that is loaded already"),
+    "tools": ((None,), "a column 'tools' in each row"),
+    "use_logits_to_keep": ((True, False), "remove it: only scored positions are projected here"),
 }
 
 
@@ -158,6 +173,19 @@ def _adafactor(current: dict[str, Any], name: str, value: Any) -> str:
     return 'adafactor=True is now optim="adafactor"'
 
 
+def _rpo_alpha(current: dict[str, Any], name: str, value: Any) -> str:
+    if value is None:
+        return "rpo_alpha=None is gone, and asked for nothing"
+    losses = current.get("loss_type") or ["sigmoid"]
+    losses = [losses] if isinstance(losses, str) else list(losses)
+    weights = current.get("loss_weights") or [1.0] * len(losses)
+    current |= {"loss_type": [*losses, "sft"], "loss_weights": [*weights, float(value)]}
+    return (
+        f"rpo_alpha={value!r} is now loss_type={current['loss_type']!r}, loss_weights={current['loss_weights']!r}; "
+        "the numbers differ a little: TRL 1 takes the mean over the tokens of a micro-batch"
+    )
+
+
 def _accelerator(current: dict[str, Any], name: str, value: Any) -> str:
     if value is not None:
         current["accelerator_config"] = dict(current.get("accelerator_config") or {}) | {name: value}
@@ -172,6 +200,7 @@ _REWRITTEN: Mapping[str, Callable[[dict[str, Any], str, Any], str]] = {
     "push_to_hub_organization": _organization,
     "logging_dir": _logging_dir,
     "adafactor": _adafactor,
+    "rpo_alpha": _rpo_alpha,
     "dispatch_batches": _accelerator,
     "split_batches": _accelerator,
 }

@@ -39,6 +39,7 @@ class AdapterOff:
         self._adapted = [site.mlx_path for site in (*blueprint.targets, *(rows.site for rows in blueprint.rows))]
         saved = tuple(f"{site.mlx_path}." for site in blueprint.saved)
         self._start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+        mx.eval(self._start)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         params = {**params, **self._start}
@@ -71,6 +72,8 @@ class StartCopy:
     def __init__(self, score: Scorer, slots: Slots, start: Mapping[str, mx.array] | None = None) -> None:
         self._score, self._slots = score, slots
         self.arrays = dict(start or slots.read())
+        # Constants of a trace must be data, not views that are still to be computed.
+        mx.eval(self.arrays)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         self._slots.bind(self.arrays)
