@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .errors import HFMLXError
     from .settings.clipping import GradClip, resolve_grad_clip
     from .settings.ledger import explain
+    from .trainers.dpo import MLXDPOTrainer
     from .trainers.lm import MLXTrainer
     from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
     "GradClip",
     "HFMLXError",
+    "MLXDPOTrainer",
     "MLXSFTTrainer",
     "MLXTrainer",
     "explain",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "GradClip": "settings.clipping",
     "HFMLXError": "errors",
+    "MLXDPOTrainer": "trainers.dpo",
     "MLXSFTTrainer": "trainers.sft",
     "MLXTrainer": "trainers.lm",
     "explain": "settings.ledger",

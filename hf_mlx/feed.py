@@ -144,11 +144,12 @@ class Feed:
         data = replace(self.plan.data, skip_prepare_dataset=True)
         prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
         columns = getattr(prepared.dataset, "column_names", None)
-        if columns is not None and "input_ids" not in columns and not (self._collator and self._keep_columns):
+        first = self._columns[0]
+        if columns is not None and first not in columns and not (self._collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
                 f"trainer.{which} = rows with the columns {sorted(columns)}",
-                "rows of input_ids and labels: a dataset that is assigned is not prepared (by trl neither)",
+                f"rows with {first}: a dataset that is assigned is not prepared (by trl neither)",
                 f"pass it to the constructor: {self._name}(..., {which}=rows)",
             )
         self._guard.dataset(
@@ -179,21 +180,21 @@ class Feed:
         def order(epoch: int) -> Any:
             return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
 
-        return make_loader(dataset, plan.train_batch_size, self._collate, order=order, drop_last=plan.drop_last)
+        return make_loader(dataset, plan.train_batch_size, self.collate, order=order, drop_last=plan.drop_last)
 
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
         plan, dataset = self.plan.batch, self._view(dataset)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
-            return make_loader(dataset, plan.eval_batch_size, self._collate, drop_last=plan.drop_last)
+            return make_loader(dataset, plan.eval_batch_size, self.collate, drop_last=plan.drop_last)
         lengths = self._row_lengths(dataset)
         seed = plan.seed if plan.data_seed is None else plan.data_seed
 
         def order(_: int) -> Any:
             return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
 
-        return make_loader(dataset, plan.eval_batch_size, self._collate, order=order, drop_last=plan.drop_last)
+        return make_loader(dataset, plan.eval_batch_size, self.collate, order=order, drop_last=plan.drop_last)
 
     def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
         """``batch`` as device arrays, in one of the run's shapes.
@@ -229,7 +230,7 @@ class Feed:
         """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
         dataset = self._train.dataset
         # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
-        if self._collator is not None or not hasattr(dataset, "__len__"):
+        if self._collator is not None or not self._rows.shaped or not hasattr(dataset, "__len__"):
             return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
@@ -247,7 +248,8 @@ class Feed:
         # Upstream leaves rows of other kinds as they are.
         return {key: row[key] for key in self._columns if key in row} if isinstance(row, dict) else row
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: list[dict[str, Any]]) -> Batch:
+        """Prepared rows as a micro-batch, by the user's collator where there is one."""
         if self._collator is not None:
             if not self._keep_columns:
                 rows = [self._select(row) for row in rows]

@@ -10,7 +10,7 @@ import pytest
 from hf_mlx.errors import SettingError
 from hf_mlx.models.bridge import is_torch_model
 from hf_mlx.recipes.never_called import NEVER_CALLED
-from hf_mlx.stand_in import portable_kwargs
+from hf_mlx.stand_in.loading import portable_kwargs
 from hf_mlx.surface.bases import open_base
 from hf_mlx.surface.hooks import check_overrides
 

@@ -9,6 +9,7 @@ import pytest
 import hf_mlx
 
 PUBLIC = {
+    "MLXDPOTrainer",
     "MLXSFTTrainer",
     "resolve_grad_clip",
     "GradClip",

@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the script; returns its exit status."""
     from ..bystanders import Bystanders
-    from ..stand_in import install, make_trainer, say
+    from ..stand_in import install, make_trainers, say
 
     script: Path = options.script
     if not script.is_file():
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     def built() -> None:
         bystanders.trained = True
 
-    install(make_trainer(strict=options.strict, dry_run=options.dry_run, on_built=built))
+    install(make_trainers(strict=options.strict, dry_run=options.dry_run, on_built=built))
     bystanders.watch()
     sys.argv = [str(script), *options.arguments]
     sys.path[0:0] = [str(script.resolve().parent)]

@@ -181,10 +181,11 @@ def _fingerprint(dataset: Any, encoder: RowEncoder) -> str:
     settings = (plan.max_length, plan.truncation_mode, plan.packing_strategy if encoder.packing else None)
     masks = (encoder.completion_only, encoder.assistant, encoder.tables)
     parts = (_VERSION, dataset._fingerprint, encoder.format, settings, masks, encoder.formatting_func)
-    return Hasher.hash((*parts, _describe_tokenizer(encoder.tokenizer)))
+    return Hasher.hash((*parts, describe_tokenizer(encoder.tokenizer)))
 
 
-def _describe_tokenizer(tokenizer: Any) -> Any:
+def describe_tokenizer(tokenizer: Any) -> Any:
+    """What a tokenizer's ids depend on, without the state that changes with its use."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not is_standard(tokenizer):
         return tokenizer

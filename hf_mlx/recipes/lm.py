@@ -26,6 +26,7 @@ class PlainRows:
 
     # Those of the model's forward.
     signature_columns: tuple[str, ...] | None = None
+    shaped = True
     reads_tokenizer = False
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
@@ -92,11 +93,6 @@ def model_routers(loaded: LoadedModel, plan: LossPlan) -> Routers | None:
     return Routers.attach(loaded, replace(plan, router_aux_loss_coef=None))
 
 
-def log_nothing(means: Mapping[str, float], num_tokens: float) -> dict[str, float]:
-    """``transformers.Trainer`` logs the loss alone."""
-    return {}
-
-
 LM = Recipe(
     name="MLXTrainer",
     config=LM_TABLE,
@@ -105,7 +101,6 @@ LM = Recipe(
     make_objective=language_objective,
     make_weighting=by_trainer,
     make_routers=model_routers,
-    log_metrics=log_nothing,
     never_called=NEVER_CALLED,
     tags=("generated_from_trainer", "hf-mlx"),
     method="transformers' Trainer",

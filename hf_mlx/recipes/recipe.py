@@ -22,10 +22,12 @@ class RowTable(Protocol):
     Attributes:
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
             None for those that the model's forward takes.
+        shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
         reads_tokenizer: Whether the model's own tokenizer is read where none is given.
     """
 
     signature_columns: tuple[str, ...] | None
+    shaped: bool
     reads_tokenizer: bool
 
     def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
@@ -74,7 +76,6 @@ class Recipe:
             the plan, and the routers whose load is balanced.
         make_weighting: What a micro-batch weighs in its window.
         make_routers: The routers whose load is balanced, of the model and its loss settings.
-        log_metrics: What a log entry says beside the loss, in its order: of the means by name, and ``num_tokens``.
         never_called: Methods of the upstream trainer that no step would call, with what to write instead.
         tags: Of the model card.
         method: What the card says it was trained with.
@@ -88,7 +89,6 @@ class Recipe:
     make_objective: Callable[[LoadedModel, Iterable[str], TrainPlan, Routers | None], Objective]
     make_weighting: Callable[[LoadedModel], Weighting]
     make_routers: Callable[[LoadedModel, Any], Routers | None]
-    log_metrics: Callable[[Mapping[str, float], float], dict[str, float]]
     never_called: Mapping[str, str]
     tags: tuple[str, ...]
     method: str

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .data_plan import resolve_data
+from .dpo_config import DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss
 from .lm_config import LM_CONFIG, resolve_language_loss, resolve_rows
-from .plan import LossPlan
+from .plan import LossPlan, PairLossPlan
 from .run_plan import resolve_loss
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
 from .training_arguments import TRAINING_ARGUMENTS
@@ -21,7 +22,7 @@ class ConfigTable:
 
     Attributes:
         name: The class's.
-        rules: A rule for each field that it adds to ``TrainingArguments``.
+        rules: A rule for each field that it adds to ``TrainingArguments``, or that means something else there.
         defaults: Fields of ``TrainingArguments`` that it gives another default.
         resolve_data: The values of all fields -> how rows become tokens.
         resolve_loss: The values of all fields -> what is minimised.
@@ -31,7 +32,7 @@ class ConfigTable:
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any]
     resolve_data: Callable[[Mapping[str, Any]], Any]
-    resolve_loss: Callable[[Mapping[str, Any]], LossPlan]
+    resolve_loss: Callable[[Mapping[str, Any]], LossPlan | PairLossPlan]
 
     @property
     def all_rules(self) -> dict[str, Rule]:
@@ -39,5 +40,15 @@ class ConfigTable:
         return {rule.field: rule for rule in (*TRAINING_ARGUMENTS, *self.rules)}
 
 
+def choose_table(settings: Any) -> ConfigTable:
+    """The table of a configuration object, by its class, or of a dict, by a field that one class alone has."""
+    if isinstance(settings, Mapping):
+        own = {rule.field for rule in DPO_CONFIG} - SFT_TABLE.all_rules.keys()
+        return SFT_TABLE if own.isdisjoint(settings) else DPO_TABLE
+    names = {cls.__name__ for cls in type(settings).__mro__}
+    return DPO_TABLE if DPO_TABLE.name in names else SFT_TABLE
+
+
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)
 LM_TABLE = ConfigTable("TrainingArguments", LM_CONFIG, {}, resolve_rows, resolve_language_loss)
+DPO_TABLE = ConfigTable("DPOConfig", DPO_CONFIG, DPO_DEFAULTS, resolve_pair_data, resolve_pair_loss)

@@ -58,7 +58,11 @@ def _resolve_max_length(values: Mapping[str, Any]) -> int | None:
             "without packing, padding_free rows are not cut, so max_length would have no effect (TRL raises too)",
             "write packing=True, or max_length=None with rows that are short enough",
         )
-    # The first token of a row has no label, so a row of one token trains nothing.
+    return resolve_length(max_length)
+
+
+def resolve_length(max_length: Any) -> int | None:
+    """``max_length``: the first token of a row has no label, so a row of one token trains nothing."""
     return check_optional_count("max_length", max_length, "max_length=1024, or None for whole rows", low=2)
 
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from .config_tables import SFT_TABLE, ConfigTable
+from .config_tables import SFT_TABLE, ConfigTable, choose_table
 from .entries import Ledger
 from .entry import Entry
 from .lora_config import LORA_CONFIG
@@ -19,15 +19,15 @@ _LORA_RULES: Mapping[str, Rule] = {rule.field: rule for rule in LORA_CONFIG}
 
 
 def explain(
-    args: Any, peft_config: Any = None, *, overrides: Values | None = None, table: ConfigTable = SFT_TABLE
+    args: Any, peft_config: Any = None, *, overrides: Values | None = None, table: ConfigTable | None = None
 ) -> Ledger:
     """Say what happens to every field of a configuration on MLX.
 
     Args:
-        args: A ``TrainingArguments`` or ``SFTConfig``, or a dict of an SFTConfig's fields. None is ``SFTConfig()``.
+        args: A ``TrainingArguments``, ``SFTConfig`` or ``DPOConfig``, or a dict of fields. None is ``SFTConfig()``.
         peft_config: A ``LoraConfig``, or a dict of its fields.
         overrides: Fields that a keyword of the trainer sets over ``args``.
-        table: The configuration class of the trainer in question.
+        table: The configuration class of the trainer in question; None goes by the class or the fields of ``args``.
 
     Returns:
         The ledger: print it, iterate over it as ``(field, value, verdict, reason)``, or call ``raise_refused()``.
@@ -37,6 +37,7 @@ def explain(
         ADAPT
     """
     settings = {} if args is None else args
+    table = table or choose_table(settings)
     if isinstance(settings, Mapping):
         settings, overrides = dict(settings) | dict(overrides or {}), None
     values = _merge_arguments(settings, overrides, table)

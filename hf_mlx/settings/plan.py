@@ -96,6 +96,38 @@ class LossPlan:
 
 
 @dataclass(frozen=True)
+class PairLossPlan:
+    """What preference training minimises. Fields mean what ``trl.DPOConfig`` says they mean.
+
+    Attributes:
+        losses: Each loss type with its weight, in the order they are added up.
+        f_divergence_type: Which divergence keeps the policy near its reference.
+        use_weighting: WPO's weights of pairs.
+        disable_dropout: The adapter's dropout is off while training.
+        precompute: The reference's log-probabilities are computed once, before training.
+        precompute_batch_size: Pairs at once then; None is the batch size of the set.
+    """
+
+    losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5
+    ld_alpha: float | None = None
+    use_weighting: bool = False
+    router_aux_loss_coef: float | None = None
+    disable_dropout: bool = True
+    precompute: bool = False
+    precompute_batch_size: int | None = None
+
+    @property
+    def sorts(self) -> bool:
+        """Whether a loss looks at all pairs of a micro-batch at once."""
+        return any(name in ("aot", "aot_unpaired") for name, _ in self.losses)
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """Dtypes by their MLX names. ``autocast`` is torch's: Linear layers compute in it, the residual does not.
 
@@ -162,7 +194,7 @@ class TrainPlan:
     model: ModelPlan
     optim: OptimPlan
     schedule: SchedulePlan
-    loss: LossPlan
+    loss: LossPlan | PairLossPlan
     clip: GradClip
     lora: LoraPlan | None
     checkpointing: CheckpointingPlan

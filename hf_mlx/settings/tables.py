@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .dpo_config import DPO_CONFIG
 from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
@@ -20,6 +21,7 @@ _REASON_WIDTH = 70
 CLASSES: dict[str, tuple[Rule, ...]] = {
     "TrainingArguments": TRAINING_ARGUMENTS,
     "SFTConfig": SFT_CONFIG,
+    "DPOConfig": DPO_CONFIG,
     "LoraConfig": LORA_CONFIG,
 }
 

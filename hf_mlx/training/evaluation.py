@@ -95,7 +95,7 @@ class Evaluator:
                         kept = self.objective.logits(inputs.arrays)[:, : batch.input_ids.shape[1]]
                         logits = np.array(kept.astype(mx.float32))
                 if logits_to is not None and logits is not None:
-                    logits_to(logits, batch.labels)
+                    logits_to(*self.objective.predictions(logits, batch))
                 on_batch()
         finally:
             model.train(training)
@@ -107,10 +107,10 @@ class Evaluator:
         finally:
             self.objective.slots.bind(params)
         values: list[float] = mx.stack(list(measured)).tolist()  # pyright: ignore[reportAssignmentType]
-        valid = max(inputs.valid, 1)
+        divisor = self.objective.divisor(inputs.valid)
         metrics = dict(zip(self.objective.metrics, values[1:], strict=True))
-        metrics |= {name: metrics[name] / valid for name in TOKEN_METRICS if name in metrics}
-        mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / valid
+        metrics |= {name: metrics[name] / divisor for name in TOKEN_METRICS if name in metrics}
+        mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / divisor
         sums.losses.append(mean + self.objective.aux_coefficient * metrics.get("aux_loss", 0.0))
         sums.tokens.append(inputs.valid)
         for name, value in metrics.items():

@@ -47,7 +47,7 @@ class LanedStep(Step):
 
     def _count(self, arrays: Arrays) -> int:
         """Lanes for a piece: one where its rows would leave most cores idle, which its products then use."""
-        rows = arrays["input_ids"].shape[0]
+        rows = arrays["input_ids"].shape[0] // self.objective.unit
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
@@ -76,7 +76,7 @@ class LanedStep(Step):
         carries, under_way, first_row = [], [], 0
         with single_threaded_blas():
             try:
-                for lane, part in enumerate(split_arrays(arrays, count)):
+                for lane, part in enumerate(split_arrays(arrays, count, self.objective.unit)):
                     part |= {"key": arrays["key"] + mx.array([0, 0, first_row], mx.uint32)}
                     counted = weights if lane == 0 else {**weights, "micro_batch": mx.array(0.0)}
                     mx.eval(part)
@@ -124,10 +124,10 @@ def start_threads(count: int) -> ThreadPoolExecutor | None:
 def make_step(objective: Objective, optimizer: Optimizer, clip: GradClip, **options: Any) -> Step:
     """The step for this device, in lanes where there is more than one core for them.
 
-    Experts that are balanced over a micro-batch keep it whole.
+    What looks at a micro-batch as one, such as experts that are balanced over it, keeps it whole.
     """
     lanes = count_lanes()
-    if lanes == 1 or objective.routers is not None:
+    if lanes == 1 or objective.whole:
         return Step(objective, optimizer, clip, **options)
     pool = start_threads(lanes)
     if pool is None:

@@ -7,14 +7,16 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
+from ..data.batch import Batch
 from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.masks import masked_cache, packed_cache
-from ..settings.plan import LossPlan
+from ..settings.plan import LossPlan, PairLossPlan
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
 from .noise import NoisyEmbedding
@@ -64,15 +66,21 @@ class Objective(Protocol):
         head: The vocabulary projection; None where the model's code does not divide there.
         metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
         aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
+        log_order: The metrics and ``num_tokens``, in the order of the log.
+        unit: Rows that a cut leaves together.
+        whole: A micro-batch is not cut at all.
     """
 
     model: nn.Module
     slots: Slots
-    plan: LossPlan
+    plan: LossPlan | PairLossPlan
     routers: Routers | None
     head: Head | None
     metrics: tuple[str, ...]
     aux_coefficient: float
+    log_order: tuple[str, ...]
+    unit: int
+    whole: bool
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss and the metrics of a micro-batch, each a float32 scalar and a sum that pieces add up to."""
@@ -80,6 +88,14 @@ class Objective(Protocol):
 
     def logits(self, arrays: Arrays) -> mx.array:
         """(B, T, V) for the rows of a batch."""
+        ...
+
+    def divisor(self, valid: int) -> int:
+        """What the loss of a batch with ``valid`` scored tokens is divided by in evaluation."""
+        ...
+
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels of a batch as ``compute_metrics`` gets them."""
         ...
 
 
@@ -96,6 +112,8 @@ class TokenObjective:
         head: The vocabulary projection; None where the model's code does not divide there.
     """
 
+    unit = 1
+
     def __init__(
         self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
     ) -> None:
@@ -105,6 +123,8 @@ class TokenObjective:
         self.routers = routers
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.metrics: tuple[str, ...] = TOKEN_METRICS if routers is None else (*TOKEN_METRICS, "aux_loss")
+        self.log_order: tuple[str, ...] = (*TOKEN_METRICS, "num_tokens", *self.metrics[len(TOKEN_METRICS) :])
+        self.whole = routers is not None
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
         self.head = self._split[1] if self._split is not None else None
@@ -129,6 +149,14 @@ class TokenObjective:
             loss, metrics = _named(self._sums(params, arrays))
         counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
         return loss, {**metrics, "aux_loss": self.routers.balance(logits, arrays.get("keys", counted))}
+
+    def divisor(self, valid: int) -> int:
+        """The scored tokens, at least one."""
+        return max(valid, 1)
+
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and labels of a batch as ``compute_metrics`` gets them."""
+        return logits, batch.labels
 
     def _bind_keys(self, arrays: dict[str, mx.array]) -> None:
         if not self._dropouts and self._noise is None:

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ..errors import ModelError, SettingError
 from ..models.heads import layers
 from ..models.load import LoadedModel
-from ..settings.plan import LossPlan
+from ..settings.plan import LossPlan, PairLossPlan
 
 # HF model type → where a block keeps the Linear whose output transformers 5.23 calls router_logits.
 _PATHS: dict[str, str] = {
@@ -64,7 +64,7 @@ class Routers:
         self.coefficient = coefficient
 
     @classmethod
-    def attach(cls, loaded: LoadedModel, plan: LossPlan) -> Routers | None:
+    def attach(cls, loaded: LoadedModel, plan: LossPlan | PairLossPlan) -> Routers | None:
         """Let the model's routers record their logits, each on its instance alone.
 
         Call it once adapters and casts are in place, before blocks are checkpointed.
@@ -99,7 +99,7 @@ class Routers:
                 raise _refuse_dense(asked, loaded)
             return None
         # TRL leaves the loss out where labels are smoothed, and logs it all the same.
-        smoothed = plan.kind == "nll" and plan.label_smoothing_factor
+        smoothed = isinstance(plan, LossPlan) and plan.kind == "nll" and plan.label_smoothing_factor
         return cls(log, config.num_experts_per_tok, 0.0 if smoothed else coefficient)
 
     def balance(self, logits: Sequence[mx.array], counted: mx.array) -> mx.array:

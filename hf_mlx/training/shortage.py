@@ -64,7 +64,7 @@ def describe_training(step: Step, plan: TrainPlan, config: Any, number: int, win
         window: Its micro-batches.
     """
     rows, tokens = max((micro.arrays["input_ids"].shape for micro in window), key=math.prod)
-    divisible, divided = step.objective.routers is None, plan.auto_find_batch_size
+    divisible, divided = not step.objective.whole, plan.auto_find_batch_size
     if divisible and divided:
         rows = 1
     needed = estimate_step(step, plan, config, rows, tokens).total

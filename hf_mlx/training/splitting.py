@@ -64,13 +64,14 @@ class Splitting:
 
     def cut(self, micro: Inputs) -> Sequence[Arrays]:
         """``micro`` in as many pieces as it takes."""
-        return split_arrays(micro.arrays, self.count_pieces(*_shape(micro)))
+        return split_arrays(micro.arrays, self.count_pieces(*_shape(micro)), self.step.objective.unit)
 
     def count_pieces(self, rows: int, tokens: int) -> int:
         """Into how many pieces ``rows`` x ``tokens`` are cut: a power of two, or one for each row."""
+        unit = self.step.objective.unit
         known = self._estimated.get((rows, tokens))
         if known is None:
-            known = halve(rows, lambda most: self._need(most, tokens) <= self._limit)
+            known = halve(rows // unit, lambda most: self._need(unit * most, tokens) <= self._limit)
             self._estimated[rows, tokens] = known
             if known > 1:
                 logger.warning(
@@ -80,7 +81,7 @@ class Splitting:
                 )
         if self.most is None:
             return known
-        return max(known, halve(rows, lambda most: most * tokens <= (self.most or 0)))
+        return max(known, halve(rows // unit, lambda most: unit * most * tokens <= (self.most or 0)))
 
     def _compute(self, window: Sequence[Inputs], run: Callable[[], Result]) -> Result:
         held = self.step.hold()
@@ -90,7 +91,7 @@ class Splitting:
                 return self._attempt(run, tuple(pieces))
             except (RuntimeError, MemoryError) as error:
                 rows, tokens = max(((math.ceil(r / k), t) for r, t, k in pieces), key=math.prod)
-                if rows == 1 or not is_shortage(error):
+                if rows <= self.step.objective.unit or not is_shortage(error):
                     raise
                 cause = str(error)
             # Outside of the handler, whose traceback keeps the arrays of the failed attempt.
@@ -124,6 +125,9 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
     step.cut = keep_whole
     if not plan.auto_find_batch_size:
         return step
+    if step.objective.whole and step.objective.routers is None:
+        logger.warning("auto_find_batch_size: this loss sorts the pairs of a micro-batch, which is computed whole.")
+        return step
     if step.objective.routers is not None:
         logger.warning(
             "auto_find_batch_size: micro-batches of this model are computed whole, since the load of its experts is "
@@ -141,8 +145,8 @@ def halve(rows: int, fits: Callable[[int], bool]) -> int:
     return pieces
 
 
-def split_arrays(arrays: Arrays, pieces: int) -> Sequence[Arrays]:
-    """The arrays of a micro-batch as ``pieces`` runs of its rows, of equal size but for one row, as wide as the whole.
+def split_arrays(arrays: Arrays, pieces: int, unit: int = 1) -> Sequence[Arrays]:
+    """The arrays of a micro-batch as ``pieces`` runs of its rows, of equal size but for ``unit``, as wide as the whole.
 
     ``lengths`` is left out: only routers read it, whose balance is one of the whole micro-batch.
     """
@@ -151,7 +155,8 @@ def split_arrays(arrays: Arrays, pieces: int) -> Sequence[Arrays]:
     targets = scatter_targets(arrays)
     by_row = {k: np.array(v) for k, v in arrays.items() if k not in _REMADE and v.ndim > 1}
     whole = {k: v for k, v in arrays.items() if v.ndim == 0}
-    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(len(targets)), pieces)]
+    units = np.array_split(np.arange(len(targets) // unit), pieces)
+    parts = [slice(unit * int(part[0]), unit * (int(part[-1]) + 1)) for part in units]
     made = ({k: v[part] for k, v in by_row.items()} | gather_scored(targets[part]) for part in parts)
     return [{k: mx.array(v) for k, v in piece.items()} | whole for piece in made]
 

@@ -13,16 +13,17 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..settings.plan import LossPlan
+from ..settings.plan import LossPlan, PairLossPlan
 from .inputs import Inputs
 from .step import Step, StepMetrics, read_scalar
 from .weighting import ByTokens
 
 
-def is_undefined(plan: LossPlan, tokens: int) -> bool:
+def is_undefined(plan: LossPlan | PairLossPlan, tokens: int) -> bool:
     """Whether upstream's loss over ``tokens`` trained tokens is 0 / 0."""
-    smoothed = plan.kind == "nll" and plan.label_smoothing_factor > 0
-    return tokens == 0 and (plan.divides_by_none or smoothed)
+    if tokens or not isinstance(plan, LossPlan):
+        return False
+    return plan.divides_by_none or (plan.kind == "nll" and plan.label_smoothing_factor > 0)
 
 
 def settle_undefined(

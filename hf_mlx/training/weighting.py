@@ -24,6 +24,18 @@ class Weighting(Protocol):
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]: ...
 
 
+class ByMicroBatch:
+    """Each micro-batch of a window weighs the same, however many rows it has (trl 1.16 ``DPOTrainer``).
+
+    What the objective returns is a mean over the micro-batch already.
+    """
+
+    def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
+        """The factors of each micro-batch of ``window``."""
+        share = mx.array(1 / len(window))
+        return [{"loss": share, "metrics": {}, "aux_loss": share} for _ in window]
+
+
 @dataclass(frozen=True)
 class ByTokens:
     """Sums over tokens become the means that transformers and TRL take.

@@ -1,0 +1,42 @@
+"""The classes that stand in for upstream's trainers during a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..surface.estimate import describe_run
+
+
+def derive_trainer(
+    base: type, name: str, *, strict: bool = False, dry_run: bool = False, on_built: Callable[[], None] = lambda: None
+) -> type:
+    """A trainer of this library under upstream's name.
+
+    Args:
+        base: The trainer.
+        name: Upstream's name.
+        strict: Default of the trainer's own ``strict``.
+        dry_run: ``train()`` prints what would happen and ends the script with status 0.
+        on_built: Called when one has been constructed.
+    """
+
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, *args, **{"strict": strict} | kwargs)  # type: ignore[misc]
+        on_built()
+        say(self.ledger.as_text(changed_only=True))
+
+    def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        print(describe_run(self))
+        raise SystemExit(0)
+
+    members: dict[str, Any] = {"__doc__": base.__doc__, "__init__": construct, "__module__": base.__module__}
+    if dry_run:
+        members |= dict.fromkeys(("train", "evaluate", "predict"), describe)
+    return type(name, (base,), members)
+
+
+def say(line: str) -> None:
+    """Print to standard error: the script's own output stays as it is."""
+    print(line, file=sys.stderr, flush=True)

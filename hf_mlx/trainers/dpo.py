@@ -1,0 +1,135 @@
+"""MLXDPOTrainer: trl's ``DPOTrainer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..adapters.dropout import KeyedDropout
+from ..recipes.dpo import DPO
+from ..settings.plan import PairLossPlan
+from ..surface.references import check_reference, choose_reference, precompute
+from ..training.pairs import PairObjective
+from ..training.reference import StartCopy
+from .base import TrainerBase
+
+
+class MLXDPOTrainer(TrainerBase):
+    """Direct preference optimization on MLX with the interface of ``trl.DPOTrainer``.
+
+    The reference is the policy as it was: without its adapter where ``peft_config`` made one, with a frozen copy of the
+    start where the policy is a PeftModel or trained in full, or ``ref_model``. It runs inside the policy's compiled
+    step. A setting that cannot be honoured is refused before anything is loaded.
+
+    Args:
+        model: Hub id or local folder of a causal language model; or a transformers model or PeftModel, which is
+            trained as it is and has the trained weights written back into it.
+        ref_model: A transformers model, hub id or folder; None takes the policy as it was.
+        args: ``DPOConfig``; None is TRL's default configuration.
+        data_collator: Called with a list of prepared rows; returns ``input_ids``, ``attention_mask`` and
+            ``completion_mask``, all chosen rows first.
+        train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts with ``chosen`` and ``rejected``,
+            and mostly ``prompt``.
+        eval_dataset: Likewise, or a dict of datasets.
+        processing_class: Tokenizer; None loads the model's own.
+        compute_metrics: Called with a ``transformers.EvalPrediction`` of logits and token ids.
+        callbacks: ``transformers.TrainerCallback`` instances or classes.
+        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
+        peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
+        max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
+        finetune_last_n_layers: Put adapters on the last n blocks only.
+        strict: Also refuse settings that are honoured another way with other numbers.
+        **keywords: ``tokenizer``, the older name of ``processing_class``.
+
+    Attributes:
+        plan: The frozen :class:`~hf_mlx.settings.plan.TrainPlan`.
+        ledger: What each setting does here.
+        args, state, control, callback_handler: As in ``transformers.Trainer``.
+        train_dataset, eval_dataset: The prepared rows.
+
+    Raises:
+        HFMLXError: One of its subclasses, before any training.
+    """
+
+    recipe = DPO
+
+    def __init__(
+        self,
+        model: Any = None,
+        ref_model: Any = None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        *,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
+        **keywords: Any,
+    ) -> None:
+        check_reference(model, ref_model)
+        self.ref_model = ref_model
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            None,
+            peft_config=peft_config,
+            formatting_func=None,
+            quantization_config=quantization_config,
+            max_grad_value=max_grad_value,
+            finetune_last_n_layers=finetune_last_n_layers,
+            strict=strict,
+            **keywords,
+        )
+
+    @property
+    def beta(self) -> float:
+        """How far the policy may move from its reference."""
+        return self._loss.beta
+
+    @property
+    def _loss(self) -> PairLossPlan:
+        assert isinstance(self.plan.loss, PairLossPlan)
+        return self.plan.loss
+
+    def _enter(self, peft_config: Any, *, strict: bool) -> None:
+        super()._enter(peft_config, strict=strict)
+        loss, objective = self._loss, self.session.step.objective
+        assert isinstance(objective, PairObjective)
+        if loss.disable_dropout:
+            for module in self.session.loaded.model.modules():
+                if isinstance(module, KeyedDropout):
+                    module.p = 0.0
+        reference = choose_reference(self.session, self._base, self.ref_model, new_adapter=peft_config is not None)
+        objective.adopt_reference(reference)
+        if loss.precompute:
+            self.train_dataset = self._with_reference(self.train_dataset, "train")
+            self.eval_dataset = self._with_references(self.eval_dataset)
+            if isinstance(reference, StartCopy) and self.session.adapter is None:
+                objective.adopt_reference(None)
+
+    def _with_references(self, datasets: Any) -> Any:
+        if datasets is None:
+            return None
+        if isinstance(datasets, dict):
+            return {name: self._with_reference(rows, name) for name, rows in datasets.items()}
+        return self._with_reference(datasets, "eval")
+
+    def _with_reference(self, dataset: Any, name: str) -> Any:
+        batch = self.plan.batch
+        own = batch.train_batch_size if name == "train" else batch.eval_batch_size
+        return precompute(dataset, self.session, self.data, name, self._loss.precompute_batch_size or own)

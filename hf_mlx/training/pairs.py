@@ -1,0 +1,281 @@
+"""The objective of preference training: policy and reference over the same pairs, and what trl logs beside the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..adapters.draws import row_keys
+from ..adapters.dropout import KeyedDropout
+from ..data.batch import Batch
+from ..errors import AdapterError, SettingError
+from ..models.heads import Head, split_head
+from ..models.load import LoadedModel
+from ..settings.plan import PairLossPlan
+from .linear_logps import TokenLogps, linear_token_logps, token_logps
+from .loss import IGNORED
+from .objective import HeadBlocks, Slots
+from .optimizers.contract import Arrays
+from .pair_losses import Pairs, pair_loss
+from .router import Routers
+
+PAIR_METRICS = (
+    "entropy",
+    "logits/chosen",
+    "logits/rejected",
+    "mean_token_accuracy",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+# Where trl 1.16 puts the counter of tokens among them.
+_BEFORE_TOKENS = 1
+
+
+class Reference(Protocol):
+    """The frozen policy that the trained one is held to."""
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+        """Log-probabilities of the scored tokens; the caller stops their gradient.
+
+        Args:
+            params: The policy's arrays, outside the gradient; what the reference binds in the model, the caller
+                binds anew.
+            arrays: Of the micro-batch.
+        """
+        ...
+
+
+class Scorer:
+    """A model's log-probabilities of the scored tokens of a micro-batch, never all logits at once.
+
+    Args:
+        loaded: The model, with adapters already attached.
+        slots: What trains in it.
+    """
+
+    def __init__(self, loaded: LoadedModel, slots: Slots) -> None:
+        self.model = loaded.model
+        self._split = split_head(loaded)
+        self.head: Head | None = self._split[1] if self._split is not None else None
+        self._blocks = HeadBlocks(loaded.model, self.head, slots) if self.head is not None else None
+
+    def __call__(self, params: Arrays, arrays: Arrays, *, gradient: bool) -> TokenLogps:
+        """Of each scored token, (N,); ``params`` are bound already."""
+        targets = arrays["targets"]
+        if self._split is None or self._blocks is None:
+            return token_logps(_scored(self.model(arrays["input_ids"]), arrays), targets)
+        backbone, head = self._split
+        hidden = _scored(backbone(self.model, arrays["input_ids"], None), arrays)
+        rows = self._blocks.rows(targets.shape[0])
+        if rows == targets.shape[0]:
+            return token_logps(head(self.model, hidden), targets)
+        weights = [params[name] for name in self._blocks.names]
+        return linear_token_logps(self._blocks.project, hidden, weights, targets, rows=rows, gradient=gradient)
+
+
+class Answers(NamedTuple):
+    """A policy's view of the answers, by row.
+
+    Attributes:
+        logps: (R,) summed log-probabilities, LD-DPO's weights included.
+        tokens: What is known of each scored token.
+    """
+
+    logps: mx.array
+    tokens: TokenLogps
+
+
+class PairObjective:
+    """The loss of preference training, already divided by the pairs and tokens of the micro-batch.
+
+    Args:
+        loaded: The model, with adapters already attached.
+        names: Flat MLX names of what is trained.
+        plan: Which losses.
+        routers: The routers whose load is balanced, if any.
+        reference: None where every batch brings the reference's log-probabilities.
+
+    Raises:
+        AdapterError: The head is adapted, which upstream refuses.
+    """
+
+    unit = 2
+    log_order: tuple[str, ...]
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        names: Iterable[str],
+        plan: PairLossPlan,
+        routers: Routers | None = None,
+        reference: Reference | None = None,
+    ) -> None:
+        self.model = loaded.model
+        self.plan = plan
+        self.routers = routers
+        self.reference = reference
+        self.aux_coefficient = routers.coefficient if routers is not None else 0.0
+        self.metrics: tuple[str, ...] = PAIR_METRICS if routers is None else ("aux_loss", *PAIR_METRICS)
+        first = len(self.metrics) - len(PAIR_METRICS) + _BEFORE_TOKENS
+        self.log_order = (*self.metrics[:first], "num_tokens", *self.metrics[first:])
+        self.whole = routers is not None or plan.sorts
+        self.slots = Slots(loaded.model, names)
+        self.score = Scorer(loaded, self.slots)
+        self.head = self.score.head
+        self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
+        _check_head(self)
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        """The loss and the metrics, each what a piece of the micro-batch adds to the whole.
+
+        Args:
+            params: Flat {MLX name: array}.
+            arrays: :attr:`hf_mlx.training.inputs.Inputs.arrays` with those of
+                :func:`hf_mlx.data.pairs.pair_arrays`; in training also ``key``, what dropout draws from.
+        """
+        # Before the policy's arrays are bound: the reference may bind others.
+        reference = mx.stop_gradient(self._reference(params, arrays))
+        self.slots.bind(params)
+        if self.model.training:
+            self._bind_keys(arrays)
+        if self.routers is None:
+            return self._measure(self._answers(params, arrays), reference, arrays)
+        with self.routers.log.recording() as logits:
+            answers = self._answers(params, arrays)
+        loss, metrics = self._measure(answers, reference, arrays)
+        counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
+        return loss, {**metrics, "aux_loss": self.routers.balance(logits, counted)}
+
+    def logits(self, arrays: Arrays) -> mx.array:
+        """All logits, (R, W, V), of the model as it stands."""
+        return self.model(arrays["input_ids"])
+
+    def reference_logps(self, params: Arrays, arrays: Arrays) -> mx.array:
+        """The reference's summed log-probability of each row's answer, (R,) float32."""
+        return self._reference(params, arrays)
+
+    def divisor(self, valid: int) -> int:
+        """1: what :meth:`__call__` returns is divided already."""
+        return 1
+
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Logits and token ids of a batch in upstream's order: all chosen rows, then all rejected ones."""
+        order = np.arange(len(logits)).reshape(-1, 2).T.reshape(-1)
+        return logits[order], batch.input_ids[order]
+
+    def adopt_reference(self, reference: Reference | None) -> None:
+        """Hold the policy to ``reference``, before the first micro-batch is traced; None leaves it to the batches."""
+        self.reference = reference
+
+    def _reference(self, params: Arrays, arrays: Arrays) -> mx.array:
+        if "reference" in arrays:
+            return arrays["reference"][:, 0]
+        if self.reference is None:
+            raise SettingError(
+                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and no adapter",
+                "rows that the constructor has seen: the reference is not kept (TRL raises too)",
+                "MLXDPOTrainer(..., eval_dataset=rows), ref_model=…, or DPOConfig(precompute_ref_log_probs=False)",
+            )
+        if self.model.training:
+            self._bind_keys(arrays)
+        frozen = {name: mx.stop_gradient(value) for name, value in params.items()}
+        if self.routers is None:
+            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
+        with self.routers.log.recording():
+            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
+
+    def _answers(self, params: Arrays, arrays: Arrays) -> Answers:
+        tokens = self.score(params, arrays, gradient=self.model.training)
+        return Answers(sum_rows(tokens.logp, arrays, self.plan.ld_alpha), tokens)
+
+    def _bind_keys(self, arrays: Arrays) -> None:
+        if not self._dropouts:
+            return
+        keys = mx.random.split(arrays["key"][:2], len(self._dropouts) + 1)
+        rows = arrays["key"][2] + mx.arange(arrays["input_ids"].shape[0]).astype(mx.uint32)
+        for index, dropout in enumerate(self._dropouts):
+            dropout.bind(row_keys(keys[index + 1], rows))
+
+    def _measure(self, answers: Answers, reference: mx.array, arrays: Arrays) -> tuple[mx.array, Arrays]:
+        plan, tokens = self.plan, answers.tokens
+        logps, reference = answers.logps.reshape(-1, 2), reference.reshape(-1, 2)
+        chosen = _rows_of_tokens(arrays) % 2 == 0
+        # The mean over pairs of this is the mean over the micro-batch's chosen tokens.
+        by_pair = _sum_by_row(tokens.logp, arrays).reshape(-1, 2)[:, 0]
+        sft = -by_pair * (arrays["pairs"] / arrays["chosen_tokens"])
+        pairs = Pairs(logps, reference, arrays["answers"].reshape(-1, 2), sft, plan)
+        loss = pair_loss(pairs)
+        if plan.use_weighting:
+            loss = loss * _wpo_weights(tokens, arrays)
+        fixed = mx.stop_gradient(logps)
+        rewards = plan.beta * (fixed - reference)
+        metrics = {
+            "entropy": tokens.entropy.sum() / arrays["tokens"],
+            "logits/chosen": mx.where(chosen, tokens.mean_logit, 0.0).sum() / arrays["chosen_tokens"],
+            "logits/rejected": mx.where(chosen, 0.0, tokens.mean_logit).sum() / arrays["rejected_tokens"],
+            "mean_token_accuracy": mx.where(chosen, tokens.correct, 0.0).sum() / arrays["chosen_tokens"],
+            "rewards/chosen": rewards[:, 0].sum() / arrays["pairs"],
+            "rewards/rejected": rewards[:, 1].sum() / arrays["pairs"],
+            "rewards/accuracies": (rewards[:, 0] > rewards[:, 1]).astype(mx.float32).sum() / arrays["pairs"],
+            "rewards/margins": (rewards[:, 0] - rewards[:, 1]).sum() / arrays["pairs"],
+            "logps/chosen": fixed[:, 0].sum() / arrays["pairs"],
+            "logps/rejected": fixed[:, 1].sum() / arrays["pairs"],
+        }
+        return loss.sum() / arrays["pairs"], {name: mx.stop_gradient(value) for name, value in metrics.items()}
+
+
+def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
+    """Log-probabilities of scored tokens (N,) summed over each row, (R,).
+
+    Args:
+        logp: Of each scored token.
+        arrays: Of the micro-batch.
+        ld_alpha: Weight of tokens past the shorter answer of a pair (LD-DPO, https://huggingface.co/papers/2409.06411).
+    """
+    if ld_alpha is not None:
+        logp = mx.where(_scored(arrays["shared"][..., None], arrays)[:, 0], logp, ld_alpha * logp)
+    return _sum_by_row(logp, arrays)
+
+
+def _sum_by_row(values: mx.array, arrays: Arrays) -> mx.array:
+    # One sum a row rather than a scatter: deterministic on every backend.
+    belongs = _rows_of_tokens(arrays) == mx.arange(arrays["input_ids"].shape[0])[:, None]
+    return mx.where(belongs, values, 0.0).sum(axis=1)
+
+
+def _rows_of_tokens(arrays: Arrays) -> mx.array:
+    width = arrays["input_ids"].shape[1]
+    positions = arrays["positions"] if "positions" in arrays else mx.arange(arrays["targets"].shape[0])
+    return positions // width
+
+
+def _wpo_weights(tokens: TokenLogps, arrays: Arrays) -> mx.array:
+    """Eq. 2 of https://huggingface.co/papers/2406.11827, aligned, (P,); carries no gradient."""
+    aligned = mx.stop_gradient(tokens.logp - tokens.log_square_sum)
+    scored = (arrays["targets"] != IGNORED).astype(mx.float32)
+    counts = mx.maximum(_sum_by_row(scored, arrays), 1.0)
+    weights = mx.exp(_sum_by_row(aligned, arrays) / counts).reshape(-1, 2)
+    return mx.stop_gradient(weights[:, 0] * weights[:, 1])
+
+
+def _scored(x: mx.array, arrays: Arrays) -> mx.array:
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[arrays["positions"]] if "positions" in arrays else flat
+
+
+def _check_head(objective: PairObjective) -> None:
+    head = objective.head
+    if head is None or head.tied or not hasattr(head.module(objective.model), "lora_A"):
+        return
+    raise AdapterError(
+        "target_modules with 'lm_head'",
+        "a head without adapter: TRL's log-probabilities are computed from lm_head.weight, so it refuses this too",
+        'LoraConfig(target_modules="all-linear"), which leaves the head out',
+    )

@@ -1,0 +1,107 @@
+"""The reference of preference training: the policy as it was, found without a second copy of it where that is possible.
+
+A reference runs inside the policy's compiled step, under ``stop_gradient``; frozen arrays are constants of the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..adapters.adapter import Adapter
+from ..models.heads import module_at
+from ..models.load import LoadedModel
+from .linear_logps import TokenLogps
+from .objective import Slots
+from .optimizers.contract import Arrays
+from .pairs import Scorer
+
+
+class AdapterOff:
+    """The policy without its adapter, as ``peft.PeftModel.disable_adapter`` (0.21) leaves it.
+
+    Adapted layers are replaced by their base layer while the trace is made, so no arithmetic on zeros is done. Modules
+    that train in full go back to where they started; a bias that trains is part of the base layer and stays trained.
+
+    Args:
+        adapter: Attached; its arrays are at their start.
+        score: The policy's.
+        slots: What trains.
+    """
+
+    def __init__(self, adapter: Adapter, score: Scorer, slots: Slots) -> None:
+        self._model, self._score, self._slots = score.model, score, slots
+        blueprint = adapter.blueprint
+        self._adapted = [site.mlx_path for site in (*blueprint.targets, *(rows.site for rows in blueprint.rows))]
+        saved = tuple(f"{site.mlx_path}." for site in blueprint.saved)
+        self._start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+        params = {**params, **self._start}
+        self._slots.bind(params)
+        with self._without_adapter():
+            return self._score(params, arrays, gradient=False)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        adapted = {path: module_at(self._model, path) for path in self._adapted}
+        _replace(self._model, {path: module["base_layer"] for path, module in adapted.items()})
+        try:
+            yield
+        finally:
+            _replace(self._model, adapted)
+
+
+class StartCopy:
+    """The policy with the arrays that it started from.
+
+    Args:
+        score: The policy's.
+        slots: What trains.
+        start: Flat {MLX name: array}; None takes what is in the model now.
+
+    Attributes:
+        arrays: The frozen arrays.
+    """
+
+    def __init__(self, score: Scorer, slots: Slots, start: Mapping[str, mx.array] | None = None) -> None:
+        self._score, self._slots = score, slots
+        self.arrays = dict(start or slots.read())
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+        self._slots.bind(self.arrays)
+        return self._score(self.arrays, arrays, gradient=False)
+
+
+class OtherModel:
+    """A second model.
+
+    Args:
+        loaded: Frozen here.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        loaded.model.freeze()
+        loaded.model.eval()
+        mx.eval(loaded.model.parameters())
+        self._score = Scorer(loaded, Slots(loaded.model, ()))
+
+    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+        return self._score({}, arrays, gradient=False)
+
+
+def same_weights(first: LoadedModel, second: LoadedModel) -> bool:
+    """Whether two models of one architecture hold the same numbers."""
+    ours = dict(tree_flatten(first.model.parameters()))
+    theirs = dict(tree_flatten(second.model.parameters()))
+    if ours.keys() != theirs.keys():
+        return False
+    return all(bool(mx.array_equal(value, theirs[name].astype(value.dtype)).item()) for name, value in ours.items())
+
+
+def _replace(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    model.update_modules(tree_unflatten(list(modules.items())))
