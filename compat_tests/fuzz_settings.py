@@ -140,7 +140,7 @@ LORA: dict[str, tuple[list[Any], list[Any]]] = {
     "trainable_token_indices": ([None, [1, 2]], [[], [10**6], [-1], {"embed_tokens": [3]}, {"nope": [1]}, "x"]),
     "task_type": (["CAUSAL_LM", None], ["SEQ_CLS", "nope", ""]),
     "inference_mode": ([False], [True]),
-    "ensure_weight_tying": ([False], [True]),
+    "ensure_weight_tying": ([False, True], []),
     "target_parameters": ([None], [["q_proj.weight"], []]),
     "layer_replication": ([None], [[(0, 2)]]),
     "peft_type": (["LORA"], ["IA3", "nope"]),

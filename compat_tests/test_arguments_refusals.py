@@ -81,7 +81,6 @@ LORA = [
     *(("init_lora_weights", name) for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "eva", "lora_ga")),
     *(("init_lora_weights", name) for name in ("mica", "orthogonal")),
     ("target_parameters", ["experts.gate_up_proj"]),
-    ("ensure_weight_tying", True),
     ("inference_mode", True),
     ("task_type", "SEQ_CLS"),
     ("bias", "some"),

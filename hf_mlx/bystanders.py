@@ -31,10 +31,13 @@ class Bystanders:
         self._strict = strict
         self._lock = threading.Lock()
 
-    def watch(self) -> None:
-        """Look at every ``transformers.Trainer`` of this process: all of trl's and of a script's derive from it."""
-        from transformers import Trainer
+    def watch(self, module: Any) -> None:
+        """Look at every ``transformers.Trainer`` of this process: all of trl's and of a script's derive from it.
 
+        Args:
+            module: ``transformers.trainer``.
+        """
+        Trainer = module.Trainer
         original: Callable = Trainer.__init__
         meet = self._meet
 

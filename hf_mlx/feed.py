@@ -13,7 +13,8 @@ from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
-from .data.order import Steps, count_steps, epoch_order, group_by_length
+from .data.order import Steps, count_batched_steps, count_steps, epoch_order, group_by_length
+from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
 from .data.shapes import Shapes
 from .data.tables import Tables
@@ -23,6 +24,8 @@ from .settings.plan import TrainPlan
 from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
+
+Loader = RowLoader | StreamLoader | OwnLoader
 
 
 class Feed:
@@ -67,6 +70,7 @@ class Feed:
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False
+        self._has_own_loader = False
 
     def prepare_train(self, dataset: Any) -> Any:
         """``dataset`` as the upstream trainer's ``train_dataset``."""
@@ -99,6 +103,11 @@ class Feed:
         """Whether batches are collated into one row of documents."""
         return self._train.padding_free
 
+    @property
+    def is_completion_only(self) -> bool:
+        """Whether prompts are left out of the loss."""
+        return bool(self._train.completion_only)
+
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, whose data settings are the same; the run's generator stays where it is."""
         self.plan = plan
@@ -119,6 +128,19 @@ class Feed:
         self._collator = collator
         self._guard.adopt_collator()
         self._forget_shapes()
+
+    def adopt_loader(self, loader: Any, method: str, *, training: bool = True) -> OwnLoader:
+        """Read batches from a loader that the script made.
+
+        Args:
+            loader: A torch ``DataLoader``, or another iterable of dicts of tensors.
+            method: The trainer's, that it comes from.
+            training: Its batches are trained on, so the run's shapes are not known before.
+        """
+        if training and not self._has_own_loader:
+            self._has_own_loader = True
+            self._forget_shapes()
+        return OwnLoader(loader, self._convert, self.rng, method)
 
     def adopt_train(self, dataset: Any) -> Any:
         """Take ``dataset`` for the train dataset as it is, as trl does with one that is assigned.
@@ -206,9 +228,7 @@ class Feed:
         shapes = None if keep_rows else self.shapes
         return self._rows.lay_out(batch, self._guard.fill_id, shapes, limit=self._limit).to_device()
 
-    def train_batches(
-        self, loader: RowLoader | StreamLoader, epoch: int, skip: int
-    ) -> Iterator[tuple[Batch, HostInputs]]:
+    def train_batches(self, loader: Loader, epoch: int, skip: int) -> Iterator[tuple[Batch, HostInputs]]:
         """The micro-batches of an epoch without the first ``skip``, laid into rows.
 
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
@@ -229,8 +249,9 @@ class Feed:
     def shapes(self) -> Shapes:
         """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
         dataset = self._train.dataset
-        # A user's collator may draw random numbers, and a stream cannot be looked ahead into.
-        if self._collator is not None or not self._rows.shaped or not hasattr(dataset, "__len__"):
+        # A user's collator or loader may draw random numbers, and a stream cannot be looked ahead into.
+        fixed = not self._rows.shaped or not hasattr(dataset, "__len__")
+        if fixed or self._collator is not None or self._has_own_loader:
             return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
@@ -240,6 +261,19 @@ class Feed:
     def count_steps(self, dataset: Any) -> Steps:
         """Batches, updates and steps of a run over ``dataset``."""
         return count_steps(len(dataset) if hasattr(dataset, "__len__") else None, self.plan.batch)
+
+    def count_loader_steps(self, loader: OwnLoader) -> Steps:
+        """The same for a loader that the script made; one without a length counts as a stream.
+
+        Raises:
+            DataError: It has no batch.
+        """
+        batches = loader.batches_per_epoch
+        if batches == 0:
+            raise DataError(
+                "a training loader of 0 batches", "at least one batch an epoch", "look at its batch_size and drop_last"
+            )
+        return count_steps(None, self.plan.batch) if batches is None else count_batched_steps(batches, self.plan.batch)
 
     def _view(self, dataset: Any) -> Any:
         return dataset if self._keep_columns else self._rows.view(dataset, self._columns)
@@ -253,6 +287,9 @@ class Feed:
         if self._collator is not None:
             if not self._keep_columns:
                 rows = [self._select(row) for row in rows]
-            return self._guard.batch(self._rows.convert(self._collator(rows), self._guard.fill_id))
+            return self._convert(self._collator(rows))
         batch = self._rows.collate(rows, self.tokenizer, self.plan.data, padding_free=self._train.padding_free)
         return self._guard.batch(batch)
+
+    def _convert(self, collated: Mapping[str, Any]) -> Batch:
+        return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))

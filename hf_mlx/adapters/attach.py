@@ -16,6 +16,7 @@ from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
 from .targets import Target
 from .token_rows import TrainableTokens
+from .tying import keep_tied
 from .vocabulary import draw_untied
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def attach(
     Raises:
         AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
     """
+    plan = keep_tied(loaded, plan)
     blueprint = draw_untied(loaded, plan, last_n_layers)
     layers = install_layers(loaded, plan, blueprint, compute_dtype)
     if start == "mlx_lm":

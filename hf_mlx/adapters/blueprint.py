@@ -138,7 +138,9 @@ def _saved_sites(
             )
         saved += [site for site in matched if site not in saved]
     for site in saved:
-        _check_saved(site, sites, targets, tied=tied, renamed=RENAMED_MODULES.get(model_type, ()), spelled=spelled)
+        renamed = RENAMED_MODULES.get(model_type, ())
+        kept = plan.ensure_weight_tying
+        _check_saved(site, sites, targets, tied=tied, kept_tied=kept, renamed=renamed, spelled=spelled)
     if spelled:
         _check_spelled(saved, names)
     return saved
@@ -162,12 +164,19 @@ def _check_spelled(saved: list[Site], names: tuple[str, ...]) -> None:
 
 
 def _check_saved(
-    site: Site, sites: list[Site], targets: list[Target], *, tied: bool, renamed: tuple[str, ...], spelled: bool
+    site: Site,
+    sites: list[Site],
+    targets: list[Target],
+    *,
+    tied: bool,
+    kept_tied: bool,
+    renamed: tuple[str, ...],
+    spelled: bool,
 ) -> None:
     below = [s for s in sites if s.mlx_path == site.mlx_path or s.mlx_path.startswith(f"{site.mlx_path}.")]
     paths = {s.mlx_path for s in below}
     problem = None
-    if tied and site.kind == "embedding":
+    if tied and site.kind == "embedding" and not kept_tied:
         problem = "which this model ties to its head", "an embedding and a head with weights of their own"
     elif any(s.hf_path.rsplit(".", 1)[-1] in renamed for s in below):
         problem = "which has another name in the torch model", "modules of one name"

@@ -18,7 +18,6 @@ _UNUSED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "corda_config": None,
-    "ensure_weight_tying": False,
     "eva_config": None,
     "kasa_config": None,
     "layer_replication": None,
@@ -34,7 +33,7 @@ _UNUSED: dict[str, Any] = {
     "velora_config": None,
 }
 # These cannot change what a LoRA adapter computes.
-_IDLE = {"megatron_core", "qalora_group_size", "ensure_weight_tying", "runtime_config", "peft_version", "auto_mapping"}
+_IDLE = {"megatron_core", "qalora_group_size", "runtime_config", "peft_version", "auto_mapping"}
 _IDLE |= {"base_model_name_or_path", "revision", "inference_mode", "peft_type", "loftq_config"}
 
 
@@ -48,6 +47,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
         "auto_mapping": _auto_mapping(adapter) if plan.task_type is None else plan.auto_mapping,
         "base_model_name_or_path": base,
         "bias": plan.bias,
+        "ensure_weight_tying": plan.ensure_weight_tying,
         "exclude_modules": _names(plan.exclude_modules),
         "fan_in_fan_out": adapter.conv1d,
         "inference_mode": True,
@@ -134,6 +134,7 @@ _TYPES: dict[str, Any] = {
     "use_dora": bool,
     "bias": str,
     "lora_bias": bool,
+    "ensure_weight_tying": bool,
     "init_lora_weights": (bool, str),
     "layers_to_transform": (list, int),
     "layers_pattern": (list, str),

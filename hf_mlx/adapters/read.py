@@ -20,6 +20,7 @@ from .config import config_from_json
 from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
+from .tying import keep_tied
 from .vocabulary import carried_slots, draw_untied, put_carried
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint
 
     The ends of the vocabulary that travel with the adapter are put into ``loaded``, whose head is untied for it.
     """
-    plan = config_from_json(read_config_file(folder), str(folder / CONFIG))
+    plan = keep_tied(loaded, config_from_json(read_config_file(folder), str(folder / CONFIG)))
     pickled = read_pickle(folder) if has_pickle_only(folder) else None
     shapes = read_shapes(folder) if pickled is None else {key: tuple(v.shape) for key, v in pickled.items()}
     tensors = cache(lambda: read_tensors(folder) if pickled is None else pickled)

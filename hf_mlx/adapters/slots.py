@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..models.vocabulary import head_path
 from ..settings.plan import LoraPlan
 from .adapter import PEFT_LEAVES, PREFIX
 from .blueprint import Blueprint
 from .layers import layer_dims
 from .matching import is_all_linear, is_matched
-from .sites import HEADS, Site
+from .sites import HEADS, Site, is_tied
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
             slots |= _base_slots(site)
     for site in blueprint.saved:
         slots |= _saved_slots(loaded, site)
+        if plan.ensure_weight_tying and site.kind == "embedding" and is_tied(loaded):
+            # PEFT wraps the head around the same copy and writes it a second time.
+            head = loaded.names.to_hf_module(head_path(loaded))
+            shape = tuple(site.module["weight"].shape)
+            slots[f"{PREFIX}{head}.weight"] = Slot(f"{site.mlx_path}.weight", shape, as_stored=True)
     for rows in blueprint.rows:
         module: Any = rows.site.module
         shape = (len(rows.indices), module.weight.shape[1])

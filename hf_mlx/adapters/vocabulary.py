@@ -40,7 +40,8 @@ def draw_untied(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None =
     Raises:
         AdapterError: As for :func:`draw_blueprint`; the model is then as it was.
     """
-    undo = untie_head(loaded) if is_tied(loaded) and _trains_an_end(loaded, plan) else None
+    apart = is_tied(loaded) and not plan.ensure_weight_tying and _trains_an_end(loaded, plan)
+    undo = untie_head(loaded) if apart else None
     try:
         return draw_blueprint(loaded, plan, last_n_layers)
     except BaseException:
@@ -196,7 +197,9 @@ def _sources(ends: list[tuple[str, str]], plan: LoraPlan, shapes: Shapes, *, tra
     trained: dict[str, list[str]] = {}
     for hf_path, path in ends:
         stem = f"{PREFIX}{hf_path}"
-        saved = any(hf_path.endswith(name) for name in plan.modules_to_save or ())
+        saved = any(
+            end.endswith(name) for end in _saved_with(hf_path, ends, plan) for name in plan.modules_to_save or ()
+        )
         parts = _WRAPPED if saved else (*_WRAPPED, "")
         found = next((f"{stem}{part}" for part in parts if f"{stem}{part}.weight" in shapes), None)
         if found is not None:
@@ -204,6 +207,12 @@ def _sources(ends: list[tuple[str, str]], plan: LoraPlan, shapes: Shapes, *, tra
         elif trained_too and f"{stem}.weight" in shapes:
             trained.setdefault(path, []).append(stem)
     return {path: stems[:1] for path, stems in trained.items()} | frozen
+
+
+def _saved_with(hf_path: str, ends: list[tuple[str, str]], plan: LoraPlan) -> list[str]:
+    """The ends that are trained when this one is."""
+    tied = plan.ensure_weight_tying and len({path for _, path in ends}) == 1
+    return [end for end, _ in ends] if tied else [hf_path]
 
 
 def _arrays(loaded: LoadedModel, sources: Mapping[str, list[str]], tensors: Tensors, folder: Path) -> dict[str, Any]:

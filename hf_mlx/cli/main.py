@@ -13,10 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
-import hf_mlx
 from hf_mlx import cli
-from hf_mlx.blas import load_openblas
 from hf_mlx.errors import HFMLXError
 
 
@@ -30,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, what the command returned, or 2 for a deliberate error, whose
         message goes to standard error.
     """
-    arguments = build_parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # The command alone where one is named: a script under `hf-mlx run` starts as soon as it does under python.
+    arguments = build_parser(words[0] if words else None).parse_args(words)
     if getattr(arguments, "needs_mlx", True):
+        from hf_mlx.blas import load_openblas
+
         load_openblas()
     try:
         return int(arguments.run(arguments) or 0)
@@ -40,22 +43,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command of this folder, in alphabetical order."""
+class _Version(argparse.Action):
+    """Looks the version up when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        import hf_mlx
+
+        print(f"hf-mlx {hf_mlx.__version__}")
+        parser.exit()
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser with every command of this folder, in alphabetical order.
+
+    Args:
+        command: The one command to be parsed; None, or a name that is no command's, adds them all.
+    """
     parser = argparse.ArgumentParser(prog="hf-mlx", description="Run Hugging Face fine-tuning scripts on MLX.")
-    parser.add_argument(
-        "--version", action="version", version=f"hf-mlx {hf_mlx.__version__}", help="print the version and leave"
-    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and leave")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
-    for module in _command_modules():
+    names = [found.name for found in pkgutil.iter_modules(cli.__path__)]
+    for module in _command_modules([command] if command in names and command != "main" else sorted(names)):
         module.add_parser(subparsers)
     return parser
 
 
-def _command_modules() -> Iterator[ModuleType]:
-    for found in sorted(pkgutil.iter_modules(cli.__path__), key=lambda found: found.name):
-        if found.name != "main":
-            module = import_module(f"{cli.__name__}.{found.name}")
+def _command_modules(names: Sequence[str | None]) -> Iterator[ModuleType]:
+    for name in names:
+        if name != "main":
+            module = import_module(f"{cli.__name__}.{name}")
             if hasattr(module, "add_parser"):
                 yield module
 

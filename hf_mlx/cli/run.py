@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     add_flags(parser)
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs_mlx=False)
     return parser
 
 
@@ -38,7 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the script; returns its exit status."""
     from ..bystanders import Bystanders
-    from ..stand_in import install, make_trainers, say
+    from ..stand_in import install, say
 
     script: Path = options.script
     if not script.is_file():
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> int:
     def built() -> None:
         bystanders.trained = True
 
-    install(make_trainers(strict=options.strict, dry_run=options.dry_run, on_built=built))
-    bystanders.watch()
+    imports, talk = install(strict=options.strict, dry_run=options.dry_run, on_built=built)
+    imports.after("transformers.trainer", bystanders.watch)
     sys.argv = [str(script), *options.arguments]
     sys.path[0:0] = [str(script.resolve().parent)]
     try:
@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
         if end.code not in (None, 0):
             raise
         status = 0
+    finally:
+        talk.summary()
     # An error of the script's own says enough.
     return 1 if status == 0 and bystanders.end() else status
 

@@ -37,9 +37,9 @@ def run(options: argparse.Namespace) -> int:
     """Train as ``trl sft`` would."""
     if find_spec("trl") is None:
         raise MissingDependency("hf-mlx sft without trl installed", "trl, which defines its flags", "pip install trl")
-    from ..stand_in import install, make_trainers
+    from ..stand_in import install
 
-    install(make_trainers(strict=options.strict, dry_run=options.dry_run))
+    install(strict=options.strict, dry_run=options.dry_run)
     from trl.scripts.sft import main, make_parser
 
     parser = make_parser(prog="hf-mlx sft")

@@ -52,7 +52,12 @@ def count_steps(n_rows: int | None, plan: BatchPlan) -> Steps:
                 "SFTConfig(max_steps=1000, ...)",
             )
         return Steps(plan.max_steps * accumulate, plan.max_steps, plan.max_steps, sys.maxsize)
-    batches = _count_batches(n_rows, plan)
+    return count_batched_steps(_count_batches(n_rows, plan), plan)
+
+
+def count_batched_steps(batches: int, plan: BatchPlan) -> Steps:
+    """The same from the number of micro-batches of an epoch."""
+    accumulate = plan.gradient_accumulation_steps
     updates = max(math.ceil(batches / accumulate), 1)
     if plan.max_steps > 0:
         return Steps(batches, updates, plan.max_steps, math.ceil(plan.max_steps / updates))

@@ -8,9 +8,8 @@ from typing import Any
 from ..checkpoints.boundary import ACTIONS, Boundary, make_layout
 from ..checkpoints.random_states import RandomStates
 from ..data.collate import Batch
-from ..data.loader import RowLoader, StreamLoader
 from ..data.order import Steps
-from ..feed import Feed
+from ..feed import Feed, Loader
 from ..session import Session
 from ..training.inputs import HostInputs
 from ..training.means import Means, Progress
@@ -58,7 +57,7 @@ class Place:
             draws = boundary.epoch * self._steps.batches_per_epoch + boundary.update * boundary.layout[1]
         session.step.carry, session.step.draws = boundary.carry, draws
 
-    def open_epoch(self, loader: RowLoader | StreamLoader, epoch: int, done: int) -> Iterator[tuple[Batch, HostInputs]]:
+    def open_epoch(self, loader: Loader, epoch: int, done: int) -> Iterator[tuple[Batch, HostInputs]]:
         """The epoch's micro-batches from update ``done`` on, with the random states of that moment."""
         rng, resumed = self._data.rng, self.resumed
         self.epoch, self.update = epoch, done

@@ -13,9 +13,8 @@ import mlx.core as mx
 from ..checkpoints.boundary import Boundary
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
-from ..data.loader import RowLoader, StreamLoader
 from ..data.order import Steps
-from ..feed import Feed
+from ..feed import Feed, Loader
 from ..session import Session
 from ..training.inputs import Inputs
 from ..training.memory import show_bytes
@@ -52,7 +51,7 @@ class Loop:
         host: Host,
         session: Session,
         data: Feed,
-        loader: RowLoader | StreamLoader,
+        loader: Loader,
         steps: Steps,
         schedule: Schedule,
         interrupt: Interrupt | None = None,

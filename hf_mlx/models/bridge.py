@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import MissingDependency, ModelError, SettingError
 from ..settings.plan import ModelPlan
+from ..settings.quantization import REQUESTED_BITS
 from .load import LoadedModel, assemble
 from .torch_arrays import to_mlx, to_torch
 from .vocabulary import recorded_rows
@@ -27,8 +28,6 @@ _DTYPES = {
     "torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float64": "F64",
     "torch.int64": "I64", "torch.int32": "I32", "torch.uint8": "U8", "torch.int8": "I8", "torch.bool": "BOOL",
 }  # fmt: skip
-# Set on a model that was to be quantised on loading, by who loaded it in floating point instead.
-REQUESTED_BITS = "_hf_mlx_requested_bits"
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -245,7 +244,8 @@ def _active_adapter(model: Any) -> str | None:
 
 
 def _check_model(base: Any) -> None:
-    if getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False):
+    quantised = getattr(base, "is_loaded_in_4bit", False) or getattr(base, "is_loaded_in_8bit", False)
+    if quantised and not hasattr(base, REQUESTED_BITS):
         bits = 4 if getattr(base, "is_loaded_in_4bit", False) else 8
         raise SettingError(
             f"a {type(base).__name__} that bitsandbytes quantised to {bits} bits",

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .load import LoadedModel, module_at
+from .logits import finish_logits, read_extras
 
 Backbone = Callable[..., mx.array]
 
@@ -43,13 +44,7 @@ class Head:
 
     def finish(self, logits: mx.array) -> mx.array:
         """Scale and softcap, in the order of the model's own code."""
-        if self.multiplier is not None:
-            logits = logits * self.multiplier
-        if self.divisor is not None:
-            logits = logits / self.divisor
-        if self.softcap is not None:
-            logits = mx.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return finish_logits(logits, self.multiplier, self.divisor, self.softcap)
 
     def __call__(self, model: nn.Module, hidden: mx.array) -> mx.array:
         """Logits (…, V), equal bit for bit to the model's own."""
@@ -74,7 +69,7 @@ def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
         if embedding is None:
             return None
         head_path, tied = f"{inner}.{embedding}", True
-    extras = _extras(loaded.model_type, wrapper)
+    extras = read_extras(loaded.model_type, wrapper)
     if extras is None:
         return None
     head = Head(_join(prefix, head_path), tied, **extras)
@@ -133,29 +128,3 @@ def ties_head(wrapper: nn.Module) -> bool:
     args = getattr(wrapper, "args", None)
     # A tied model may still own an unused head (Helium).
     return bool(getattr(wrapper, "tie_word_embeddings", getattr(args, "tie_word_embeddings", False)))
-
-
-def _extras(model_type: str, wrapper: nn.Module) -> dict[str, float] | None:
-    """What the model's own code does to the logits; None where it does something else to hidden states first."""
-    if model_type in _OPAQUE:
-        return None
-    key = _SCALED.get(model_type)
-    if key is None:
-        return {}
-    field, read = key
-    value = read(wrapper)
-    return {} if value is None else {field: value}
-
-
-_SCALED: dict[str, tuple[str, Callable[[Any], float | None]]] = {
-    "cohere": ("multiplier", lambda m: m.args.logit_scale),
-    "cohere2": ("multiplier", lambda m: m.args.logit_scale),
-    "granite": ("divisor", lambda m: m.logits_scaling),
-    "granitemoe": ("divisor", lambda m: m.logits_scaling),
-    "granitemoehybrid": ("divisor", lambda m: m.logits_scaling),
-    "gemma2": ("softcap", lambda m: m.final_logit_softcapping),
-    "gemma4": ("softcap", lambda m: m.final_logit_softcapping),
-    "gemma4_text": ("softcap", lambda m: m.final_logit_softcapping),
-}
-# Heads that do more than project, scale and cap; their logits are computed in full.
-_OPAQUE = frozenset({"gpt_neox", "minicpm3", "falcon_h1", "recurrent_gemma", "laguna"})

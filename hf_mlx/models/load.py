@@ -28,7 +28,7 @@ from .architectures import (
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config
 from .names import NameMap
-from .overrides import adapt, model_classes
+from .overrides import adapt, model_classes, own_head
 from .quantize import quantize_base
 from .source import resolve_folder
 from .weights import Checkpoint, inspect_checkpoint
@@ -183,9 +183,12 @@ def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str,
     from mlx_lm.utils import load_model as load_mlx
 
     flat = normalise(config)
+    untied = config.get("tie_word_embeddings") is False
 
     def classes(config: Config) -> tuple[Any, Any]:
         base, args = model_classes(flat["model_type"]) or _mlx_classes(flat["model_type"])
+        if untied and flat["model_type"] in own_head.EMBEDDINGS:
+            base = own_head.building(base, flat["model_type"])
         return (base if steps is None else _with_layout(base, steps, flat)), args
 
     try:

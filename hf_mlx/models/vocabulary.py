@@ -15,6 +15,7 @@ from mlx.utils import tree_unflatten
 
 from .heads import embedding_path, model_parts, ties_head
 from .load import LoadedModel, module_at
+from .overrides import own_head
 
 HEADS = ("lm_head", "embed_out")
 Undo = Callable[[], None]
@@ -95,7 +96,9 @@ def untie_head(loaded: LoadedModel) -> Undo | None:
     wrapper: Any = module_at(loaded.model, prefix)
     holder = next((held for held in (getattr(wrapper, "args", None), wrapper) if _is_tied(held)), None)
     embedding: Any = None if ends is None else module_at(loaded.model, ends.embedding)
-    if ends is None or ends.head is not None or holder is None or type(embedding) not in (nn.Embedding, CastEmbedding):
+    headless = holder is None and loaded.model_type in own_head.EMBEDDINGS
+    known = holder is not None or headless
+    if ends is None or ends.head is not None or not known or type(embedding) not in (nn.Embedding, CastEmbedding):
         return None
     args: Any = getattr(wrapper, "args", None)
     names = loaded.names
@@ -105,7 +108,10 @@ def untie_head(loaded: LoadedModel) -> Undo | None:
         head = CastLinear(head, embedding.compute_dtype)
     head.train(embedding.training)
     wrapper.lm_head = head
-    if holder is args:
+    plain = type(wrapper)
+    if headless:
+        wrapper.__class__ = own_head.projecting(plain, loaded.model_type)
+    elif holder is args:
         # A copy: other models of the same settings keep theirs.
         wrapper.args = copy.copy(args)
         wrapper.args.tie_word_embeddings = False
@@ -118,7 +124,9 @@ def untie_head(loaded: LoadedModel) -> Undo | None:
     def undo() -> None:
         wrapper.pop("lm_head", None)
         loaded.names, loaded.untied = names, False
-        if holder is args:
+        if headless:
+            wrapper.__class__ = plain
+        elif holder is args:
             wrapper.args = args
         else:
             wrapper.tie_word_embeddings = True

@@ -14,7 +14,6 @@ _STEP_METHODS = """
     _inner_training_loop _run_epoch _clip_grad_norm _prepare_input _prepare_inputs _maybe_log_save_evaluate _wrap_model
 """
 _DATA_METHODS = """
-    get_train_dataloader get_eval_dataloader get_test_dataloader _get_train_sampler _get_eval_sampler _get_dataloader
     _prepare_dataset _remove_unused_columns _set_signature_columns_if_needed
 """
 _OPTIM_METHODS = """

@@ -69,7 +69,7 @@ BEYOND_LINEAR = (
     ),
     honour("fan_in_fan_out", False, "of Conv1D weights, as GPT-2 has"),
     _variant("target_parameters", None, "LoRA on bare parameters"),
-    _variant("ensure_weight_tying", False, "adapters shared by tied layers"),
+    honour("ensure_weight_tying", False, "a tied embedding that is trained in full or by rows stays the head, too"),
 )
 
 VARIANTS = (

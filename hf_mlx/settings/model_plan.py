@@ -67,6 +67,7 @@ def resolve_lora(peft_config: Any) -> LoraPlan | None:
         layers_pattern=_several("layers_pattern", values["layers_pattern"]),
         modules_to_save=_spelled("modules_to_save", values["modules_to_save"]),
         trainable_token_indices=_resolve_indices(values["trainable_token_indices"]),
+        ensure_weight_tying=check_flag("ensure_weight_tying", values["ensure_weight_tying"]),
         fan_in_fan_out=check_flag("fan_in_fan_out", values["fan_in_fan_out"]),
         task_type=values["task_type"],
         auto_mapping=values["auto_mapping"],

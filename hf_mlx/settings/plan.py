@@ -171,6 +171,7 @@ class LoraPlan:
     modules_to_save: tuple[str, ...] | None = None
     trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
     target_parameters: tuple[str, ...] | None = None
+    ensure_weight_tying: bool = False
     fan_in_fan_out: bool = False
     task_type: str | None = None
     auto_mapping: Mapping[str, str] | None = None

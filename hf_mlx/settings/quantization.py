@@ -7,6 +7,9 @@ from typing import Any
 
 from .verdicts import Case, Values, adapted, given, honoured, otherwise, refused
 
+# Set on a model that was to be quantised on loading, by who loaded it in floating point instead.
+REQUESTED_BITS = "_hf_mlx_requested_bits"
+
 # MLX's affine quantisation and bitsandbytes' NF4 both scale groups of 64 weights by default.
 GROUP_SIZE = 64
 

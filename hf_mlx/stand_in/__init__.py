@@ -1,52 +1,61 @@
 """What ``hf-mlx run`` changes in its own process, and nowhere else.
 
-A script that is run unedited imports its trainer from trl and asks CUDA things of torch and transformers. The user
-asked for both to be answered by MLX by running it under this command; no other code path imports this package.
+A script that is run unedited imports its trainer from trl, asks CUDA things of torch and transformers, and writes names
+that they had when it was written. The user asked for all of that to be answered by running it under this command; no
+other code path imports this package. Nothing is imported on the script's behalf: a library is changed once the script
+imports it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
-from ..errors import MissingDependency
 from .arguments import translate_configs
-from .homes import STAND_INS, StandIn
+from .bitsandbytes import offer_bitsandbytes
+from .homes import STAND_INS, replace_trainer
+from .imports import Imports
 from .loading import translate_loading
-from .trainers import derive_trainer, say
+from .older import offer_older_names
+from .talk import Talk, say
+from .trainers import derive_trainer
 
-__all__ = ["install", "make_trainers", "say"]
+__all__ = ["Imports", "Talk", "install", "say"]
 
 
-def make_trainers(
+def install(
     *, strict: bool = False, dry_run: bool = False, on_built: Callable[[], None] = lambda: None
-) -> dict[StandIn, type]:
-    """The classes that stand in for upstream's trainers during a run, one for each row of the table.
-
-    Args:
-        strict: Default of the trainers' own ``strict``.
-        dry_run: ``train()`` prints what would happen and ends the script with status 0.
-        on_built: Called when one has been constructed.
-    """
-    options: dict[str, Any] = {"strict": strict, "dry_run": dry_run, "on_built": on_built}
-    return {row: derive_trainer(row.load(), row.name, **options) for row in STAND_INS}
-
-
-def install(trainers: dict[StandIn, type]) -> None:
+) -> tuple[Imports, Talk]:
     """Put the trainers and the translations in place, for this process.
 
-    Raises:
-        MissingDependency: trl is not installed.
+    Args:
+        strict: Default of the trainers' own ``strict``; CUDA's questions go to torch.
+        dry_run: ``train()`` prints what would happen and ends the script with status 0.
+        on_built: Called when a trainer has been constructed.
+
+    Returns:
+        Where to wait for the script's imports, and what is said about them.
     """
-    if find_spec("trl") is None:
-        raise MissingDependency(
-            "a script for trl without trl installed", "trl, whose other names the script imports", "pip install trl"
-        )
-    # Every home before the first change: trl's trainers derive from each other and from transformers'.
-    homes = [(import_module(home), row.name, trainer) for row, trainer in trainers.items() for home in row.homes]
-    for home, name, trainer in homes:
-        setattr(home, name, trainer)
-    translate_configs()
-    translate_loading()
+    imports, talk = Imports(), Talk()
+    for row in STAND_INS:
+        derive = functools.partial(derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built)
+        replace_trainer(row, derive, imports)
+    translate_configs(imports, talk, strict=strict)
+    translate_loading(imports, talk)
+    offer_older_names(imports, talk)
+    if not strict:
+        offer_bitsandbytes(imports, talk)
+        imports.after("torch", functools.partial(_answer_cuda, talk=talk))
+    imports.watch()
+    return imports, talk
+
+
+def _answer_cuda(torch: Any, talk: Talk) -> None:
+    if torch.cuda.is_available():
+        return
+    from .cuda import answer_cuda
+    from .devices import land_devices
+
+    answer_cuda(torch, talk)
+    land_devices(torch, talk)

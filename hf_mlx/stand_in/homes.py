@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
 from importlib import import_module
+from typing import NamedTuple
+
+from .imports import Imports, is_initializing
 
 
-@dataclass(frozen=True)
-class StandIn:
+class StandIn(NamedTuple):
     """One trainer of upstream's.
 
     Attributes:
         name: Upstream's name of the class.
-        trainer: The class that trains it here, as ``module:Class`` below this package.
-        homes: Modules that a script may import it from.
+        trainer: The class that trains it here, as ``module:Class`` below ``hf_mlx``.
+        homes: Modules that a script may import it from; the first one defines it.
         configs: Its configuration classes, as ``module:Class``; their constructors take older names too.
+        heirs: Upstream's modules whose classes derive from upstream's own trainer, and must go on to.
     """
 
     name: str
     trainer: str
     homes: tuple[str, ...]
     configs: tuple[str, ...]
+    heirs: tuple[str, ...] = ()
 
     def load(self) -> type:
         """The class that trains it here."""
+        from ..blas import load_openblas
+
+        load_openblas()
         module, _, name = self.trainer.partition(":")
         return getattr(import_module(f"hf_mlx.{module}"), name)
 
@@ -33,8 +41,8 @@ STAND_INS = (
     StandIn(
         "SFTTrainer",
         "trainers.sft:MLXSFTTrainer",
-        ("trl", "trl.trainer", "trl.trainer.sft_trainer"),
-        ("transformers:TrainingArguments", "trl:SFTConfig"),
+        ("trl.trainer.sft_trainer", "trl.trainer", "trl"),
+        ("transformers.training_args:TrainingArguments", "trl.trainer.sft_config:SFTConfig"),
     ),
     StandIn(
         "DPOTrainer",
@@ -43,3 +51,32 @@ STAND_INS = (
         ("transformers:TrainingArguments", "trl:DPOConfig"),
     ),
 )
+
+
+def replace_trainer(row: StandIn, derive: Callable[[type], type], imports: Imports) -> None:
+    """Put a trainer in upstream's place once its home is imported.
+
+    Args:
+        row: Which.
+        derive: Makes the class to put there from this library's.
+        imports: Where to wait for its modules.
+    """
+    done: list[type] = []
+
+    def replace(module: object) -> None:
+        if done or row.homes[0] not in sys.modules:
+            return
+        for heir in row.heirs:
+            if is_initializing(heir):
+                # It is being imported around this import: its own end comes back here.
+                return
+            import_module(heir)
+        if done:
+            return
+        done.append(derive(row.load()))
+        for home in row.homes:
+            if home in sys.modules:
+                setattr(sys.modules[home], row.name, done[0])
+
+    for name in (*row.heirs, row.homes[0]):
+        imports.after(name, replace)

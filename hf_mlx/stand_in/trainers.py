@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from ..surface.estimate import describe_run
+from .talk import say
 
 
 def derive_trainer(
@@ -28,6 +27,8 @@ def derive_trainer(
         say(self.ledger.as_text(changed_only=True))
 
     def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from ..surface.estimate import describe_run
+
         print(describe_run(self))
         raise SystemExit(0)
 
@@ -35,8 +36,3 @@ def derive_trainer(
     if dry_run:
         members |= dict.fromkeys(("train", "evaluate", "predict"), describe)
     return type(name, (base,), members)
-
-
-def say(line: str) -> None:
-    """Print to standard error: the script's own output stays as it is."""
-    print(line, file=sys.stderr, flush=True)

@@ -28,7 +28,16 @@ class Accelerator:
     sync_gradients = True
     distributed_type = "NO"
 
-    def __init__(self, *, mixed_precision: str = "no", gradient_accumulation_steps: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        mixed_precision: str = "no",
+        gradient_accumulation_steps: int = 1,
+        seedable_sampler: bool = True,
+        data_seed: int | None = None,
+    ) -> None:
+        self.use_seedable_sampler = seedable_sampler
+        self._data_seed = data_seed
         self.device = Device("cpu")
         self.mixed_precision = mixed_precision
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -39,6 +48,25 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """There is nobody else."""
+
+    def prepare(self, *objects: Any, device_placement: Any = None) -> Any:
+        """What training needs of ``objects``: nothing, but that loaders shuffle by the run's seed as upstream's do."""
+        import torch
+
+        made = [self.prepare_data_loader(o) if isinstance(o, torch.utils.data.DataLoader) else o for o in objects]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def prepare_data_loader(self, data_loader: Any, **options: Any) -> Any:
+        """accelerate's own wrapper of a loader, for one process."""
+        from accelerate.data_loader import prepare_data_loader
+
+        return prepare_data_loader(
+            data_loader,
+            num_processes=1,
+            process_index=0,
+            use_seedable_sampler=self.use_seedable_sampler,
+            data_seed=self._data_seed,
+        )
 
     def unwrap_model(self, model: Any, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True) -> Any:
         """The model, which is never wrapped."""

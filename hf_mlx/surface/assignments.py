@@ -14,6 +14,11 @@ _OPTIM = 'trainer.args.optim = "adamw_torch", trainer.args.learning_rate = …'
 _ROWS = "prepare the rows before, or pass them to a new trainer: MLXSFTTrainer(train_dataset=…)"
 _PLAN = "change the setting: trainer.args.… = …"
 _LOSS = 'SFTConfig(loss_type="nll"), or "dft"; label_smoothing_factor=… smooths labels'
+_SEARCH = "a new trainer for each trial: MLXSFTTrainer(args=SFTConfig(…), …).train()"
+_ONE_PROCESS = """
+    is_deepspeed_enabled is_fsdp_enabled is_fsdp_xla_enabled is_fsdp_xla_v1_enabled is_fsdp_xla_v2_enabled
+    is_model_parallel is_distributed_loading_by_transformers place_model_on_device can_return_loss deepspeed
+"""
 
 # Attributes of transformers 5.23 ``Trainer`` and trl 1.16 ``SFTTrainer``, and this trainer's own.
 _ATTRIBUTES = {
@@ -45,6 +50,11 @@ _ATTRIBUTES = {
     "_formatting_func": "MLXSFTTrainer(formatting_func=…)",
     "_loss_shifts_labels": _LOSS,
     "_tokenizer": "trainer.processing_class = my_tokenizer",
+    "current_flos": "trainer.state.total_flos = …, which counts them",
+    "loss_is_scaled_for_ga": _LOSS,
+    "hp_name": _SEARCH,
+    "hp_search_backend": _SEARCH,
+    **dict.fromkeys(_ONE_PROCESS.split(), "leave it as it is: one process trains here, on one device"),
     **dict.fromkeys(("plan", "ledger", "grad_clip", "steps", "session", "data", "adapter"), _PLAN),
 }
 # Methods of the same classes that are not here.
@@ -96,7 +106,7 @@ def check_assignment(trainer: Any, name: str, value: Any) -> bool:
     """
     if name in _NOT_HFS:
         logger.warning(f"trainer.{name} is no attribute of HF's trainer, and nothing reads it: {_NOT_HFS[name]}")
-    if name not in _REMEDIES or (name in NEVER_CALLED and hasattr(type(trainer), name)):
+    if name not in _REMEDIES:
         return False
     missing = object()
     if getattr(trainer, name, missing) is value or (value is None and name in _EMPTY and not started(trainer)):
@@ -113,7 +123,7 @@ def check_presets(trainer: Any) -> None:
         SettingError: Names the method, and what to write.
     """
     for name, value in vars(trainer).items():
-        if (name in NEVER_CALLED and not hasattr(type(trainer), name)) or name in _METHODS.split():
+        if name in NEVER_CALLED or name in _METHODS.split():
             raise _refuse(name, value)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from ..data.loader import RowLoader, StreamLoader
-from ..feed import Feed
+from ..data.own_loader import OwnLoader
+from ..feed import Feed, Loader
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
@@ -33,7 +33,7 @@ class Evaluation:
 
     def __call__(
         self,
-        loader: RowLoader | StreamLoader,
+        loader: Loader,
         prefix: str,
         *,
         compute_metrics: Callable | None,
@@ -73,8 +73,11 @@ class Evaluation:
             metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
+        is_cut = not plan.batch.drop_last
+        if isinstance(loader, OwnLoader):
+            size, is_cut = loader.batch_size, loader.is_prepared
         if sums.losses:
-            kept = None if plan.batch.drop_last else rows
+            kept = rows if is_cut else None
             metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
         else:
             logger.warning(

@@ -20,7 +20,7 @@ def check_overrides(cls: type, base: type, never_called: Mapping[str, str]) -> N
     """
     for derived in cls.__mro__[: cls.__mro__.index(base)]:
         for name in vars(derived):
-            if name in never_called and not hasattr(base, name):
+            if name in never_called:
                 raise SettingError(
                     f"{derived.__name__}.{name}(), which overrides a method of transformers' trainer",
                     "overrides that this trainer calls (log, evaluate, predict, save_model, train)",

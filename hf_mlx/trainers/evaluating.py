@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import Any
 
+from ..data.own_loader import OwnLoader
 from ..errors import DataError
+from .loaders import LaterLoader
 from .publishing import Publishing
 
 
@@ -38,7 +41,9 @@ class Evaluating(Publishing):
             return metrics
         self._memory.start("eval")
         start = time.time()
-        output = self._evaluation(dataset, metric_key_prefix)
+        named = eval_dataset is None or isinstance(eval_dataset, str)
+        own_loader = self._own_eval_loader(eval_dataset if named else dataset)
+        output = self._evaluation(dataset, metric_key_prefix, own_loader)
         batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.log(metrics)
@@ -58,16 +63,21 @@ class Evaluating(Publishing):
         self._settle(training=False)
         self._memory.start("test")
         start = time.time()
-        output = self._evaluation(self.data.prepare_eval(test_dataset), metric_key_prefix, keep_logits=True)
+        dataset = self.data.prepare_eval(test_dataset)
+        output = self._evaluation(dataset, metric_key_prefix, self._own_test_loader(dataset), keep_logits=True)
         batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory.stop("test", metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
-    def _evaluation(self, dataset: Any, prefix: str, *, keep_logits: bool = False) -> Any:
+    def _evaluation(self, dataset: Any, prefix: str, own_loader: OwnLoader | None, *, keep_logits: bool = False) -> Any:
         self._base.take_over("")
-        self.callback_handler.eval_dataloader = loader = self.data.eval_loader(dataset)
+        if own_loader is None:
+            self.callback_handler.eval_dataloader = LaterLoader(partial(self.get_eval_dataloader, dataset))
+            loader = self.data.eval_loader(dataset)
+        else:
+            self.callback_handler.eval_dataloader, loader = own_loader.loader, own_loader
         return self._evaluate_loader(
             loader,
             prefix,

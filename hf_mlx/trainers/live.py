@@ -102,5 +102,3 @@ class Live(Parts):
         self._asked.keep(self.args, ledger)
         self._set_own(ledger=ledger)
         self.hub.args = self.args
-        if training:
-            self._set_own(steps=self.data.count_steps(self.train_dataset))

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
-from .live import Live
+from ..errors import MissingDependency
+from .loaders import Loaders
+from .refused import Refused
 
 
-class Names(Live):
+class Names(Loaders, Refused):
     """What HF's trainer also says about itself: one process, one device, labels under their usual name."""
 
     is_deepspeed_enabled = False
     is_fsdp_enabled = False
+    is_fsdp_xla_enabled = None
+    is_fsdp_xla_v1_enabled = None
+    is_fsdp_xla_v2_enabled = None
     is_model_parallel = False
+    is_distributed_loading_by_transformers = False
+    place_model_on_device = True
     can_return_loss = False
+    model_accepts_loss_kwargs = True
+    loss_is_scaled_for_ga: bool | None = None
+    deepspeed = None
+    compute_loss_func = None
+    label_smoother = None
+    optimizer_cls_and_kwargs = None
+    model_init = None
+    hp_name = None
+    hp_search_backend = None
+    # Added to ``state.total_flos`` at once, step by step.
+    current_flos = 0
 
     @property
     def label_names(self) -> list[str]:
@@ -35,14 +54,140 @@ class Names(Live):
         """The schedule of the run; None before ``train()``, as in transformers."""
         return self.callback_handler.lr_scheduler
 
+    @property
+    def neftune_noise_alpha(self) -> float | None:
+        """``args.neftune_noise_alpha``."""
+        return getattr(self.args, "neftune_noise_alpha", None)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that training replaced the tokenizer's own with: none, its masks are found without one."""
+        return None
+
+    @property
+    def completion_only_loss(self) -> bool:
+        """Whether prompts are left out of the loss."""
+        return self.data.is_completion_only
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether batches are collated into one row of documents."""
+        return self.data.is_padding_free
+
+    @property
+    def router_aux_loss_coef(self) -> float:
+        """What the balance of the routers weighs in the loss; 0.0 without routers."""
+        return self.session.step.objective.aux_coefficient
+
+    @property
+    def aux_loss_enabled(self) -> bool:
+        """Whether the balance of the routers is part of the loss."""
+        return bool(self.router_aux_loss_coef)
+
+    @property
+    def gather_function(self) -> Any:
+        """``accelerator.gather_for_metrics``."""
+        return self.accelerator.gather_for_metrics
+
+    @property
+    def maybe_activation_offload_context(self) -> AbstractContextManager[None]:
+        """Does nothing: memory is unified, so nothing can be moved out of it."""
+        return nullcontext()
+
     def get_num_trainable_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(value.size for value in self.session.step.params.values())
 
-    def get_total_train_batch_size(self, args: Any = None) -> int:
+    def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of one optimizer step.
 
         Args:
-            args: Whose accumulation counts; None is ``trainer.args``.
+            args: Whose accumulation counts.
         """
-        return self.plan.batch.train_batch_size * (args or self.args).gradient_accumulation_steps
+        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rate of each group of ``trainer.optimizer``.
+
+        Raises:
+            ValueError: Before ``train()`` (as transformers').
+        """
+        return [group["lr"] for group in self._made_optimizer().param_groups]
+
+    def get_optimizer_group(self, param: Any = None) -> Any:
+        """The group of ``trainer.optimizer`` that holds ``param``; without one, the parameters of each group.
+
+        Raises:
+            ValueError: Before ``train()`` (as transformers').
+        """
+        groups = self._made_optimizer().param_groups
+        if param is not None:
+            for group in groups:
+                if any(held is param for held in group["params"]):
+                    return group
+        return [group["params"] for group in groups]
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Names of the trained parameters that weight decay applies to; ``model`` must be the trainer's."""
+        return [self.session.hf_name(name) for name in sorted(self.session.step.optimizer.decay)]
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
+        """torch's class and keywords for ``args.optim``, as transformers chooses them. Training uses none of them."""
+        try:
+            import torch  # noqa: F401
+            from transformers import Trainer
+        except ImportError as error:
+            raise MissingDependency(
+                "get_optimizer_cls_and_kwargs()", "torch, whose class it names", "pip install torch"
+            ) from error
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def get_cp_size(self) -> int:
+        """1: one process."""
+        return 1
+
+    def get_sp_size(self) -> int:
+        """1: one process."""
+        return 1
+
+    def get_tp_size(self) -> int:
+        """1: one process."""
+        return 1
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Operations of a step on ``inputs``: 6 for each token and each parameter that is no embedding."""
+        ids = inputs.get("input_ids")
+        return 0 if ids is None else int(self.session.flops_per_token) * ids.shape[0] * ids.shape[-1]
+
+    def store_flos(self) -> None:
+        """Nothing is left to store: ``state.total_flos`` is counted as training goes."""
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+        """Does nothing: MLX's models cast by themselves."""
+        return nullcontext()
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Does nothing."""
+        return ExitStack()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """``trainer.accelerator`` is there from the constructor on."""
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Epochs, updates and rows of a run over ``dataloader``, as transformers counts them."""
+        from transformers import Trainer
+
+        return Trainer.set_initial_training_values(self, args, dataloader)  # pyright: ignore[reportArgumentType]
+
+    @staticmethod
+    def metrics_format(metrics: dict[str, float]) -> dict[str, float]:
+        """``metrics`` as people read them."""
+        from transformers.trainer_pt_utils import metrics_format
+
+        return metrics_format(metrics)
+
+    def _made_optimizer(self) -> Any:
+        if self.optimizer is None:
+            raise ValueError("Trainer optimizer is None, please make sure you have setup the optimizer before.")
+        return self.optimizer

@@ -44,8 +44,11 @@ class Records(Names):
         reporting.write_metrics(self.args.output_dir, split, metrics, combined=combined)
 
     def num_examples(self, dataloader: Any) -> int:
-        """Rows behind a loader or in a dataset."""
-        return len(getattr(dataloader, "dataset", dataloader))
+        """Rows behind a loader or in a dataset; estimated from its batches where a loader does not say."""
+        try:
+            return len(dataloader.dataset)
+        except (AttributeError, TypeError):
+            return len(dataloader) * self.args.per_device_train_batch_size
 
     def add_callback(self, callback: Any) -> None:
         """Add a callback class or instance."""

@@ -11,7 +11,8 @@ from typing import Any
 from ..checkpoints.folders import rotate
 from ..checkpoints.interrupt import Interrupt
 from ..checkpoints.lock import alone_in_output_dir
-from ..errors import HFMLXError
+from ..data.own_loader import OwnLoader
+from ..errors import HFMLXError, SettingError
 from ..loop.run import Loop
 from ..surface.callbacks import make_state
 from ..surface.checkpoints import Checkpoints, no_step
@@ -20,6 +21,8 @@ from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
 from ..training.schedule import make_schedule
 from .evaluating import Evaluating
+from .loaders import LaterLoader
+from .refused import NO_SEARCH
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +31,19 @@ class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
     @alone_in_output_dir
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
         """Train to the end of the plan.
 
         Args:
             resume_from_checkpoint: A checkpoint folder, written here or by transformers' or trl's trainer, or True
                 for the newest complete one in ``output_dir``.
+            trial: Must stay None: :meth:`hyperparameter_search` is not offered.
+            ignore_keys_for_eval: Passed to :meth:`evaluate`.
 
         Returns:
             ``transformers.trainer_utils.TrainOutput`` with global_step, training_loss and metrics.
@@ -45,9 +55,13 @@ class Running(Evaluating):
         """
         from transformers.trainer_utils import TrainOutput, align_special_tokens, speed_metrics
 
+        if trial is not None:
+            raise SettingError("train(trial=…)", "a run of its own for each trial", NO_SEARCH)
         if self.train_dataset is None:
             raise no_rows(self.recipe.name)
         self._settle(training=True)
+        own_loader = self._own_train_loader()
+        self._count_steps(own_loader)
         self._memory.start("train")
         checkpoints = self._checkpoints = Checkpoints(self)
         folder = checkpoints.store.find(resume_from_checkpoint)
@@ -60,12 +74,12 @@ class Running(Evaluating):
         if self._loop is not None:
             schedule.follow(self._loop.schedule)
         self.session.step.carry = None
-        loader = self.data.train_loader(self.train_dataset)
+        loader = own_loader or self.data.train_loader(self.train_dataset)
         handler = self.callback_handler
         handler.optimizer, handler.lr_scheduler, handler.train_dataloader = (
             self.session.step.optimizer,
             schedule,
-            loader,
+            own_loader.loader if own_loader is not None else LaterLoader(self.get_train_dataloader),
         )
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
@@ -75,7 +89,7 @@ class Running(Evaluating):
                 self._clock.first_step(handler),
                 loop.interrupt.held_back(),
             ):
-                result = loop.run(start)
+                result = loop.run(start, ignore_keys=ignore_keys_for_eval)
         except BaseException as error:
             self.is_in_train = False
             self._memory.stop("train", {})
@@ -88,7 +102,7 @@ class Running(Evaluating):
         self._base.write_back()
         self._asked.say_unread(self.args)
         done = self.state.global_step - loop.first_step
-        metrics = speed_metrics("train", start, self._trained_rows(done), done)
+        metrics = speed_metrics("train", start, self._trained_rows(own_loader, done), done)
         metrics |= {"total_flos": self.state.total_flos, **result}
         self._memory.stop("train", metrics)
         self.log(metrics)
@@ -136,10 +150,11 @@ class Running(Evaluating):
         self.state.compute_steps(self.args, self.steps.total_steps)
         self.state.max_steps, self.state.num_train_epochs = self.steps.total_steps, self.steps.epochs
 
-    def _trained_rows(self, done: int) -> float:
+    def _trained_rows(self, own_loader: OwnLoader | None, done: int) -> float:
         plan, steps = self.plan.batch, self.steps
         if plan.max_steps > 0:
             rows = steps.total_steps * plan.train_batch_size * plan.gradient_accumulation_steps
         else:
-            rows = len(self.train_dataset) * plan.num_train_epochs
+            of_epoch = len(self.train_dataset) if own_loader is None else self.num_examples(own_loader.loader)
+            rows = of_epoch * plan.num_train_epochs
         return rows * done / max(steps.total_steps, 1)

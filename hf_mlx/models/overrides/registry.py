@@ -33,6 +33,12 @@ _INSTANCES = {
 # Types whose RMSNorm is x·(1 + w) in transformers, while mlx-lm folds the 1 into the weight on loading.
 _ZERO_CENTRED = frozenset({"qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"})
 
+# Types with layers that mlx-lm runs token by token, or with Mamba-2's squares for every 256 tokens.
+_RECURRENT = frozenset(
+    {"falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "mamba", "mamba2", "nemotron_h"}
+    | {"olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
+)
+
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
 _CLASSES: dict[str, str] = {}
 
@@ -57,6 +63,8 @@ def adapt(model: Any, config: Config, converted: bool) -> None:
     target = _INSTANCES.get(config["model_type"])
     if target:
         _resolve(target)(model, config)
+    if config["model_type"] in _RECURRENT:
+        _resolve("recurrent:apply")(model)
     if converted and config["model_type"] in _ZERO_CENTRED:
         norms.centre_at_zero(model)
 

@@ -1,0 +1,126 @@
+"""Batches of a loader that the script made, in its own order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from .batch import Batch
+from .generator import TorchGenerator
+
+
+class OwnLoader:
+    """Micro-batches of a loader that an override of ``get_train_dataloader``, or of a sampler, has made.
+
+    While it is opened and read, torch's global generator is the run's: what a sampler draws from it is what it would
+    draw under TRL.
+
+    Args:
+        loader: Yields dicts of tensors; a torch ``DataLoader`` or anything that can be iterated once an epoch.
+        convert: Reads such a dict into a batch.
+        rng: The run's generator.
+        method: What made the loader, for errors.
+
+    Attributes:
+        loader: As it was given.
+    """
+
+    def __init__(
+        self, loader: Any, convert: Callable[[Mapping[str, Any]], Batch], rng: TorchGenerator, method: str
+    ) -> None:
+        if not hasattr(loader, "__iter__"):
+            raise DataError(
+                f"{method}() that returned a {type(loader).__name__}",
+                "a torch DataLoader, or another iterable of batches",
+                "return torch.utils.data.DataLoader(self.train_dataset, collate_fn=self.data_collator, …)",
+            )
+        self.loader = loader
+        self._convert_batch = convert
+        self._rng = rng
+        self._method = method
+        self._first_rows = 1
+
+    @property
+    def dataset(self) -> Any:
+        """The loader's rows, or None where it does not say."""
+        return getattr(self.loader, "dataset", None)
+
+    @property
+    def batches_per_epoch(self) -> int | None:
+        """Its length, or None for a stream."""
+        try:
+            return len(self.loader)
+        except (TypeError, AttributeError, NotImplementedError):
+            return None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a batch as the loader says; those of the last epoch's first batch where it does not."""
+        return getattr(self.loader, "batch_size", None) or self._first_rows
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it went through ``accelerator.prepare``, as transformers' own loaders do."""
+        return hasattr(self.loader, "gradient_state")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(None)
+
+    def batches(self, epoch: int | None, skip: int = 0) -> Iterator[Batch]:
+        """Micro-batches of ``epoch``, without the first ``skip``, which are read at once."""
+        with lend_generator(self._rng):
+            if epoch is not None:
+                _set_epoch(self.loader, epoch)
+            read = iter(self.loader)
+            for _ in range(skip):
+                next(read, None)
+        return self._read(read)
+
+    def _read(self, read: Iterator[Any]) -> Iterator[Batch]:
+        end: Any = object()
+        first = True
+        while True:
+            with lend_generator(self._rng):
+                batch = next(read, end)
+            if batch is end:
+                return
+            if not isinstance(batch, Mapping):
+                raise DataError(
+                    f"a {type(batch).__name__} from the loader of {self._method}()",
+                    "batches that are dicts of input_ids, labels and attention_mask",
+                    "torch.utils.data.DataLoader(..., collate_fn=self.data_collator)",
+                )
+            made = self._convert_batch(batch)
+            if first:
+                self._first_rows, first = len(made.input_ids), False
+            yield made
+
+
+@contextmanager
+def lend_generator(rng: TorchGenerator) -> Iterator[None]:
+    """A block in which torch's global CPU generator goes on from ``rng``, which goes on from it afterwards."""
+    try:
+        import torch
+    except ImportError:
+        yield
+        return
+    before = torch.get_rng_state()
+    torch.set_rng_state(torch.from_numpy(rng.to_torch_state().copy()))
+    try:
+        yield
+    finally:
+        rng.set_torch_state(np.array(torch.get_rng_state()))
+        torch.set_rng_state(before)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    # transformers 5.23 ``Trainer._run_epoch``.
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(epoch)
+    inner: Any = getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)
+    if hasattr(inner, "set_epoch"):
+        inner.set_epoch(epoch)

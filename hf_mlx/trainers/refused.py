@@ -1,0 +1,85 @@
+"""Public methods of HF's trainer that stand inside its own training loop, which is compiled here: refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from ..errors import SettingError
+
+NO_SEARCH = "a new trainer for each trial: MLXSFTTrainer(args=SFTConfig(learning_rate=trial_value), …).train()"
+_INSIDE = "what is outside of the compiled step"
+
+
+def _refuse(remedy: str) -> Callable[[Callable], Callable]:
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
+            raise SettingError(f"trainer.{method.__name__}(…)", _INSIDE, remedy)
+
+        return refused
+
+    return decorate
+
+
+class Refused:
+    """The methods with upstream's signatures; each raises a :class:`~hf_mlx.errors.SettingError`."""
+
+    @_refuse("trainer.model(**inputs, labels=labels).loss, or trainer.evaluate()")
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of one batch."""
+
+    @_refuse("trainer.train()")
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward and backward of one batch."""
+
+    @_refuse("trainer.predict(dataset), or trainer.model(**inputs)")
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: Any, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Loss, logits and labels of one batch."""
+
+    @_refuse("trainer.evaluate(dataset), or trainer.predict(dataset)")
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """One pass over an evaluation loader."""
+
+    @_refuse("for batch in trainer.get_train_dataloader(): …")
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of one optimizer step."""
+
+    @_refuse('SFTConfig(optim="adamw_torch", …): train() makes the optimizer, trainer.optimizer shows it')
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Makes ``trainer.optimizer``."""
+
+    @_refuse('SFTConfig(lr_scheduler_type="cosine", …): train() makes the schedule, trainer.lr_scheduler shows it')
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Makes ``trainer.lr_scheduler``."""
+
+    @_refuse('SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …): train() makes both')
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Makes both."""
+
+    @_refuse(NO_SEARCH)
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,
+        compute_objective: Any = None,
+        n_trials: int = 20,
+        direction: str | list[str] = "minimize",
+        backend: Any = None,
+        hp_name: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains again and again with other settings."""
+
+    @_refuse("MLXSFTTrainer(model=model_init(), …)")
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Makes a model by ``model_init``."""
