@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.own_loader import OwnLoader, lend_generator
 from ..errors import MissingDependency
+from ..surface.upstream import upstream_trainer
 from .live import Live
 
 # What decides the order and the batches of training, and of evaluation.
@@ -69,7 +70,7 @@ class Loaders(Live):
 
     @property
     def _signature_columns(self) -> list[str]:
-        return list(self.recipe.rows.signature_columns)
+        return list(self.data.columns)
 
     def _set_signature_columns_if_needed(self) -> None:
         pass
@@ -139,8 +140,6 @@ class LaterLoader:
 def _hf(name: str) -> Callable:
     """A method of transformers' trainer, which reads what it needs from ours under the same names."""
     try:
-        import torch  # noqa: F401
-        from transformers import Trainer
+        return getattr(upstream_trainer(), name)
     except ImportError as error:
         raise MissingDependency(f"trainer.{name}()", "torch, whose DataLoader it makes", "pip install torch") from error
-    return getattr(Trainer, name)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from ..errors import MissingDependency
+from ..surface.upstream import upstream_trainer
 from .loaders import Loaders
 from .refused import Refused
 
@@ -135,13 +136,12 @@ class Names(Loaders, Refused):
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """torch's class and keywords for ``args.optim``, as transformers chooses them. Training uses none of them."""
         try:
-            import torch  # noqa: F401
-            from transformers import Trainer
+            trainer = upstream_trainer()
         except ImportError as error:
             raise MissingDependency(
                 "get_optimizer_cls_and_kwargs()", "torch, whose class it names", "pip install torch"
             ) from error
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def get_cp_size(self) -> int:
         """1: one process."""
@@ -176,9 +176,7 @@ class Names(Loaders, Refused):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         """Epochs, updates and rows of a run over ``dataloader``, as transformers counts them."""
-        from transformers import Trainer
-
-        return Trainer.set_initial_training_values(self, args, dataloader)  # pyright: ignore[reportArgumentType]
+        return upstream_trainer().set_initial_training_values(self, args, dataloader)
 
     @staticmethod
     def metrics_format(metrics: dict[str, float]) -> dict[str, float]:
