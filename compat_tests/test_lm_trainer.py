@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from lm_pairs import load, run_both, token_rows
+from lm_pairs import load, run, run_both, token_rows
 from pairs import assert_same_log, text_rows, tiny_model, tokenizer, untimed
 from transformers import (
     BertConfig,
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_mlx import MLXTrainer
-from hf_mlx.errors import SettingError
+from hf_mlx.errors import DataError, SettingError
 
 # The promise of the library in fp32.
 RELATIVE = 1e-4
@@ -184,6 +184,11 @@ def test_other_models_are_refused_by_name():
         MLXTrainer(model)
     with pytest.raises(SettingError, match="requires either a `model` or `model_init`"):
         MLXTrainer()
+
+
+def test_eager_attention_has_other_numbers_where_nothing_is_seen(folder):
+    with pytest.raises(DataError, match="attn_implementation='sdpa'"):
+        run(MLXTrainer, load(folder, attn_implementation="eager"), SETTINGS, **KINDS["scored left padding"]())
 
 
 def test_model_init_evaluation_and_prediction(folder, tmp_path):

@@ -93,6 +93,10 @@ class Feed:
             return {name: part.dataset for name, part in prepared.items()}
         return prepared.dataset
 
+    def refuse_blind_targets(self) -> None:
+        """From now on refuse labels that are predicted from a position that sees no key."""
+        self._guard.refuses_blind = True
+
     @property
     def collator(self) -> Callable | None:
         """The user's ``data_collator``, or None."""

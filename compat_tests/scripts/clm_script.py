@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import chain
 
 from datasets import Dataset
 from transformers import (
@@ -25,7 +26,7 @@ BLOCK = 16
 
 
 def group(rows):
-    joined = {key: sum(rows[key], []) for key in rows}
+    joined = {key: list(chain(*rows[key])) for key in rows}
     total = len(joined["input_ids"]) // BLOCK * BLOCK
     blocks = {key: [ids[i : i + BLOCK] for i in range(0, total, BLOCK)] for key, ids in joined.items()}
     blocks["labels"] = [list(ids) for ids in blocks["input_ids"]]

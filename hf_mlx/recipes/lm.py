@@ -13,7 +13,7 @@ from ..data.prepare import Prepared
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
 from ..settings.config_tables import LM_TABLE
-from ..settings.plan import DataPlan, LossPlan, TrainPlan
+from ..settings.plan import DataPlan, LossPlan
 from ..training.inputs import HostInputs, make_host_inputs
 from ..training.language import ByTrainer, LanguageObjective
 from ..training.router import Routers
@@ -74,7 +74,7 @@ def default_args(model: str) -> Any:
 
 
 def language_objective(
-    loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
+    loaded: LoadedModel, names: Iterable[str], plan: Any, routers: Routers | None
 ) -> LanguageObjective:
     """Next-token prediction, as the model itself defines it."""
     return LanguageObjective(loaded, names, plan.loss, routers)

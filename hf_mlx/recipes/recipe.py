@@ -8,8 +8,6 @@ from typing import Any, Protocol
 
 from ..models.load import LoadedModel
 from ..settings.config_tables import ConfigTable
-from ..settings.plan import TrainPlan
-from ..training.objective import Objective
 from ..training.router import Routers
 from ..training.weighting import Weighting
 
@@ -86,7 +84,7 @@ class Recipe:
     config: ConfigTable
     make_args: Callable[[str], Any]
     rows: RowTable
-    make_objective: Callable[[LoadedModel, Iterable[str], TrainPlan, Routers | None], Objective]
+    make_objective: Callable[[LoadedModel, Iterable[str], Any, Routers | None], Any]
     make_weighting: Callable[[LoadedModel], Weighting]
     make_routers: Callable[[LoadedModel, Any], Routers | None]
     never_called: Mapping[str, str]

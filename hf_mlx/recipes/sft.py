@@ -11,7 +11,7 @@ from ..data.prepare import Prepared, prepare, prepare_eval
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
 from ..settings.config_tables import SFT_TABLE
-from ..settings.plan import DataPlan, TrainPlan
+from ..settings.plan import DataPlan
 from ..training.inputs import HostInputs, make_host_inputs
 from ..training.objective import TokenObjective
 from ..training.router import Routers
@@ -62,9 +62,7 @@ def default_args(model: str) -> Any:
     return Arguments(name)
 
 
-def token_objective(
-    loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
-) -> TokenObjective:
+def token_objective(loaded: LoadedModel, names: Iterable[str], plan: Any, routers: Routers | None) -> TokenObjective:
     """Next-token prediction."""
     return TokenObjective(loaded, names, plan.loss, routers)
 

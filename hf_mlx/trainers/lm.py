@@ -101,6 +101,8 @@ class MLXTrainer(TrainerBase):
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
+            self.data.refuse_blind_targets()
 
 
 def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
