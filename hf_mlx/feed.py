@@ -254,8 +254,8 @@ class Feed:
         """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
         dataset = self._train.dataset
         # A user's collator or loader may draw random numbers, and a stream cannot be looked ahead into.
-        fixed = not self._rows.shaped or not hasattr(dataset, "__len__")
-        if fixed or self._collator is not None or self._has_own_loader:
+        own = self._collator is not None or self._has_own_loader
+        if own or not self._rows.shaped or not hasattr(dataset, "__len__"):
             return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))

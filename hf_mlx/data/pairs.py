@@ -71,7 +71,8 @@ def collate_pairs(
     if all(column in rows[0] for column in REFERENCE_COLUMNS):
         reference = np.array([[row[c] for c in REFERENCE_COLUMNS] for row in rows], np.float32).reshape(-1)
     answers = np.array([(label != IGNORE).sum() for label in labels], np.int32)
-    return PairBatch(*filled, lengths, int(lengths.sum()), answers=answers, reference=reference)
+    ids_array, label_array = filled
+    return PairBatch(ids_array, label_array, lengths, int(lengths.sum()), answers=answers, reference=reference)
 
 
 def convert_pairs(mapping: Mapping[str, Any]) -> PairBatch:

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
+from ..data.prepare import prepare_tokenizer
+from ..errors import SettingError
 from ..models.load import LoadedModel
 from ..settings.config_tables import DPO_TABLE
 from ..settings.plan import DataPlan, PairLossPlan, TrainPlan
@@ -17,7 +19,6 @@ from ..training.router import Routers
 from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
 from .recipe import Recipe, Row
-from .trl_rows import TrlRows
 
 _LOSS = "the loss is compiled here: choose it in DPOConfig (loss_type, loss_weights, beta, f_divergence_type, …)"
 _REFERENCE = "DPOConfig(precompute_ref_log_probs=True), or MLXDPOTrainer(ref_model=…)"
@@ -32,11 +33,15 @@ _OWN = {
 }
 
 
-class PairRows(TrlRows):
+class PairRows:
     """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, prepared and collated as trl 1.16 does."""
 
     signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
+    reads_tokenizer = True
     shaped = False
+
+    def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
+        return prepare_tokenizer(tokenizer, plan)
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
         return prepare_preference(dataset, tokenizer, plan, name=name)
@@ -45,6 +50,16 @@ class PairRows(TrlRows):
         if isinstance(dataset, Mapping):
             return {name: prepare_preference(rows, tokenizer, plan, name=name) for name, rows in dataset.items()}
         return prepare_preference(dataset, tokenizer, plan, name="eval")
+
+    def view(self, dataset: Any, columns: Sequence[str]) -> Any:
+        return dataset
+
+    def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
+        raise SettingError(
+            "train_sampling_strategy='group_by_length'",
+            "another order: pairs have no length of their own",
+            "DPOConfig(train_sampling_strategy='random')",
+        )
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> PairBatch:
         return collate_pairs(
@@ -83,6 +98,16 @@ def by_micro_batch(loaded: LoadedModel) -> ByMicroBatch:
     return ByMicroBatch()
 
 
+def log_pair_metrics(means: Mapping[str, float], num_tokens: float) -> dict[str, float]:
+    """In trl 1.16's order: the counter of tokens follows the entropy."""
+    entry: dict[str, float] = {}
+    for name, value in means.items():
+        entry[name] = value
+        if name == "entropy":
+            entry["num_tokens"] = num_tokens
+    return entry
+
+
 DPO = Recipe(
     name="MLXDPOTrainer",
     config=DPO_TABLE,
@@ -91,6 +116,7 @@ DPO = Recipe(
     make_objective=pair_objective,
     make_weighting=by_micro_batch,
     make_routers=Routers.attach,
+    log_metrics=log_pair_metrics,
     never_called={**NEVER_CALLED, **_OWN},
     tags=("generated_from_trainer", "trl", "dpo", "hf-mlx"),
     method="DPO",

@@ -13,7 +13,7 @@ from ..data.prepare import Prepared
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
 from ..settings.config_tables import LM_TABLE
-from ..settings.plan import DataPlan, LossPlan
+from ..settings.plan import DataPlan, LossPlan, TrainPlan
 from ..training.inputs import HostInputs, make_host_inputs
 from ..training.language import ByTrainer, LanguageObjective
 from ..training.router import Routers
@@ -26,8 +26,8 @@ class PlainRows:
 
     # Those of the model's forward.
     signature_columns: tuple[str, ...] | None = None
-    shaped = True
     reads_tokenizer = False
+    shaped = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return tokenizer
@@ -74,9 +74,10 @@ def default_args(model: str) -> Any:
 
 
 def language_objective(
-    loaded: LoadedModel, names: Iterable[str], plan: Any, routers: Routers | None
+    loaded: LoadedModel, names: Iterable[str], plan: TrainPlan, routers: Routers | None
 ) -> LanguageObjective:
     """Next-token prediction, as the model itself defines it."""
+    assert isinstance(plan.loss, LossPlan)
     return LanguageObjective(loaded, names, plan.loss, routers)
 
 
@@ -93,6 +94,11 @@ def model_routers(loaded: LoadedModel, plan: LossPlan) -> Routers | None:
     return Routers.attach(loaded, replace(plan, router_aux_loss_coef=None))
 
 
+def log_nothing(means: Mapping[str, float], num_tokens: float) -> dict[str, float]:
+    """``transformers.Trainer`` logs the loss alone."""
+    return {}
+
+
 LM = Recipe(
     name="MLXTrainer",
     config=LM_TABLE,
@@ -101,6 +107,7 @@ LM = Recipe(
     make_objective=language_objective,
     make_weighting=by_trainer,
     make_routers=model_routers,
+    log_metrics=log_nothing,
     never_called=NEVER_CALLED,
     tags=("generated_from_trainer", "hf-mlx"),
     method="transformers' Trainer",

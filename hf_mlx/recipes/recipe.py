@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from ..models.load import LoadedModel
 from ..settings.config_tables import ConfigTable
+from ..settings.plan import TrainPlan
+from ..training.objective import Objective
 from ..training.router import Routers
 from ..training.weighting import Weighting
 
@@ -20,13 +22,13 @@ class RowTable(Protocol):
     Attributes:
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
             None for those that the model's forward takes.
-        shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
         reads_tokenizer: Whether the model's own tokenizer is read where none is given.
+        shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
     signature_columns: tuple[str, ...] | None
-    shaped: bool
     reads_tokenizer: bool
+    shaped: bool
 
     def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
         """The tokenizer as rows are prepared with."""
@@ -74,6 +76,7 @@ class Recipe:
             the plan, and the routers whose load is balanced.
         make_weighting: What a micro-batch weighs in its window.
         make_routers: The routers whose load is balanced, of the model and its loss settings.
+        log_metrics: What a log entry says beside the loss, in its order: of the means by name, and ``num_tokens``.
         never_called: Methods of the upstream trainer that no step would call, with what to write instead.
         tags: Of the model card.
         method: What the card says it was trained with.
@@ -84,9 +87,10 @@ class Recipe:
     config: ConfigTable
     make_args: Callable[[str], Any]
     rows: RowTable
-    make_objective: Callable[[LoadedModel, Iterable[str], Any, Routers | None], Any]
+    make_objective: Callable[[LoadedModel, Iterable[str], TrainPlan, Routers | None], Objective]
     make_weighting: Callable[[LoadedModel], Weighting]
     make_routers: Callable[[LoadedModel, Any], Routers | None]
+    log_metrics: Callable[[Mapping[str, float], float], dict[str, float]]
     never_called: Mapping[str, str]
     tags: tuple[str, ...]
     method: str

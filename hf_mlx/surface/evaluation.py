@@ -92,19 +92,13 @@ class Evaluation:
 
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
-        progress = self._session.progress
+        progress, arrange = self._session.progress, self._session.recipe.log_metrics
+        tokens = float(progress.num_tokens)
         if progress.mode == "train":
             means = progress.means.take()
-            if not means:
-                return {}
-            return self._in_order(means)
+            return arrange(means, tokens) if means else {}
         sums, self._sums = self._sums, None
         if sums is None or not sums.losses:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
-        return {f"eval_{name}": value for name, value in self._in_order(means).items()}
-
-    def _in_order(self, means: dict[str, float]) -> dict[str, float]:
-        """The means and the counter of tokens, as upstream's log has them."""
-        values = {**means, "num_tokens": float(self._session.progress.num_tokens)}
-        return {name: values[name] for name in self._session.step.objective.log_order}
+        return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}

@@ -24,8 +24,6 @@ class LanguageObjective(TokenObjective):
     ) -> None:
         super().__init__(loaded, names, plan, routers)
         self.metrics: tuple[str, ...] = () if routers is None else ("aux_loss",)
-        # transformers' trainer logs the loss alone.
-        self.log_order = ()
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss as a sum over the scored tokens, and the routers' loss where the model adds one."""

@@ -150,4 +150,6 @@ def _collect(
 
 
 def _join(parts: Sequence[TokenLogps]) -> TokenLogps:
-    return parts[0] if len(parts) == 1 else TokenLogps(*(mx.concatenate(each) for each in zip(*parts, strict=True)))
+    return (
+        parts[0] if len(parts) == 1 else TokenLogps(*(mx.concatenate(list(each)) for each in zip(*parts, strict=True)))
+    )

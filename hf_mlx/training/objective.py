@@ -66,21 +66,23 @@ class Objective(Protocol):
         head: The vocabulary projection; None where the model's code does not divide there.
         metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
         aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
-        log_order: The metrics and ``num_tokens``, in the order of the log.
         unit: Rows that a cut leaves together.
         whole: A micro-batch is not cut at all.
     """
 
     model: nn.Module
     slots: Slots
-    plan: LossPlan | PairLossPlan
     routers: Routers | None
     head: Head | None
     metrics: tuple[str, ...]
     aux_coefficient: float
-    log_order: tuple[str, ...]
     unit: int
     whole: bool
+
+    @property
+    def plan(self) -> LossPlan | PairLossPlan:
+        """Which loss."""
+        ...
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss and the metrics of a micro-batch, each a float32 scalar and a sum that pieces add up to."""
@@ -123,7 +125,6 @@ class TokenObjective:
         self.routers = routers
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.metrics: tuple[str, ...] = TOKEN_METRICS if routers is None else (*TOKEN_METRICS, "aux_loss")
-        self.log_order: tuple[str, ...] = (*TOKEN_METRICS, "num_tokens", *self.metrics[len(TOKEN_METRICS) :])
         self.whole = routers is not None
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)

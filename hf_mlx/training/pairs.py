@@ -34,8 +34,6 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-# Where trl 1.16 puts the counter of tokens among them.
-_BEFORE_TOKENS = 1
 
 
 class Reference(Protocol):
@@ -107,7 +105,6 @@ class PairObjective:
     """
 
     unit = 2
-    log_order: tuple[str, ...]
 
     def __init__(
         self,
@@ -123,8 +120,6 @@ class PairObjective:
         self.reference = reference
         self.aux_coefficient = routers.coefficient if routers is not None else 0.0
         self.metrics: tuple[str, ...] = PAIR_METRICS if routers is None else ("aux_loss", *PAIR_METRICS)
-        first = len(self.metrics) - len(PAIR_METRICS) + _BEFORE_TOKENS
-        self.log_order = (*self.metrics[:first], "num_tokens", *self.metrics[first:])
         self.whole = routers is not None or plan.sorts
         self.slots = Slots(loaded.model, names)
         self.score = Scorer(loaded, self.slots)

@@ -21,9 +21,10 @@ from .weighting import ByTokens
 
 def is_undefined(plan: LossPlan | PairLossPlan, tokens: int) -> bool:
     """Whether upstream's loss over ``tokens`` trained tokens is 0 / 0."""
-    if tokens or not isinstance(plan, LossPlan):
+    if not isinstance(plan, LossPlan):
         return False
-    return plan.divides_by_none or (plan.kind == "nll" and plan.label_smoothing_factor > 0)
+    smoothed = plan.kind == "nll" and plan.label_smoothing_factor > 0
+    return tokens == 0 and (plan.divides_by_none or smoothed)
 
 
 def settle_undefined(

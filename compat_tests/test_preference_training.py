@@ -1,0 +1,62 @@
+"""MLXDPOTrainer beside trl.DPOTrainer: every logged value, for each reference and each loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from pairs import tiny_model
+from preference_pairs import REFERENCES, assert_same_log, preference_rows, run_both
+
+RELATIVE = 1e-4
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "down_proj"], "lora_dropout": 0.1,
+        "task_type": "CAUSAL_LM"}  # fmt: skip
+SETTINGS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 5e-3}
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+          "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+def check(model, reference, settings, *, lora=LORA, rows=16, kind="text", **more) -> None:
+    settings = SETTINGS | settings
+    theirs, ours = run_both(model, settings, preference_rows(kind, rows), reference, lora, **more)
+    compared = assert_same_log(theirs, ours, relative=RELATIVE, beta=settings.get("beta", 0.1))
+    assert compared >= 14 * settings["max_steps"]
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_references(model, reference):
+    # 16 rows in batches of 3: the last window of an epoch is short, and so is its last micro-batch.
+    check(model, reference, {})
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses(model, loss):
+    check(model, "adapter off", {"loss_type": [loss], "label_smoothing": 0.1})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+        {"ld_alpha": 0.3, "loss_type": ["ipo"]},
+        {"use_weighting": True, "f_divergence_type": "js_divergence"},
+        {"loss_type": ["aot"], "max_length": 24, "truncation_mode": "keep_end"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_mixes(model, settings):
+    check(model, "adapter off", settings | {"max_steps": 3})
+
+
+@pytest.mark.parametrize("reference", ["adapter off", "precomputed"])
+def test_evaluation(model, reference):
+    evaluation = Dataset.from_list(preference_rows("text", 7, seed=3))
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
+    check(model, reference, settings, eval_dataset={"a": evaluation, "b": evaluation.select(range(4))})
