@@ -1,18 +1,30 @@
 """MLXTrainer beside transformers.Trainer in fp32: every logged value and its order, for each kind of rows."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from lm_pairs import load, run_both, token_rows
-from pairs import assert_same_log, tiny_model, tokenizer, untimed
+from lm_pairs import load, run, run_both, token_rows
+from pairs import assert_same_log, text_rows, tiny_model, tokenizer, untimed
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
     DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
     default_data_collator,
 )
+
+from hf_mlx import MLXTrainer
+from hf_mlx.errors import DataError, SettingError
 
 # The promise of the library in fp32.
 RELATIVE = 1e-4
@@ -142,3 +154,76 @@ def test_each_kind_of_rows(folder, kind):
 
 def test_kinds_were_seen():
     assert len(KINDS) == 17
+
+
+def test_a_script_of_run_clms_shape_under_hf_mlx_run(tmp_path):
+    """The losses are plain python's, and a model that is no causal one goes to torch with one line."""
+    tiny_model("llama", tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows(30)))
+    options = [
+        *("--max_steps", "4", "--use_cpu", "--report_to", "none", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+    ]
+    logs = {}
+    for name, command in {"hf": [], "mlx": ["-m", "hf_mlx.cli.main", "run"]}.items():
+        script = Path(__file__).parent / "scripts" / "clm_script.py"
+        words = [*command, script, tmp_path / "model", tmp_path / "rows.jsonl", "--output_dir", tmp_path / name]
+        done = subprocess.run([sys.executable, *map(str, words), *options], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "Trainer ['epoch', 'eval_loss']" in done.stdout
+        assert "runs on torch" not in done.stderr
+        logs[name] = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+    assert_same_log(untimed(logs["hf"]), untimed(logs["mlx"]), relative=RELATIVE)
+    assert len(logs["mlx"]) == 5
+
+
+def test_other_models_are_refused_by_name():
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    model = BertForSequenceClassification(config)
+    with pytest.raises(SettingError, match="BertForSequenceClassification"):
+        MLXTrainer(model)
+    with pytest.raises(SettingError, match="requires either a `model` or `model_init`"):
+        MLXTrainer()
+
+
+def test_eager_attention_has_other_numbers_where_nothing_is_seen(folder):
+    with pytest.raises(DataError, match="attn_implementation='sdpa'"):
+        run(MLXTrainer, load(folder, attn_implementation="eager"), SETTINGS, **KINDS["scored left padding"]())
+
+
+def test_model_init_evaluation_and_prediction(folder, tmp_path):
+    """Without a tokenizer; metrics see transformers' logits, padding included."""
+
+    def metrics(prediction):
+        return {"sum": float(np.abs(prediction.predictions).sum()), "labels": int((prediction.label_ids > 0).sum())}
+
+    found = []
+    for cls in (Trainer, MLXTrainer):
+        args = TrainingArguments(str(tmp_path / cls.__name__), use_cpu=True, report_to="none", disable_tqdm=True)
+        trainer = cls(
+            args=args, model_init=lambda: load(folder), data_collator=collator(), compute_metrics=metrics,
+            eval_dataset=Dataset.from_list(token_rows(9)),
+        )  # fmt: skip
+        result = trainer.predict(Dataset.from_list(token_rows(5)))
+        trainer.save_model()
+        found.append((trainer.evaluate(), result))
+    (theirs, a), (ours, b) = found
+    assert_same_log(untimed([theirs]), untimed([ours]), relative=RELATIVE)
+    np.testing.assert_allclose(a.predictions, b.predictions, atol=1e-4)
+    assert load(tmp_path / "MLXTrainer").num_parameters() > 0
+
+
+@pytest.mark.parametrize("first", ["theirs", "ours"])
+def test_a_run_goes_on_from_the_others_checkpoint(folder, tmp_path, first):
+    classes = (Trainer, MLXTrainer) if first == "theirs" else (MLXTrainer, Trainer)
+    logs = []
+    for cls, resume in ((classes[0], None), (classes[1], str(tmp_path / "checkpoint-2"))):
+        args = TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, logging_steps=1, learning_rate=1e-3, use_cpu=True,
+            per_device_train_batch_size=2, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = cls(load(folder), args, data_collator=collator(), train_dataset=token_rows(11))
+        trainer.train(resume_from_checkpoint=resume)
+        logs.append([entry for entry in untimed(trainer.state.log_history) if "loss" in entry])
+    assert_same_log(*logs, relative=RELATIVE)
+    assert len(logs[1]) == 4

@@ -37,7 +37,8 @@ class Bystanders:
         Args:
             module: ``transformers.trainer``.
         """
-        Trainer = module.Trainer
+        # A stand-in may be in its place already.
+        Trainer = getattr(module.Trainer, "upstream", module.Trainer)
         original: Callable = Trainer.__init__
         meet = self._meet
 

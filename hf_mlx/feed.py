@@ -70,7 +70,7 @@ class Feed:
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
-        self._columns = recipe.rows.signature_columns or tuple(signature_columns)
+        self.columns = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False
@@ -96,6 +96,10 @@ class Feed:
         if isinstance(prepared, dict):
             return {name: part.dataset for name, part in prepared.items()}
         return prepared.dataset
+
+    def refuse_blind_targets(self) -> None:
+        """From now on refuse labels that are predicted from a position that sees no key."""
+        self._guard.refuses_blind = True
 
     @property
     def collator(self) -> Callable | None:
@@ -175,7 +179,7 @@ class Feed:
         data = replace(self.plan.data, skip_prepare_dataset=True)
         prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
         columns = getattr(prepared.dataset, "column_names", None)
-        first = (self._rows.signature_columns or ("input_ids",))[0]
+        first = self.columns[0]
         if columns is not None and first not in columns and not (self._collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
@@ -288,11 +292,11 @@ class Feed:
         return count_steps(None, self.plan.batch) if batches is None else count_batched_steps(batches, self.plan.batch)
 
     def _view(self, dataset: Any) -> Any:
-        return dataset if self._keep_columns else self._rows.view(dataset, self._columns)
+        return dataset if self._keep_columns else self._rows.view(dataset, self.columns)
 
     def _select(self, row: Any) -> Any:
         # Upstream leaves rows of other kinds as they are.
-        return {key: row[key] for key in self._columns if key in row} if isinstance(row, dict) else row
+        return {key: row[key] for key in self.columns if key in row} if isinstance(row, dict) else row
 
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Prepared rows as a micro-batch, by the user's collator where there is one."""

@@ -11,6 +11,7 @@ import hf_mlx
 PUBLIC = {
     "MLXDPOTrainer",
     "MLXSFTTrainer",
+    "MLXTrainer",
     "resolve_grad_clip",
     "GradClip",
     "explain",

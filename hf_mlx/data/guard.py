@@ -6,8 +6,10 @@ import logging
 from dataclasses import replace
 from typing import Any
 
+from ..errors import DataError
 from ..settings.plan import DataPlan
 from .batch import Batch
+from .masked import has_blind_targets
 from .order import count_tokens
 from .tables import Check, Tables, check_batch, check_columns, check_filled, check_padding, has_odd_labels
 
@@ -25,6 +27,7 @@ class Guard:
 
     Attributes:
         rows: What rows are checked against while they are prepared.
+        refuses_blind: Labels that are predicted from a position that sees no key are refused.
         fill_id: An id that is in the table, for positions that nobody sees: the padding token where it is one.
     """
 
@@ -36,6 +39,7 @@ class Guard:
         self._plan = plan
         self._collated = collated
         self._told = False
+        self.refuses_blind = False
         self.rows = Tables() if collated else self._check.tables
         pad = getattr(tokenizer, "pad_token_id", None)
         self.fill_id: int = pad if pad is not None and 0 <= pad <= self._check.tables.largest_id else 0
@@ -76,6 +80,12 @@ class Guard:
         Raises:
             DataError: Names the row and the position.
         """
+        if self.refuses_blind and has_blind_targets(batch):
+            raise DataError(
+                "a batch with labels on the first token after padding on the left, and attn_implementation='eager'",
+                "attention of zero where a query sees no key, which sdpa has and eager has not",
+                "AutoModelForCausalLM.from_pretrained(…, attn_implementation='sdpa')",
+            )
         check_batch(batch, self._check, "a batch of the data_collator" if self._collated else "a batch")
         if not self._told and has_odd_labels(batch):
             self._told = True

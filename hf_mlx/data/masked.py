@@ -66,6 +66,14 @@ def needs_keys(batch: Batch) -> bool:
     return bool(((places > batch.lengths[:, None]) & (batch.labels != IGNORE)).any())
 
 
+def has_blind_targets(batch: Batch) -> bool:
+    """Whether a label is predicted from a position that sees no key: before the first one of its row."""
+    if batch.keys is None:
+        return False
+    blind = ~np.logical_or.accumulate(batch.keys, axis=1)[:, :-1]
+    return bool((blind & (batch.labels[:, 1:] != IGNORE)).any())
+
+
 def _lengths(keys: np.ndarray) -> np.ndarray:
     """Tokens of each row where it is ones, then zeros; else its whole width."""
     lengths = keys.sum(axis=1).astype(np.int32)

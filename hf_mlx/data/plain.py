@@ -31,7 +31,7 @@ def take_rows(dataset: Any, name: str) -> Prepared:
             if isinstance(dataset, Mapping)
             else "an object with __getitem__ and __len__, or with __iter__",
         )
-    return Prepared(dataset, Report(name, rows=len(dataset) if indexed else None), False, False)
+    return Prepared(dataset, Report(name, rows=len(dataset) if dataset is not None and indexed else None), False, False)
 
 
 def view_columns(dataset: Any, columns: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from .imports import Imports, is_initializing
@@ -50,15 +51,23 @@ STAND_INS = (
         ("trl.trainer.dpo_trainer", "trl.trainer", "trl"),
         ("transformers.training_args:TrainingArguments", "trl.trainer.dpo_config:DPOConfig"),
     ),
+    StandIn(
+        "Trainer",
+        "trainers.lm:MLXTrainer",
+        ("transformers.trainer", "transformers"),
+        ("transformers.training_args:TrainingArguments",),
+        # All of trl's trainers derive from the first.
+        ("trl.trainer.base_trainer", "transformers.trainer_seq2seq"),
+    ),
 )
 
 
-def replace_trainer(row: StandIn, derive: Callable[[type], type], imports: Imports) -> None:
+def replace_trainer(row: StandIn, derive: Callable[[type, type], type], imports: Imports) -> None:
     """Put a trainer in upstream's place once its home is imported.
 
     Args:
         row: Which.
-        derive: Makes the class to put there from this library's.
+        derive: Makes the class to put there from this library's and upstream's.
         imports: Where to wait for its modules.
     """
     ours: list[type] = []
@@ -73,11 +82,13 @@ def replace_trainer(row: StandIn, derive: Callable[[type], type], imports: Impor
             if is_initializing(heir):
                 # It is being imported around this import: its own end comes back here.
                 return
-            import_module(heir)
+            if find_spec(heir.partition(".")[0]) is not None:
+                import_module(heir)
         # The end of an heir's import may have come here already.
         if is_done():
             return
-        ours[:] = ours or [derive(row.load())]
+        upstream = getattr(sys.modules[row.homes[0]], row.name)
+        ours[:] = ours or [derive(row.load(), upstream)]
         for home in row.homes:
             if home in sys.modules:
                 setattr(sys.modules[home], row.name, ours[0])

@@ -9,12 +9,19 @@ from .talk import say
 
 
 def derive_trainer(
-    base: type, name: str, *, strict: bool = False, dry_run: bool = False, on_built: Callable[[], None] = lambda: None
+    base: type,
+    upstream: type,
+    name: str,
+    *,
+    strict: bool = False,
+    dry_run: bool = False,
+    on_built: Callable[[], None] = lambda: None,
 ) -> type:
     """A trainer of this library under upstream's name.
 
     Args:
         base: The trainer.
+        upstream: The one it stands in for; it is built instead where ``base.trains`` says so, and left to torch.
         name: Upstream's name.
         strict: Default of the trainer's own ``strict``.
         dry_run: ``train()`` prints what would happen and ends the script with status 0.
@@ -26,13 +33,24 @@ def derive_trainer(
         on_built()
         say(self.ledger.as_text(changed_only=True))
 
+    def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
+        model = args[0] if args else kwargs.get("model")
+        # What a script derives from this class can only be this class.
+        if cls is made and hasattr(base, "trains") and not base.trains(model):
+            return upstream(*args, **kwargs)
+        return object.__new__(cls)
+
     def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
         from ..surface.estimate import describe_run
 
         print(describe_run(self))
         raise SystemExit(0)
 
-    members: dict[str, Any] = {"__doc__": base.__doc__, "__init__": construct, "__module__": base.__module__}
+    members: dict[str, Any] = {
+        "__doc__": base.__doc__, "__init__": construct, "__module__": base.__module__, "__new__": choose,
+        "upstream": upstream,
+    }  # fmt: skip
     if dry_run:
         members |= dict.fromkeys(("train", "evaluate", "predict"), describe)
-    return type(name, (base,), members)
+    made = type(name, (base,), members)
+    return made

@@ -29,6 +29,7 @@ from .handover import Handover
 from .loans import take_over_loans
 from .signature import forward_columns, named_forward
 from .ties import Tied
+from .upstream import upstream_trainer
 
 
 class Base(Protocol):
@@ -288,10 +289,8 @@ class TorchBase:
         return self._handover.tie(parameters)
 
     def decayed_names(self, session: Session) -> list[str]:
-        from transformers import Trainer
-
         # The method looks at the model alone.
-        return Trainer.get_decay_parameter_names(cast(Any, None), self._source.model)
+        return upstream_trainer().get_decay_parameter_names(cast(Any, None), self._source.model)
 
     def complete(self, folder: Path) -> None:
         if self._handover is not None:

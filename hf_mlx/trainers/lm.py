@@ -47,6 +47,11 @@ class MLXTrainer(TrainerBase):
 
     recipe = LM
 
+    @staticmethod
+    def trains(model: Any) -> bool:
+        """Whether ``model`` is of a class that this trainer trains; a name is, until it is loaded."""
+        return is_causal_lm(model)
+
     def __init__(
         self,
         model: Any = None,
@@ -70,7 +75,7 @@ class MLXTrainer(TrainerBase):
         args = args if args is not None else default_args("")
         if model is None or model_init is not None:
             model = _init_model(model, model_init, args)
-        if not is_causal_lm(model):
+        if not self.trains(model):
             raise SettingError(
                 f"model of class {type(model).__name__}",
                 "a causal language model (AutoModelForCausalLM): MLX trains no other here",
@@ -96,6 +101,8 @@ class MLXTrainer(TrainerBase):
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
+            self.data.refuse_blind_targets()
 
 
 def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:

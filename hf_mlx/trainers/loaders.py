@@ -7,6 +7,7 @@ from typing import Any
 
 from ..data.own_loader import OwnLoader, lend_generator
 from ..errors import MissingDependency
+from ..surface.upstream import upstream_trainer
 from .live import Live
 
 # What decides the order and the batches of training, and of evaluation.
@@ -139,8 +140,6 @@ class LaterLoader:
 def _hf(name: str) -> Callable:
     """A method of transformers' trainer, which reads what it needs from ours under the same names."""
     try:
-        import torch  # noqa: F401
-        from transformers import Trainer
+        return getattr(upstream_trainer(), name)
     except ImportError as error:
         raise MissingDependency(f"trainer.{name}()", "torch, whose DataLoader it makes", "pip install torch") from error
-    return getattr(Trainer, name)

@@ -145,9 +145,7 @@ class Names(Loaders, Refused):
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         """Epochs, updates and rows of a run over ``dataloader``, as transformers counts them."""
-        from transformers import Trainer
-
-        return Trainer.set_initial_training_values(self, args, dataloader)  # pyright: ignore[reportArgumentType]
+        return upstream_trainer().set_initial_training_values(self, args, dataloader)
 
     @staticmethod
     def metrics_format(metrics: dict[str, float]) -> dict[str, float]:

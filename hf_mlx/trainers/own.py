@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import SettingError
+from ..errors import MissingDependency, SettingError
 from ..surface.own_loss import OwnLoss, check_supported, takes_items
 from ..surface.own_optimizer import check_optimizer, make_host_optimizer
+from ..surface.upstream import upstream_trainer
 from ..surface.upstream_losses import hf_loss
 from ..training.schedule import make_schedule
 from ..training.schedules.contract import Schedule
@@ -115,22 +116,16 @@ class Own(Parts):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """A torch optimizer over the model's parameters, as transformers makes it of ``args``."""
-        from transformers import Trainer
-
-        return Trainer.create_optimizer(self, model)  # pyright: ignore[reportArgumentType]
+        return _upstream().create_optimizer(self, model)  # pyright: ignore[reportArgumentType]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A torch schedule over ``optimizer``, as transformers makes it of ``args``."""
-        from transformers import Trainer
-
-        return Trainer.create_scheduler(self, num_training_steps, optimizer)  # pyright: ignore[reportArgumentType]
+        return _upstream().create_scheduler(self, num_training_steps, optimizer)  # pyright: ignore[reportArgumentType]
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """The torch optimizer that ``args.optim`` names, and its keywords."""
-        from transformers import Trainer
-
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return _upstream().get_optimizer_cls_and_kwargs(args, model)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Names of the parameters that weight decay applies to."""
@@ -239,6 +234,13 @@ def _check_native(loss: Any, own: str | None, plan: Any) -> None:
             "one loss: a function of logits, labels and mask in mlx.core",
             "MLXSFTTrainer(loss=my_loss) without it",
         )
+
+
+def _upstream() -> Any:
+    try:
+        return upstream_trainer()
+    except ImportError as error:
+        raise MissingDependency("an optimizer of torch's", "torch", "pip install torch") from error
 
 
 def _is_houses(function: Callable) -> bool:
