@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+from ..surface.upstream import upstream_trainer
 from .loaders import Loaders
 from .refused import Refused
 
