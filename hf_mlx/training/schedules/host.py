@@ -43,3 +43,6 @@ class HostSchedule(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.scheduler.load_state_dict(dict(state))
+
+    def take_rate(self, rate: float) -> None:
+        """Nothing: a rate that is set in the optimizer is where both of them keep it."""
