@@ -70,7 +70,7 @@ class Feed:
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
-        self.columns = recipe.rows.signature_columns or tuple(signature_columns)
+        self._columns = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False

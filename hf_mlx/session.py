@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,8 +32,10 @@ from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring
 from .training.lanes import make_step
 from .training.means import Progress
 from .training.native_loss import NativeLoss
+from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
 from .training.step import Step
+from .training.weighting import ByTokens
 
 
 class Session:
@@ -89,13 +92,18 @@ class Session:
         options = {"seed": self.plan.batch.seed, "computed_in": partial(_computed_in, self.loaded.model)}
         if self.host_loss is None:
             return make_step(self._objective, optimizer, clip, weigh=self._weigh, **options)
-        silent = measuring_nothing(self._objective)
-        return HostLossStep(silent, optimizer, clip, loss=self.host_loss, count=self._weigh.count, **options)
+        silent, weigh = measuring_nothing(self._token_objective), cast(ByTokens, self._weigh)
+        return HostLossStep(silent, optimizer, clip, loss=self.host_loss, count=weigh.count, **options)
 
     def _make_evaluator(self) -> Evaluator:
         if self.host_loss is None:
             return Evaluator(self._objective)
-        return HostEvaluator(measuring_nothing(self._objective), self.host_loss)
+        return HostEvaluator(measuring_nothing(self._token_objective), self.host_loss)
+
+    @property
+    def _token_objective(self) -> TokenObjective:
+        """The objective, of a trainer whose rows are texts: the others refuse a loss of the logits."""
+        return cast(TokenObjective, self._objective)
 
     def adopt_native_loss(self, loss: NativeLoss) -> None:
         """Minimise a loss of the script's own that MLX compiles with the rest of the step."""

@@ -125,9 +125,9 @@ class LossModel:
         given = self._inputs.get(name)
         if value is given and not (required and value is None):
             return
-        tensors = isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor)
-        if tensors and value.shape == given.shape and torch.equal(value.to(given.device), given):
-            return
+        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor) and value.shape == given.shape:
+            if torch.equal(value.to(given.device), given):
+                return
         what = f"model({name}=…) with other values than inputs[{name!r}]" if given is not None else f"model({name}=…)"
         if value is None:
             what = f"model(…) without {name}"

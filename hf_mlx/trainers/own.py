@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import MissingDependency, SettingError
+from ..settings.plan import LossPlan
 from ..surface.own_loss import OwnLoss, check_supported, takes_items
 from ..surface.own_optimizer import check_optimizer, make_host_optimizer
 from ..surface.upstream import upstream_trainer
@@ -226,6 +227,10 @@ class Own(Parts):
 
 
 def _check_native(loss: Any, own: str | None, plan: Any) -> None:
+    if not isinstance(plan, LossPlan):
+        raise SettingError(
+            "loss= in a trainer of pairs", "one of the losses of its configuration", 'DPOConfig(loss_type="sigmoid")'
+        )
     others = {own: own, "label_smoothing_factor": plan.label_smoothing_factor, 'loss_type="dft"': plan.kind == "dft"}
     other = next((name for name, given in others.items() if given), None)
     if not callable(loss) or other is not None:

@@ -188,7 +188,7 @@ def _decayed_by_channel(left: mx.array, right: mx.array, g: mx.array) -> mx.arra
     if g.shape[-2] <= _PAIRS:
         return (left[..., :, None, :] * right[..., None, :, :] * _pairwise_decay(g)).sum(-1)
     halves = [_halves(x) for x in (left, right, g)]
-    stacked = (mx.stack(pair, axis=axis) for pair, axis in zip(halves, (1, 0, 0), strict=True))
+    stacked = (mx.stack(list(pair), axis=axis) for pair, axis in zip(halves, (1, 0, 0), strict=True))
     upper, lower = _decayed_by_channel(*stacked).swapaxes(0, 1)
     later, earlier = halves[0][1] * _from_middle(halves[2][1]), halves[1][0] * _to_middle(halves[2][0])
     return join_blocks(upper, later @ earlier.swapaxes(-1, -2), lower)

@@ -50,7 +50,7 @@ def _scan() -> Any:
     def scan(a: mx.array, *parts: mx.array) -> tuple[mx.array, mx.array]:
         states, outputs = [mx.zeros((parts[0].shape[0], *a.shape))], []
         for segment in _segments(parts):
-            output, state = _segment(a, *segment, states[-1])
+            output, state = _segment(a, *segment, states[-1])  # pyright: ignore[reportCallIssue]
             outputs.append(output)
             states.append(state)
         return mx.concatenate(outputs, axis=1), mx.stack(states[:-1])
@@ -64,7 +64,7 @@ def _scan() -> Any:
             _, grads = mx.vjp(_segment, [a, *segment, state], [d_output, d_state])
             d_a, d_state = d_a + grads[0], grads[-1]
             d_parts.append(grads[1:-1])
-        joined = [mx.concatenate(pieces, axis=1) for pieces in zip(*reversed(d_parts), strict=True)]
+        joined = [mx.concatenate(list(pieces), axis=1) for pieces in zip(*reversed(d_parts), strict=True)]
         return d_a, *joined
 
     return scan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 # Below this size whole blocks are multiplied at once; above it, products of quarters cost less.
@@ -25,7 +27,8 @@ def unit_lower_inverse(strict: mx.array) -> mx.array:
     Returns:
         Shape (…, n, n), unit lower triangular.
     """
-    return _inverse(strict)
+    inverse: Any = _inverse(strict)
+    return inverse
 
 
 @mx.custom_function
