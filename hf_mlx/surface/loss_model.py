@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ..errors import TrainingError
 from ..models.torch_arrays import to_torch
@@ -125,9 +125,9 @@ class LossModel:
         given = self._inputs.get(name)
         if value is given and not (required and value is None):
             return
-        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor) and value.shape == given.shape:
-            if torch.equal(value.to(given.device), given):
-                return
+        tensors = isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor)
+        if tensors and value.shape == cast(Any, given).shape and torch.equal(value.to(cast(Any, given).device), given):
+            return
         what = f"model({name}=…) with other values than inputs[{name!r}]" if given is not None else f"model({name}=…)"
         if value is None:
             what = f"model(…) without {name}"
