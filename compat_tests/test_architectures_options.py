@@ -185,7 +185,7 @@ def test_every_rope_type_is_computed_or_refused(model_type, tmp_path):
     assert answered >= 2 or not rope or model_type == "phi3"
 
 
-@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors", "bitsandbytes", "bitnet"])
+@pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors", "bitnet"])
 def test_weights_quantised_for_cuda_are_refused(method, tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

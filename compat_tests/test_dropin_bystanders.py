@@ -9,39 +9,53 @@ from test_dropin_scripts import HF_MLX, _run
 HEAD = """
 import sys
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
 FOLDER, OUT = sys.argv[1:3]
 QUIET = dict(output_dir=OUT, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
 PAIRS = Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 4)
 IDS = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]}] * 4)
-model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+SCORES = AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 """
-TRAINER = "Trainer(model, TrainingArguments(**QUIET), train_dataset=IDS).train()\n"
-DPO = """
-from trl import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
-made = DPOTrainer(model, args=DPOConfig(bf16=False, **QUIET), train_dataset=PAIRS, processing_class=tokenizer)
-made.train()
+REWARD = """
+from trl import RewardConfig, RewardTrainer
+RewardTrainer(SCORES, args=RewardConfig(bf16=False, **QUIET), train_dataset=PAIRS, processing_class=tokenizer).train()
 """
-SUBCLASS = """
-class Weighted(Trainer):
+OTHERS = """
+from transformers import BertConfig, BertForMaskedLM
+bert = BertForMaskedLM(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+Trainer(bert, TrainingArguments(**QUIET), train_dataset=IDS).train()
+"""
+SUBMODULE = REWARD.replace(
+    "from trl import RewardConfig, RewardTrainer",
+    """
+from trl import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+""",
+)
+SUBCLASS = REWARD.replace(
+    "RewardTrainer(S",
+    """
+class Weighted(RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return 2 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
-""" + TRAINER.replace("Trainer(", "Weighted(", 1)
-THREAD = """
+Weighted(S""",
+)
+THREAD = OTHERS.replace("Trainer(bert", """
 from threading import Thread
-threads = [Thread(target=lambda: Trainer(model, TrainingArguments(**QUIET), train_dataset=IDS)) for _ in range(3)]
+threads = [Thread(target=lambda: Trainer(bert, TrainingArguments(**QUIET), train_dataset=IDS)) for _ in range(3)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-"""
+Trainer(bert""", 1)
 SCRIPTS = {
-    "trainer": (TRAINER, ["transformers.Trainer"]),
-    "dpo from its submodule": (DPO, ["trl.DPOTrainer"]),
-    "a subclass": (SUBCLASS, ["transformers.Trainer"]),
+    "trainer": (REWARD, ["trl.RewardTrainer"]),
+    "from its submodule": (SUBMODULE, ["trl.RewardTrainer"]),
+    "a subclass": (SUBCLASS, ["trl.RewardTrainer"]),
     "threads": (THREAD, ["transformers.Trainer"]),
-    "two kinds": (TRAINER + DPO, ["transformers.Trainer", "trl.DPOTrainer"]),
+    "another kind of model": (OTHERS, ["transformers.Trainer"]),
+    "two kinds": (OTHERS + REWARD, ["transformers.Trainer", "trl.RewardTrainer"]),
 }
 
 
@@ -72,7 +86,7 @@ def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
 def test_strict_refuses_before_a_step(kind, folder, tmp_path):
     script = write(tmp_path, HEAD + SCRIPTS[kind][0] + "\nprint('done')\n")
     done = _run([*HF_MLX, "run", "--strict", script, folder, tmp_path / "out"], status=1)
-    assert "SettingError: received: transformers.Trainer under hf-mlx run --strict" in done.stderr
+    assert "SettingError: received: trl.RewardTrainer under hf-mlx run --strict" in done.stderr
     assert "done" not in done.stdout
 
 

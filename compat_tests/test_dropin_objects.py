@@ -177,7 +177,7 @@ def _frozen_adapter() -> Any:
         (lambda: torch.nn.Linear(2, 2), {}, "AutoModelForCausalLM"),
         (make_model, {"peft_config": _lora(), "finetune_last_n_layers": 1}, "layers_to_transform=\\[1\\]"),
         (make_model, {"optimizers": (torch.optim.SGD([torch.zeros(1)], 0.1), None)}, "none of trainer.model"),
-        (make_model, {"optimizers": (None, object())}, "without its optimizer"),
+        (make_model, {"optimizers": (None, object())}, "lr_scheduler = a object"),
         (make_model, {"model_init": make_model}, "model_init\\(\\)"),
     ],
 )

@@ -225,5 +225,7 @@ def test_a_run_goes_on_from_the_others_checkpoint(folder, tmp_path, first):
         trainer = cls(load(folder), args, data_collator=collator(), train_dataset=token_rows(11))
         trainer.train(resume_from_checkpoint=resume)
         logs.append([entry for entry in untimed(trainer.state.log_history) if "loss" in entry])
+    # A checkpoint's history is read back with its keys sorted, by transformers too.
+    logs[0] = [dict(sorted(entry.items())) for entry in logs[0][:2]] + logs[0][2:]
     assert_same_log(*logs, relative=RELATIVE)
     assert len(logs[1]) == 4

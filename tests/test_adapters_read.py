@@ -180,7 +180,7 @@ BROKEN = {
     "trainable tokens that are not there": (change_config(trainable_token_indices=[1, 2]), "token_adapter"),
     "trainable tokens beyond the table": (change_config(trainable_token_indices=[1, 128]), "ids from 0 to 127"),
     "trainable tokens by name": (change_config(trainable_token_indices=["a"]), "trainable_token_indices=['a']"),
-    "a start that changed the base": (change_config(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
+    "a start that changed the base": (change_config(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "a rank of the wrong type": (change_config(r="4"), "r='4'"),
     "a rank that is true": (change_config(r=True), "r=True"),
     "a rank of zero": (change_config(r=0), "r=0"),

@@ -46,7 +46,7 @@ def test_a_namespace_a_dataclass_and_a_dict_get_the_same_verdicts():
 
 
 def test_every_refused_field_stands_in_one_error():
-    ledger = explain({"fp16": True, "fsdp": "full_shard"}, {"init_lora_weights": "pissa"})
+    ledger = explain({"fp16": True, "fsdp": "full_shard"}, {"init_lora_weights": "eva"})
     assert {entry.field for entry in ledger.refused} == {"fp16", "fsdp", "init_lora_weights"}
     with pytest.raises(SettingError) as caught:
         ledger.raise_refused()
@@ -54,7 +54,7 @@ def test_every_refused_field_stands_in_one_error():
     for part in (
         "fp16=True",
         "fsdp='full_shard'",
-        "init_lora_weights='pissa'",
+        "init_lora_weights='eva'",
         "write fp16=False, bf16=True",
         "write fsdp=None",
     ):
