@@ -61,6 +61,7 @@ def test_each_answer_is_said_once(runs):
         "trl.trainer.ConstantLengthDataset left in trl 0.20",
         "peft.prepare_model_for_int8_training left in peft 0.10",
         "evaluation_strategy is now eval_strategy",
-        "torch_dtype is now dtype",
+        "hf-mlx run: torch_dtype is now dtype",
+        "ModelConfig's torch_dtype is now dtype",
     ):
         assert sum(name in line for line in said) == 1

@@ -65,7 +65,7 @@ def test_a_deliberate_error_prints_its_three_parts_and_no_traceback(monkeypatch,
 
     parser = argparse.ArgumentParser()
     parser.set_defaults(command="explain", run=refuse)
-    monkeypatch.setattr(cli, "build_parser", lambda: parser)
+    monkeypatch.setattr(cli, "build_parser", lambda *_: parser)
     assert cli.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
