@@ -24,7 +24,8 @@ RewardTrainer(SCORES, args=RewardConfig(bf16=False, **QUIET), train_dataset=PAIR
 """
 OTHERS = """
 from transformers import BertConfig, BertForMaskedLM
-bert = BertForMaskedLM(BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+bert = BertForMaskedLM(BertConfig(**sizes))
 Trainer(bert, TrainingArguments(**QUIET), train_dataset=IDS).train()
 """
 SUBMODULE = REWARD.replace(
@@ -43,12 +44,16 @@ class Weighted(RewardTrainer):
 
 Weighted(S""",
 )
-THREAD = OTHERS.replace("Trainer(bert", """
+THREAD = OTHERS.replace(
+    "Trainer(bert",
+    """
 from threading import Thread
 threads = [Thread(target=lambda: Trainer(bert, TrainingArguments(**QUIET), train_dataset=IDS)) for _ in range(3)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-Trainer(bert""", 1)
+Trainer(bert""",
+    1,
+)
 SCRIPTS = {
     "trainer": (REWARD, ["trl.RewardTrainer"]),
     "from its submodule": (SUBMODULE, ["trl.RewardTrainer"]),

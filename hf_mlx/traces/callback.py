@@ -68,6 +68,10 @@ class TraceCallback(TrainerCallback):
         """See every training micro-batch go by; returns what ends that."""
         if hasattr(model, "register_forward_pre_hook"):
             return model.register_forward_pre_hook(self._see_forward, with_kwargs=True).remove
+        loader = getattr(loader, "trained", None)
+        if loader is None:
+            # The script's own loader: its batches are its own affair, and stay out of the trace.
+            return lambda: None
         collate = loader.collate
 
         def seen(rows: Any) -> Any:
