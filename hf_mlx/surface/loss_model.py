@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from ..errors import TrainingError
 from ..models.torch_arrays import to_torch
@@ -125,8 +125,7 @@ class LossModel:
         given = self._inputs.get(name)
         if value is given and not (required and value is None):
             return
-        tensors = isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor)
-        if tensors and value.shape == cast(Any, given).shape and torch.equal(value.to(cast(Any, given).device), given):
+        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor) and _is_equal(value, given):
             return
         what = f"model({name}=…) with other values than inputs[{name!r}]" if given is not None else f"model({name}=…)"
         if value is None:
@@ -136,3 +135,9 @@ class LossModel:
             "a forward pass over the batch that compute_loss is called with, for its logits",
             "outputs = model(**inputs); make other batches in the data_collator, leave other outputs out",
         )
+
+
+def _is_equal(value: Any, given: Any) -> bool:
+    import torch
+
+    return value.shape == given.shape and torch.equal(value.to(given.device), given)
