@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from pairs import SILENT, text_rows, tokenizer
+from pairs import SILENT, _quiet, text_rows, tokenizer
 from peft import LoraConfig, get_peft_model
 
 from hf_mlx import MLXTrainer
@@ -37,7 +32,7 @@ def token_rows(count: int, seed: int = 0, **options: Any) -> list[dict[str, Any]
 
 def run(cls: type, model: Any, settings: dict[str, Any], **keywords: Any) -> Made:
     """The log of one run, and its trainer."""
-    with quiet() as folder:
+    with _quiet() as folder:
         trainer = cls(model, transformers.TrainingArguments(**{"output_dir": folder, **SILENT, **settings}), **keywords)
         trainer.train()
     return trainer.state.log_history, trainer
@@ -47,19 +42,3 @@ def run_both(make: Callable[[], Any], settings: dict[str, Any], make_keywords: C
     """transformers' run and ours."""
     theirs = run(transformers.Trainer, make(), settings, **make_keywords())
     return theirs, run(MLXTrainer, make(), settings, **make_keywords())
-
-
-@contextlib.contextmanager
-def quiet():
-    """A temporary output folder, nothing on the terminal."""
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield folder
-    finally:
-        logging.disable(logging.NOTSET)

@@ -44,6 +44,7 @@ class Feed:
 
     Attributes:
         share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
+        columns: Those of a row that a collator gets when ``remove_unused_columns`` is on.
         keeps_batches: Rows stay as the collator made them, with its batch beside them, for a loss of the script's own.
     """
 
@@ -70,7 +71,7 @@ class Feed:
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
-        self._columns = recipe.rows.signature_columns or tuple(signature_columns)
+        self.columns: tuple[str, ...] = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
         self.share_rows = False
@@ -105,11 +106,6 @@ class Feed:
     def collator(self) -> Callable | None:
         """The user's ``data_collator``, or None."""
         return self._collator
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of a row that a collator gets when ``remove_unused_columns`` is on."""
-        return self._columns
 
     @property
     def is_padding_free(self) -> bool:

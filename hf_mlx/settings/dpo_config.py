@@ -9,7 +9,7 @@ from ..errors import SettingError
 from .data_plan import resolve_length
 from .plan import DataPlan, PairLossPlan
 from .ranges import check_count, check_flag, check_number, check_optional_count
-from .sft_config import MODEL_INIT_KWARGS
+from .sft_config import MODEL_INIT_KWARGS, ROUTER_AUX_LOSS_COEF, TRUST_REMOTE_CODE
 from .verdicts import (
     Rule,
     Values,
@@ -68,13 +68,8 @@ def _unknown(value: Any, values: Values) -> bool:
 
 DPO_CONFIG: tuple[Rule, ...] = (
     MODEL_INIT_KWARGS,
-    cases(
-        "trust_remote_code",
-        False,
-        enabled(adapted("runs the tokenizer's code; a model that needs its own code is refused")),
-        otherwise(honoured("off")),
-    ),
-    honour("router_aux_loss_coef", None, "of mixture-of-experts models; None is the model config's own value"),
+    TRUST_REMOTE_CODE,
+    ROUTER_AUX_LOSS_COEF,
     cases(
         "disable_dropout",
         True,

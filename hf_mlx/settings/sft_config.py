@@ -37,6 +37,16 @@ _QUANTIZED = adapted(
     changes_numbers=True,
 )
 
+TRUST_REMOTE_CODE = cases(
+    "trust_remote_code",
+    False,
+    enabled(adapted("runs the tokenizer's code; a model that needs its own code is refused")),
+    otherwise(honoured("off")),
+)
+ROUTER_AUX_LOSS_COEF = honour(
+    "router_aux_loss_coef", None, "of mixture-of-experts models; None is the model config's own value"
+)
+
 
 def _bits(key: str) -> Rule:
     return cases(key, None, enabled(_QUANTIZED), otherwise(honoured("off")))
@@ -73,24 +83,14 @@ MODEL_INIT_KWARGS = DictRule(
         ignore("use_safetensors", None, "safetensors is what is read"),
         ignore("use_cache", None, "concerns generation; training keeps no cache"),
         ignore("use_kernels", None, "swaps in CUDA kernels with equal numbers"),
-        cases(
-            "trust_remote_code",
-            False,
-            enabled(adapted("runs the tokenizer's code; a model that needs its own code is refused")),
-            otherwise(honoured("off")),
-        ),
+        TRUST_REMOTE_CODE,
     ),
 )
 
 SFT_CONFIG: tuple[Rule, ...] = (
     MODEL_INIT_KWARGS,
-    cases(
-        "trust_remote_code",
-        False,
-        enabled(adapted("runs the tokenizer's code; a model that needs its own code is refused")),
-        otherwise(honoured("off")),
-    ),
-    honour("router_aux_loss_coef", None, "of mixture-of-experts models; None is the model config's own value"),
+    TRUST_REMOTE_CODE,
+    ROUTER_AUX_LOSS_COEF,
     cases(
         "chat_template_path",
         None,

@@ -26,3 +26,11 @@ def clip_gradients(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array | No
     if clip.mode == "value":
         return {k: mx.clip(g, -clip.threshold, clip.threshold) for k, g in grads.items()}, None, norm
     return grads, None, norm
+
+
+def clip_whole(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array]:
+    """The clipped gradients themselves, for what is no part of the compiled update; and the norm before clipping."""
+    grads, scale, norm = clip_gradients(grads, clip)
+    if scale is not None:
+        grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
+    return grads, norm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .clip import clip_gradients
+from .clip import clip_whole
 from .optimizers.contract import Arrays, State
 from .step import Step, StepMetrics
 
@@ -52,10 +52,7 @@ class HandedStep:
         return StepMetrics.split(self._sums)
 
     def _clip(self, grads: Arrays) -> tuple[Arrays, mx.array]:
-        grads, scale, norm = clip_gradients(grads, self._step.clip)
-        if scale is not None:
-            grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
-        return grads, norm
+        return clip_whole(grads, self._step.clip)
 
     def _update(self, params: Arrays, grads: Arrays, state: State, hyper: Arrays) -> tuple[Arrays, State]:
         return self._step.optimizer.update(params, grads, state, hyper)

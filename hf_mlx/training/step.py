@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
-from .clip import clip_gradients
+from .clip import clip_gradients, clip_whole
 from .inputs import Inputs
 from .measured import Held, StepMetrics
 from .objective import Objective
@@ -273,9 +273,7 @@ class Step:
 
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
         grads, metrics = carry
-        grads, scale, norm = clip_gradients(grads, self.clip)
-        if scale is not None:
-            grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
+        grads, norm = clip_whole(grads, self.clip)
         return grads, {**metrics, "grad_norm": norm}
 
 
