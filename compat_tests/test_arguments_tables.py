@@ -14,10 +14,11 @@ from trl import SFTConfig
 
 from hf_mlx.settings import schedules
 from hf_mlx.settings.ledger import explain
-from hf_mlx.settings.legacy import RENAMED, TRAINER_KEYWORDS, translate_arguments
+from hf_mlx.settings.legacy import RENAMED, translate_arguments
 from hf_mlx.settings.lora_config import LORA_CONFIG
 from hf_mlx.settings.optimizers import OPTIONS, parse_optim_args
 from hf_mlx.settings.sft_config import SFT_CONFIG, SFT_DEFAULTS
+from hf_mlx.settings.trainer_keywords import TRAINER_KEYWORDS
 from hf_mlx.settings.training_arguments import TRAINING_ARGUMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,8 +6,9 @@ import warnings
 import pytest
 
 from hf_mlx.errors import SettingError
-from hf_mlx.settings.legacy import merge_trainer_keywords, translate_arguments
+from hf_mlx.settings.legacy import translate_arguments
 from hf_mlx.settings.resolve import resolve_plan
+from hf_mlx.settings.trainer_keywords import merge_trainer_keywords
 
 TRANSLATED = [
     ({"evaluation_strategy": "steps"}, {"eval_strategy": "steps"}),
@@ -35,6 +36,9 @@ TRANSLATED = [
     ({"save_safetensors": True}, {}),
     ({"use_mps_device": True}, {}),
     ({"fp16_backend": "auto"}, {}),
+    ({"num_of_sequences": 64}, {}),
+    ({"chars_per_token": 4.2}, {}),
+    ({"report_to": None}, {"report_to": "all"}),
 ]
 REFUSED = [
     {"save_safetensors": False},
@@ -46,8 +50,6 @@ REFUSED = [
     {"jit_mode_eval": True},
     {"torchdynamo": "inductor"},
     {"sharded_ddp": "simple"},
-    {"num_of_sequences": 64},
-    {"chars_per_token": 4.2},
 ]
 
 

@@ -12,7 +12,7 @@ from ..checkpoints.files import check_output_dir
 from ..errors import SettingError
 from ..feed import Feed
 from ..settings.changes import Asked
-from ..settings.legacy import merge_trainer_keywords
+from ..settings.trainer_keywords import merge_trainer_keywords
 from ..surface import reporting
 from ..surface.accelerator import Accelerator
 from ..surface.assignments import check_presets
