@@ -45,7 +45,7 @@ def install(
     """
     imports, talk = Imports(), Talk()
     for row in STAND_INS:
-        translate = functools.partial(translate_keywords, talk=talk, older=row.older_keywords)
+        translate = functools.partial(translate_keywords, talk=talk, trainer=row.name, older=row.older_keywords)
         derive = functools.partial(
             derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built, translate=translate
         )

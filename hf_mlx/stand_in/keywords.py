@@ -8,16 +8,25 @@ from typing import Any
 
 from .talk import Talk
 
+_BITS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
-def translate_keywords(given: Mapping[str, Any], talk: Talk, *, older: bool) -> dict[str, Any]:
+
+def translate_keywords(given: Mapping[str, Any], talk: Talk, *, trainer: str, older: bool) -> dict[str, Any]:
     """Today's keyword arguments of a trainer.
 
     Args:
         given: As the script wrote them.
         talk: Says what is done another way.
+        trainer: Upstream's name of it.
         older: The trainer itself takes the keywords of older releases.
     """
     given = dict(given)
+    if "model" in given:
+        given["model"] = _unwrapped(given["model"], talk)
+    if trainer == "SFTTrainer" and given.get("peft_config") is not None and hasattr(given.get("model"), "peft_config"):
+        given["peft_config"] = None
+        talk.once("peft_config beside a PeftModel: the model's own adapter is trained, as trl did before 0.20")
+    _make_loadable(given, talk)
     if not older and "tokenizer" in given:
         given.setdefault("processing_class", given.pop("tokenizer"))
         talk.once("tokenizer= of Trainer left in transformers 5.0; it is now processing_class=")
@@ -29,6 +38,36 @@ def translate_keywords(given: Mapping[str, Any], talk: Talk, *, older: bool) -> 
             given[name] = _formatted(given.get(name), function, field)
         given["formatting_func"] = None
     return given
+
+
+def _unwrapped(model: Any, talk: Talk) -> Any:
+    """The model itself, where torch compiled it or was to spread it over devices."""
+    inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+    name = type(model).__name__
+    if name not in inside or not type(model).__module__.startswith("torch."):
+        return model
+    talk.once(f"{name}: the model inside is trained; the step is compiled by MLX, and runs on one device")
+    return _unwrapped(getattr(model, inside[name]), talk)
+
+
+def _make_loadable(given: dict[str, Any], talk: Talk) -> None:
+    """``model_init_kwargs`` without what only CUDA has; what is quantised is read by the trainer."""
+    from .loading import portable_kwargs
+
+    def translate(kwargs: Any) -> Any:
+        if not isinstance(kwargs, Mapping):
+            return kwargs
+        bits = {name: kwargs[name] for name in _BITS if kwargs.get(name) is not None}
+        left, _, notes = portable_kwargs({name: value for name, value in kwargs.items() if name not in _BITS})
+        for note in notes:
+            talk.once(note)
+        return left | bits
+
+    if "model_init_kwargs" in given:
+        given["model_init_kwargs"] = translate(given["model_init_kwargs"])
+    args = given.get("args")
+    if getattr(args, "model_init_kwargs", None):
+        args.model_init_kwargs = translate(args.model_init_kwargs)  # type: ignore[union-attr]
 
 
 def _wants_batches(function: Callable, dataset: Any) -> bool:
