@@ -90,10 +90,11 @@ class _Nothing:
     def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
         return self
 
-    def __getattr__(self, name: str) -> _Nothing:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        # What scripts put into other settings.
+        return "" if name in ("name", "id", "url", "project", "entity", "dir") else self
 
     def __getitem__(self, key: Any) -> _Nothing:
         return self
@@ -120,6 +121,19 @@ class _Nothing:
         return ""
 
 
+class _Config(dict):
+    """A tracker's ``config``: what the script puts in, by attribute too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
 def _answer(module: Any, answer: Callable[[str], Any]) -> None:
     def __getattr__(name: str) -> Any:
         if name.startswith("__"):
@@ -134,6 +148,16 @@ def _track_nothing(module: Any, talk: Talk, package: str) -> None:
         f"{module.__name__.partition('.')[0]} is not installed: what the script sends to it goes nowhere; "
         f"pip install {package}"
     )
+    config = _Config()
+
+    def init(*args: Any, **kwargs: Any) -> _Nothing:
+        given = kwargs.get("config")
+        config.update(given if isinstance(given, Mapping) else vars(given) if hasattr(given, "__dict__") else {})
+        run = _Nothing()
+        vars(run)["config"] = config
+        return run
+
+    module.config, module.init = config, init
     _answer(module, lambda name: _Nothing())
 
 

@@ -58,6 +58,12 @@ def portable_precision(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     return left, notes
 
 
+def keep_logging_dir(older: Mapping[str, Any]) -> None:
+    """Set what took the place of ``logging_dir``, where the user has not."""
+    if older.get("logging_dir"):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(older["logging_dir"]))
+
+
 def _allow_bf16(module: Any) -> None:
     # MLX computes in bfloat16 wherever it runs; torch's answer is about torch's device.
     module.is_torch_bf16_gpu_available = lambda: True
@@ -71,8 +77,7 @@ def _translated(original: Callable, owner: type, talk: Talk) -> Callable:
         kwargs, notes = _translate(older, kwargs)
         for note in notes:
             talk.once(note)
-        if older.get("logging_dir"):
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(older["logging_dir"]))
+        keep_logging_dir(older)
         vars(self)[_GIVEN] = older
         original(self, *args, **kwargs)
 
