@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -70,10 +71,19 @@ def _allow_bf16(module: Any) -> None:
 
 
 def _translated(original: Callable, owner: type, talk: Talk) -> Callable:
+    positional = [
+        parameter.name
+        for parameter in list(inspect.signature(original).parameters.values())[1:]
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        fields = owner.__dataclass_fields__  # type: ignore[attr-defined]
+        if not set(positional[: len(args)]) & kwargs.keys() and len(args) <= len(positional):
+            args, kwargs = (), dict(zip(positional, args, strict=False)) | kwargs
         # A class of the script's own may have fields of these names, which mean what the script makes of them.
-        older, kwargs = _older(kwargs, owner.__dataclass_fields__)  # type: ignore[attr-defined]
+        older, kwargs = _older(kwargs, fields)
         kwargs, notes = _translate(older, kwargs)
         for note in notes:
             talk.once(note)
