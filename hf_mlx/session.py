@@ -24,6 +24,7 @@ from .recipes.recipe import Recipe
 from .settings.clipping import GradClip
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
+from .training.blocked_attention import attend_in_blocks
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
@@ -76,6 +77,7 @@ class Session:
         loaded.read_weights()
         self.routers = recipe.make_routers(loaded, plan.loss)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
         self._objective = recipe.make_objective(loaded, names, plan, self.routers)
