@@ -80,7 +80,8 @@ def blocked_attention(
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
     if length < LEAST or not known or added or _is_fused(queries):
-        return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+        at_once: Any = scaled_dot_product_attention
+        return at_once(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     # mlx-lm's own masks of two axes are causal, with a window or a chunk; so are those of our caches.
     causal = cache is not None or (mask is not None and (array is None or array.ndim == 2))
     attention = _Attention(scale, mask, causal, keys.shape[-2] - length)
