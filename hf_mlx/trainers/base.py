@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..checkpoints.files import check_output_dir
 from ..errors import SettingError
 from ..feed import Feed
+from ..reports.recorder import Recorder
 from ..settings.changes import Asked
 from ..settings.legacy import merge_trainer_keywords
 from ..surface import reporting
@@ -72,6 +73,7 @@ class TrainerBase(Running):
         self.args = args if args is not None else self.recipe.make_args(base.name)
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
+        self._recorder = Recorder()
         self.plan, self.ledger = base.resolve(
             self.args,
             peft_config,
