@@ -1,8 +1,6 @@
-"""The main job on real weights and real rows: `make demo`, or `make demo MODEL=hub/id`.
+"""The main job on real weights and rows: `make demo`, or `make demo MODEL=hub/id`.
 
-Fine-tunes a LoRA that turns a question and a function's signature into the call, draws the loss, shows answers to
-questions it has not seen before and after, writes the adapter and compares its logits with PEFT's. STEPS and OUTPUT can
-be set in the environment.
+A LoRA learns to turn a question and a function's signature into the call. Answers are shown before and after.
 """
 
 import os
@@ -21,23 +19,21 @@ from hf_mlx.reports.terminal import draw_text, side_by_side
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compat_tests"))
 import materials
 
-OUTPUT = Path(os.environ.get("OUTPUT", "demo-output"))
+OUTPUT, STEPS = Path(os.environ.get("OUTPUT", "demo-output")), int(os.environ.get("STEPS", "40"))
 model = materials.reachable(sys.argv[1]) if len(sys.argv) > 1 else str(materials.smollm2())
 rows = sorted(materials.function_calls(), key=lambda row: len(row["prompt"] + row["completion"]))[:136]
-unseen = rows[::17]
-rows = [row for row in rows if row not in unseen]
+rows, unseen = [row for number, row in enumerate(rows) if number % 17], rows[::17]
 
 trainer = MLXSFTTrainer(
     model=model,
     args=SFTConfig(
         output_dir=str(OUTPUT),
-        max_steps=int(os.environ.get("STEPS", "40")),
+        max_steps=STEPS,
         per_device_train_batch_size=4,
         learning_rate=5e-4,
         logging_steps=1,
         save_strategy="no",
         bf16=False,
-        activation_checkpointing=False,
     ),
     train_dataset=Dataset.from_list(rows),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -48,7 +44,7 @@ def answer(prompt: str) -> str:
     inputs = trainer.processing_class(prompt, return_tensors="np")
     ids = trainer.model.generate(**inputs, max_new_tokens=40, do_sample=False)
     text = trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip().partition("\n")[0]
+    return text.strip().split("\n")[0]
 
 
 before = [answer(row["prompt"]) for row in unseen]
@@ -59,7 +55,7 @@ losses = read_series(trainer.state.log_history)[:1]
 print(f"\n{draw_text(losses)}\n\nAnswers to questions that were not trained on:\n")
 print(side_by_side([(row["prompt"], *two) for row, *two in zip(unseen, before, after, strict=True)]))
 wanted = [row["completion"].strip() for row in unseen]
-right = [sum(a == b for a, b in zip(wanted, found, strict=True)) for found in (before, after)]
+right = [sum(map(str.__eq__, wanted, found)) for found in (before, after)]
 print(f"exactly the right call: {right[0]} of {len(wanted)} before, {right[1]} of {len(wanted)} after\n")
 print(f"loss plot: {write_picture(losses, OUTPUT / 'loss.png')}\nevery curve: {OUTPUT / 'report.html'}")
 export_adapter(trainer, OUTPUT / "adapter")
