@@ -22,7 +22,7 @@ import materials
 OUTPUT, STEPS = Path(os.environ.get("OUTPUT", "demo-output")), int(os.environ.get("STEPS", "40"))
 model = materials.reachable(sys.argv[1]) if len(sys.argv) > 1 else str(materials.smollm2())
 rows = sorted(materials.function_calls(), key=lambda row: len(row["prompt"] + row["completion"]))[:136]
-rows, unseen = [row for number, row in enumerate(rows) if number % 17], rows[::17]
+rows, unseen = [row for number, row in enumerate(rows) if number % 34], rows[::34]
 
 trainer = MLXSFTTrainer(
     model=model,
@@ -42,7 +42,7 @@ trainer = MLXSFTTrainer(
 
 def answer(prompt: str) -> str:
     inputs = trainer.processing_class(prompt, return_tensors="np")
-    ids = trainer.model.generate(**inputs, max_new_tokens=40, do_sample=False)
+    ids = trainer.model.generate(**inputs, max_new_tokens=32, do_sample=False)
     text = trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text.strip().split("\n")[0]
 

@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The command alone where one is named: a script under `hf-mlx run` starts as soon as it does under python.
     arguments = build_parser(words[0] if words else None).parse_args(words)
     if getattr(arguments, "needs_mlx", True):
-        from hf_mlx.blas import load_openblas
+        from hf_mlx.backends import prepare_backend
 
-        load_openblas()
+        prepare_backend()
     try:
         return int(arguments.run(arguments) or 0)
     except HFMLXError as error:
