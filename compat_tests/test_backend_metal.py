@@ -44,5 +44,5 @@ def test_other_families_reach_no_kernel_without_a_gradient(tmp_path, family):
     model = make_model(family, vocab_size=len(tokenizer()))
     model.save_pretrained(tmp_path / family)
     tokenizer().save_pretrained(tmp_path / family)
-    found = trained(tmp_path / family, "lora")
+    found = trained(tmp_path / family, "full")
     assert found["kernels"] == found["lanes"] == found["exponentials"] == 0

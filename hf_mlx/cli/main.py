@@ -47,9 +47,9 @@ class _Version(argparse.Action):
     """Looks the version up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        import hf_mlx
+        from hf_mlx.version import describe_tested, installed_version
 
-        print(f"hf-mlx {hf_mlx.__version__}")
+        print(f"hf-mlx {installed_version()} ({describe_tested()})")
         parser.exit()
 
 

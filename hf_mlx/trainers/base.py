@@ -27,6 +27,7 @@ from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
 from ..training.command_buffers import limit_pending_work
+from ..version import warn_untested
 from .running import Running
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class TrainerBase(Running):
         **keywords: Any,
     ) -> None:
         self._clock = StartClock()
+        warn_untested()
         # What derives from the class that names the recipe is a user's.
         house = next(cls for cls in type(self).__mro__ if "recipe" in vars(cls))
         check_overrides(type(self), house, self.recipe.never_called)
