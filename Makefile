@@ -31,7 +31,7 @@ MODEL ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M with LoRA on real rows, plot, sample, verify in PEFT (MODEL=hub/id)
+demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M with LoRA on real rows, plot, answer, verify in PEFT (MODEL=hub/id)
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(VENV)/.installed  ## everything but the wide comparisons

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,9 @@ def test_adapter_to_cuda_merges_what_sft_lora_wrote(model, adapter, tmp_path):
 
 def test_demo_draws_samples_and_verifies(model, tmp_path):
     printed = run("demo.py", str(model), STEPS=3, OUTPUT=tmp_path)
-    assert "--- before" in printed and "--- after" in printed
+    assert re.search(r"^before +\| after$", printed, re.MULTILINE)
+    assert re.search(r"exactly the right call: \d of 4 before, \d of 4 after", printed)
+    assert "loss" in printed and "●" in printed
+    assert "<svg" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0

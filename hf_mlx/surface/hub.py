@@ -12,8 +12,8 @@ from typing import Any
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 
-# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
+# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine, and the report, which shows rows.
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*", "report.html"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 

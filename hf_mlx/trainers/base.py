@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..checkpoints.files import check_output_dir
 from ..errors import SettingError
 from ..feed import Feed
+from ..reports.recorder import Recorder
 from ..settings.changes import Asked
 from ..settings.legacy import merge_trainer_keywords
 from ..surface import reporting
@@ -26,6 +27,7 @@ from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
 from ..training.command_buffers import limit_pending_work
+from ..version import warn_untested
 from .running import Running
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class TrainerBase(Running):
         **keywords: Any,
     ) -> None:
         self._clock = StartClock()
+        warn_untested()
         # What derives from the class that names the recipe is a user's.
         house = next(cls for cls in type(self).__mro__ if "recipe" in vars(cls))
         check_overrides(type(self), house, self.recipe.never_called)
@@ -72,6 +75,7 @@ class TrainerBase(Running):
         self.args = args if args is not None else self.recipe.make_args(base.name)
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
+        self._recorder = Recorder()
         self.plan, self.ledger = base.resolve(
             self.args,
             peft_config,

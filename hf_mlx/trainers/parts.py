@@ -10,6 +10,7 @@ from ..data.order import Steps
 from ..feed import Feed
 from ..loop.run import Loop
 from ..recipes.recipe import Recipe
+from ..reports.recorder import Recorder
 from ..session import Session
 from ..settings.clipping import GradClip
 from ..settings.plan import TrainPlan
@@ -48,6 +49,7 @@ class Parts:
     _model: Any
     _clock: StartClock
     _memory: MemoryMeter
+    _recorder: Recorder
     _evaluate_loader: Evaluation
     _tokens_before = 0
     _interrupt: Interrupt | None = None

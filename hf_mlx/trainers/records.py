@@ -27,6 +27,7 @@ class Records(Names):
             if start_time is not None:
                 tokens = self.state.num_input_tokens_seen - self._tokens_before
                 logs.update(speed_metrics("train", start_time, num_tokens=tokens))
+        self._recorder.note(len(self.state.log_history), self.session.progress.num_tokens)
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 

@@ -19,6 +19,7 @@ from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
 from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
+from ..surface.report import write_report
 from ..surface.requests import no_rows
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
@@ -85,6 +86,7 @@ class Running(Evaluating):
         handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader, loader)
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
+        self._recorder.start(self.session.progress.num_tokens)
         try:
             with (
                 wait_for_memory(self.plan, lambda: estimate_memory(self).total),
@@ -100,6 +102,7 @@ class Running(Evaluating):
             # The user's object gets what there is; the reason for stopping is what must be seen.
             with suppress(HFMLXError):
                 self._base.write_back()
+            write_report(self, error)
             raise
         self._base.write_back()
         self._asked.say_unread(self.args)
@@ -117,6 +120,7 @@ class Running(Evaluating):
         self.control = handler.on_train_end(self.args, self.state, self.control)
         self.hub.finish()
         self.is_in_train = False
+        write_report(self)
         return TrainOutput(self.state.global_step, result["train_loss"], metrics)
 
     def save_checkpoint(self) -> None:
