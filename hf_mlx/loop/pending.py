@@ -67,7 +67,8 @@ class Pending:
         for metrics in self._steps[self._checked :]:
             step = self.last_logged + self._checked + 1
             self._checked += 1
-            loss = read_scalar(metrics.loss)
+            with self._session.world.waiting(f"step {step}"):
+                loss = read_scalar(metrics.loss)
             if math.isfinite(loss):
                 continue
             if not self._session.plan.nan_inf_filter:
@@ -90,13 +91,19 @@ class Pending:
         """Of the last step; None where no update was made."""
         return self._steps[-1].grad_norm
 
-    def drain(self) -> float:
-        """Sum and forget the losses, those of an unfinished window too; feeds the running metrics."""
+    def drain(self, *, own: bool = False) -> float:
+        """Sum and forget the losses, those of an unfinished window too; feeds the running metrics.
+
+        Args:
+            own: Of several processes add up what this one alone sees: transformers 5.23 ``Trainer._inner_training_loop``
+                puts the steps after the last log into ``train_loss`` that way.
+        """
         carried = self._session.step.take_carried()
         if carried is not None:
             self._steps.append(carried)
         self.check()
-        total = self._unfinite + sum(read_scalar(metrics.loss) for metrics in self._steps)
+        losses = [m.own_loss if own and m.own_loss is not None else m.loss for m in self._steps]
+        total = self._unfinite + sum(read_scalar(loss) for loss in losses)
         # Upstream sets its sum back by taking it from itself, so what is not finite stays in every later entry.
         self._unfinite = total - total
         means = self._session.progress.means
@@ -112,5 +119,6 @@ class Pending:
         """What :meth:`resume` takes; the scalars may be lazy."""
         return [
             {"loss": m.loss, "grad_norm": m.grad_norm, "micro_batches": m.micro_batches, **m.metrics}
+            | ({} if m.own_loss is None else {"own_loss": m.own_loss})
             for m in self._steps
         ]

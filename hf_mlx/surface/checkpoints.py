@@ -33,6 +33,14 @@ class Checkpoints:
         layout = make_layout(trainer.steps, trainer.plan.batch)
         self.store = CheckpointStore(trainer.args, trainer.session, trainer.data, rows, layout)
 
+    def find(self, asked: str | bool | None) -> Path | None:
+        """The folder that ``resume_from_checkpoint`` means."""
+        return self.store.find(asked)
+
+    def load_best(self, folder: str) -> None:
+        """Put the weights of the best checkpoint into the model."""
+        self.store.load_best(folder)
+
     def restore(self, folder: Path, schedule: Any) -> Boundary:
         """Bring the trainer to where ``folder`` was written, once everything in it is known to fit.
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
 from ..feed import Feed, Loader
+from ..processes.world import World
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
@@ -60,25 +62,33 @@ class Evaluation:
 
         plan, session = self._session.plan, self._session
         wanted = keep_logits or compute_metrics is not None
-        sink = reporting.PredictionSink(preprocess_logits) if wanted else None
+        world = session.world
+        sink = reporting.PredictionSink(preprocess_logits, world) if wanted else None
         make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
+        size, dataset = plan.batch.eval_batch_size, loader.dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        kept = None
+        if not world.is_alone:
+            sums = _gather(sums, loader, world)
+            if rows is not None and not plan.batch.drop_last:
+                kept = rows
         session.progress.mode, self._sums = "eval", sums
-        predictions, labels = (None, None) if sink is None else sink.arrays()
+        predictions, labels = (None, None) if sink is None else sink.arrays(kept)
         metrics: dict[str, Any] = {}
         if compute_metrics is not None and predictions is not None:
             self._before_metrics()
             computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
             metrics.update(cast(Any, denumpify_detensorize(computed)))
-        size, dataset = plan.batch.eval_batch_size, loader.dataset
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
         is_cut = not plan.batch.drop_last
         if isinstance(loader, OwnLoader):
             size, is_cut = loader.batch_size, loader.is_prepared
         if sums.losses:
-            kept = rows if is_cut else None
-            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
+            counted = rows if is_cut else None
+            if not world.is_alone and counted is not None:
+                counted = _repeated_rows(counted, loader, len(sums.losses), size)
+            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=counted)
         else:
             logger.warning(
                 f"{prefix}: no batch of per_device_eval_batch_size={size} rows in {rows} rows with "
@@ -102,3 +112,20 @@ class Evaluation:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
+
+
+def _gather(sums: EvalSums, loader: Loader, world: World) -> EvalSums:
+    parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
+    kept = world.size
+    if isinstance(loader, RowLoader) and sums.losses:
+        kept = loader.kept(len(loader) - 1)
+    return EvalSums.gathered(parts, kept)
+
+
+def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
+    """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
+    if not isinstance(loader, RowLoader) or loader.share is None:
+        return rows
+    rest = rows % loader.share.round_rows(loader.batch_size)
+    repeated = batches * batch_size
+    return repeated - loader.share.processes * batch_size + rest if rest else repeated
