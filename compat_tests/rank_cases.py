@@ -130,7 +130,10 @@ def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
 def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """The fields of the configuration."""
     apart = ("rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits")
-    return BASE | {"output_dir": output_dir, "use_cpu": True} | {k: v for k, v in case.items() if k not in apart}
+    masked = {"completion_only_loss": True} if case.get("masked") and case.get("trainer") != "lm" else {}
+    return (
+        BASE | masked | {"output_dir": output_dir, "use_cpu": True} | {k: v for k, v in case.items() if k not in apart}
+    )
 
 
 def make_model(folder: Path, family: str = "llama") -> Path:

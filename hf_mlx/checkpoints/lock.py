@@ -43,7 +43,7 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def alone_in_output_dir(method: _Method) -> _Method:
-    """A trainer's method that runs with its ``args.output_dir`` :func:`held`; of several processes the first holds it."""
+    """A trainer's method that runs with its ``args.output_dir`` :func:`held`, by the first of several processes."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

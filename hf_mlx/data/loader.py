@@ -90,7 +90,7 @@ class StreamLoader:
 
     A last one that is not full is kept whatever ``dataloader_drop_last`` says, as transformers 5.23
     ``Trainer._get_dataloader`` does for streams. Of several processes each reads shards of its own where there are
-    enough, and else its part of every round of rows (accelerate 1.15 ``prepare_data_loader``, ``IterableDatasetShard``).
+    enough, and else its part of every round of rows (accelerate 1.15 ``prepare_data_loader``).
 
     Args:
         dataset: A stream.

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import TrainingError
+from ..processes.world import World
 from ..session import Session
 from ..training.inputs import Inputs
 from ..training.measured import StepMetrics
@@ -95,12 +96,12 @@ class Pending:
         """Sum and forget the losses, those of an unfinished window too; feeds the running metrics.
 
         Args:
-            own: Of several processes add up what this one alone sees: transformers 5.23 ``Trainer._inner_training_loop``
-                puts the steps after the last log into ``train_loss`` that way.
+            own: Of several processes add up what this one alone sees, as transformers 5.23
+                ``Trainer._inner_training_loop`` does with the steps after the last log.
         """
         carried = self._session.step.take_carried()
         if carried is not None:
-            self._steps.append(carried)
+            self._steps.append(sum_metrics(carried, self._session.world))
         self.check()
         losses = [m.own_loss if own and m.own_loss is not None else m.loss for m in self._steps]
         total = self._unfinite + sum(read_scalar(loss) for loss in losses)
@@ -122,3 +123,12 @@ class Pending:
             | ({} if m.own_loss is None else {"own_loss": m.own_loss})
             for m in self._steps
         ]
+
+
+def sum_metrics(metrics: StepMetrics, world: World) -> StepMetrics:
+    """Of a window that no update has ended, what all processes measured together."""
+    if world.is_alone:
+        return metrics
+    sums = world.sum({"loss": metrics.loss, **metrics.metrics}, "the metrics of an unfinished step")
+    own = metrics.loss * world.size
+    return StepMetrics(sums.pop("loss"), metrics.grad_norm, metrics.micro_batches, sums, own)
