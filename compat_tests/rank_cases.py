@@ -136,6 +136,12 @@ def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
     )
 
 
+def lora_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the adapter's configuration."""
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    return LORA | ({"target_modules": attention} if "family" in case else {})
+
+
 def make_model(folder: Path, family: str = "llama") -> Path:
     """A random fp32 model (hidden 64, 2 layers, vocabulary 256) and its tokenizer."""
     import torch

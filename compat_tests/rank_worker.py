@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES, LORA, datasets_of, settings_of, summed
+from rank_cases import CASES, datasets_of, lora_of, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
@@ -37,10 +37,10 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
     keywords = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer} | keywords
     if case.get("trainer") == "lm":
         torch.manual_seed(3)
-        lora = get_peft_model(base, LoraConfig(**LORA))
+        lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords.setdefault("data_collator", DataCollatorForSeq2Seq(tokenizer))
         return MLXTrainer(lora, TrainingArguments(**settings), **keywords)
-    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**LORA), **keywords)
+    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

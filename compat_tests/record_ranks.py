@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_cases import CASES, LORA, datasets_of, make_model, settings_of, summed
+from rank_cases import CASES, datasets_of, lora_of, make_model, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
@@ -38,11 +38,11 @@ def train(case: dict[str, Any], model: Path, out: str) -> Any:
         from transformers import DataCollatorForSeq2Seq
 
         torch.manual_seed(3)
-        lora = get_peft_model(base, LoraConfig(**LORA))
+        lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
         trainer: Any = Trainer(lora, TrainingArguments(**settings), **keywords)
     else:
-        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**LORA), **keywords)
+        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
     trainer.train()
     return trainer
 

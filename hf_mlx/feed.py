@@ -23,6 +23,7 @@ from .errors import DataError, SettingError
 from .processes.world import the_world
 from .recipes.recipe import Recipe
 from .settings.plan import TrainPlan
+from .settings.run_plan import check_split
 from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
@@ -225,6 +226,7 @@ class Feed:
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
         plan, dataset = self.plan.batch, self._view(dataset)
+        check_split(plan, "eval", plan.eval_batch_size)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
             return self._load(dataset, plan.eval_batch_size, None)

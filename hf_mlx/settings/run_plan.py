@@ -39,16 +39,28 @@ def resolve_batch(values: Mapping[str, Any], processes: int = 1) -> BatchPlan:
         split_batches=processes > 1 and check_flag("split_batches", accelerator.get("split_batches", False)),
         average_tokens=check_flag("average_tokens_across_devices", values["average_tokens_across_devices"]),
     )
-    for field, rows in {"train": plan.train_batch_size, "eval": plan.eval_batch_size}.items():
-        if plan.split_batches and rows % processes:
-            # accelerate 1.15, prepare_data_loader; a batch of one row passes there, and then nobody has a row.
-            raise SettingError(
-                f"per_device_{field}_batch_size={rows} with split_batches on {processes} processes",
-                "batches that can be dealt to all of them",
-                f"per_device_{field}_batch_size={max(rows // processes, 1) * processes}, or "
-                'accelerator_config={"split_batches": False}',
-            )
+    check_split(plan, "train", plan.train_batch_size)
     return plan
+
+
+def check_split(plan: BatchPlan, kind: str, rows: int) -> None:
+    """Refuse batches that cannot be dealt to all processes (accelerate 1.15 ``prepare_data_loader``).
+
+    Args:
+        plan: Its ``split_batches`` and ``processes`` are read.
+        kind: ``"train"`` or ``"eval"``.
+        rows: Of a batch. One row passes accelerate's check, and then nobody has a row.
+
+    Raises:
+        SettingError: They cannot.
+    """
+    if plan.split_batches and rows % plan.processes:
+        raise SettingError(
+            f"per_device_{kind}_batch_size={rows} with split_batches on {plan.processes} processes",
+            "batches that can be dealt to all of them",
+            f"per_device_{kind}_batch_size={max(rows // plan.processes, 1) * plan.processes}, or "
+            'accelerator_config={"split_batches": False}',
+        )
 
 
 def _resolve_length(values: Mapping[str, Any]) -> tuple[int, float]:

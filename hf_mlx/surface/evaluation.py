@@ -10,7 +10,6 @@ from typing import Any, cast
 from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
 from ..feed import Feed, Loader
-from ..processes.world import World
 from ..session import Session
 from ..training.evaluation import EvalSums
 from . import reporting
@@ -25,12 +24,16 @@ class Evaluation:
         session: Model, parameters and counters.
         data: Turns batches into device arrays.
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
+        counts_items: The upstream trainer divides a batch by the tokens that all processes evaluate at the same time.
     """
 
-    def __init__(self, session: Session, data: Feed, *, before_metrics: Callable[[], None]) -> None:
+    def __init__(
+        self, session: Session, data: Feed, *, before_metrics: Callable[[], None], counts_items: bool = False
+    ) -> None:
         self._session = session
         self._data = data
         self._before_metrics = before_metrics
+        self._counts_items = counts_items
         self._sums: EvalSums | None = None
 
     def __call__(
@@ -71,7 +74,7 @@ class Evaluation:
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         kept = None
         if not world.is_alone:
-            sums = _gather(sums, loader, world)
+            sums = self._gather(sums, loader)
             if rows is not None and not plan.batch.drop_last:
                 kept = rows
         session.progress.mode, self._sums = "eval", sums
@@ -100,6 +103,16 @@ class Evaluation:
         count = rows if rows is not None else len(sums.losses) * size
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
 
+    def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
+        session, world = self._session, self._session.world
+        parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
+        kept = world.size
+        if isinstance(loader, RowLoader) and sums.losses:
+            kept = loader.kept(len(loader) - 1)
+        by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
+        coefficient = session.step.objective.aux_coefficient
+        return EvalSums.gathered(parts, kept, by_all=by_all, aux_coefficient=coefficient)
+
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
         progress, arrange = self._session.progress, self._session.recipe.log_metrics
@@ -112,14 +125,6 @@ class Evaluation:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
-
-
-def _gather(sums: EvalSums, loader: Loader, world: World) -> EvalSums:
-    parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
-    kept = world.size
-    if isinstance(loader, RowLoader) and sums.losses:
-        kept = loader.kept(len(loader) - 1)
-    return EvalSums.gathered(parts, kept)
 
 
 def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:

@@ -158,7 +158,9 @@ class TrainerBase(Running):
         self._clock.end("model")
         self.data.share_rows = self.session.packs
         self._settle_loss()
-        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
+        self._evaluate_loader = Evaluation(
+            self.session, self.data, before_metrics=base.write_back, counts_items=self.counts_in_evaluation
+        )
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
         if strict and adapter is not None and adapter.deviations:

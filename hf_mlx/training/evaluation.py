@@ -35,17 +35,26 @@ class EvalSums:
     metrics: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
-    def gathered(cls, parts: Sequence[EvalSums], kept: int) -> EvalSums:
+    def gathered(cls, parts: Sequence[EvalSums], kept: int, *, by_all: bool, aux_coefficient: float) -> EvalSums:
         """What several processes measured, as upstream gathers it.
 
         Args:
             parts: By rank, as many batches each.
             kept: Of how many processes the metrics of the last round count.
+            by_all: A batch is divided by the tokens of all processes and multiplied by their number, as transformers
+                5.23 ``Trainer.prediction_step`` has it.
+            aux_coefficient: What the routers' loss is multiplied by in the losses.
         """
         ranks, rounds = len(parts), min(len(part.losses) for part in parts)
         made = cls()
         for number in range(rounds):
-            made.losses += [part.losses[number] for part in parts]
+            shares = [1.0] * ranks
+            if by_all:
+                tokens = max(sum(part.tokens[number] for part in parts), 1)
+                shares = [part.tokens[number] * ranks / tokens for part in parts]
+            for part, share in zip(parts, shares, strict=True):
+                aux = aux_coefficient * part.metrics.get("aux_loss", [0.0] * rounds)[number]
+                made.losses.append((part.losses[number] - aux) * share + aux * (ranks if by_all else 1))
             made.tokens += [part.tokens[number] for part in parts]
             counted = parts[: kept if number == rounds - 1 else ranks]
             weights = np.array([part.tokens[number] for part in counted], np.float64)
