@@ -38,7 +38,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "tail": {"rows": 16, "logging_steps": 3},
     "split": {"rows": 16, "accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 6},
     "few": {"rows": 3, "num_train_epochs": 3},
-    "language": {"rows": 13, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2},
+    "language": {"rows": 14, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2},
     "language_evaluated": {
         "rows": 11, "trainer": "lm", "eval_rows": 5, "eval_strategy": "epoch", "per_device_eval_batch_size": 2,
     },

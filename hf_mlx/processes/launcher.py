@@ -48,13 +48,18 @@ def read_launcher(environ: Mapping[str, str] = os.environ) -> Launched | None:
         _refuse_torch(environ)
         return None
     rank = int(environ["MLX_RANK"])
-    if "MLX_HOSTFILE" in environ:
-        hosts = [addresses[0].rpartition(":")[0] for addresses in json.loads(Path(environ["MLX_HOSTFILE"]).read_text())]
+    if environ.get("MLX_HOSTFILE"):
+        nodes = json.loads(Path(environ["MLX_HOSTFILE"]).read_text())
+        hosts = [addresses[0].rpartition(":")[0] for addresses in nodes]
         return Launched("ring", rank, len(hosts), hosts[0], hosts[:rank].count(hosts[rank]))
-    if "MLX_JACCL_COORDINATOR" in environ:
-        size = len(json.loads(Path(environ["MLX_IBV_DEVICES"]).read_text())) if "MLX_IBV_DEVICES" in environ else None
+    if environ.get("MLX_JACCL_COORDINATOR"):
+        devices = environ.get("MLX_IBV_DEVICES")
+        size = len(json.loads(Path(devices).read_text())) if devices else None
         return Launched("jaccl", rank, size, environ["MLX_JACCL_COORDINATOR"].rpartition(":")[0], 0)
-    size = int(environ["MLX_WORLD_SIZE"]) if "MLX_WORLD_SIZE" in environ else None
+    size = int(environ.get("MLX_WORLD_SIZE", "1"))
+    if size == 1:
+        # mlx.launch -n 1: a group of one is no group.
+        return None
     return Launched("nccl", rank, size, environ.get("NCCL_HOST_IP"), int(environ.get("CUDA_VISIBLE_DEVICES") or 0))
 
 
