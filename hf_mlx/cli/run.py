@@ -96,5 +96,7 @@ def execute(script: Path) -> int:
         # This function's own frame is not part of the script.
         error.__traceback__ = trace.tb_next if trace else None
         sys.excepthook(type(error), error, error.__traceback__)
+        if (together := sys.modules.get("hf_mlx.processes.world")) is not None:
+            together.report_failure(error)
         return 1
     return 0

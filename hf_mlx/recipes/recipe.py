@@ -81,6 +81,7 @@ class Recipe:
         tags: Of the model card.
         method: What the card says it was trained with.
         writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
+        trains_together: Whether several processes train it with upstream's numbers.
     """
 
     name: str
@@ -95,3 +96,4 @@ class Recipe:
     tags: tuple[str, ...]
     method: str
     writes_router_settings: bool = True
+    trains_together: bool = False

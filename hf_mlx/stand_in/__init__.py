@@ -20,6 +20,7 @@ from .loading import translate_loading
 from .older import offer_older_names
 from .parsers import translate_parsers
 from .talk import Talk, say
+from .together import join_processes
 from .trainers import derive_trainer
 
 __all__ = ["Imports", "Talk", "install", "say"]
@@ -39,6 +40,7 @@ def install(
         Where to wait for the script's imports, and what is said about them.
     """
     imports, talk = Imports(), Talk()
+    join_processes(imports)
     for row in STAND_INS:
         derive = functools.partial(derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built)
         replace_trainer(row, derive, imports)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
 from ..feed import Feed, Loader
 from ..session import Session
@@ -23,12 +24,16 @@ class Evaluation:
         session: Model, parameters and counters.
         data: Turns batches into device arrays.
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
+        counts_items: The upstream trainer divides a batch by the tokens that all processes evaluate at the same time.
     """
 
-    def __init__(self, session: Session, data: Feed, *, before_metrics: Callable[[], None]) -> None:
+    def __init__(
+        self, session: Session, data: Feed, *, before_metrics: Callable[[], None], counts_items: bool = False
+    ) -> None:
         self._session = session
         self._data = data
         self._before_metrics = before_metrics
+        self._counts_items = counts_items
         self._sums: EvalSums | None = None
 
     def __call__(
@@ -60,25 +65,33 @@ class Evaluation:
 
         plan, session = self._session.plan, self._session
         wanted = keep_logits or compute_metrics is not None
-        sink = reporting.PredictionSink(preprocess_logits) if wanted else None
+        world = session.world
+        sink = reporting.PredictionSink(preprocess_logits, world) if wanted else None
         make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
+        size, dataset = plan.batch.eval_batch_size, loader.dataset
+        rows = len(dataset) if hasattr(dataset, "__len__") else None
+        kept = None
+        if not world.is_alone:
+            sums = self._gather(sums, loader)
+            if rows is not None and not plan.batch.drop_last:
+                kept = rows
         session.progress.mode, self._sums = "eval", sums
-        predictions, labels = (None, None) if sink is None else sink.arrays()
+        predictions, labels = (None, None) if sink is None else sink.arrays(kept)
         metrics: dict[str, Any] = {}
         if compute_metrics is not None and predictions is not None:
             self._before_metrics()
             computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
             metrics.update(cast(Any, denumpify_detensorize(computed)))
-        size, dataset = plan.batch.eval_batch_size, loader.dataset
-        rows = len(dataset) if hasattr(dataset, "__len__") else None
         is_cut = not plan.batch.drop_last
         if isinstance(loader, OwnLoader):
             size, is_cut = loader.batch_size, loader.is_prepared
         if sums.losses:
-            kept = rows if is_cut else None
-            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
+            counted = rows if is_cut else None
+            if not world.is_alone and counted is not None:
+                counted = _repeated_rows(counted, loader, len(sums.losses), size)
+            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=counted)
         else:
             logger.warning(
                 f"{prefix}: no batch of per_device_eval_batch_size={size} rows in {rows} rows with "
@@ -89,6 +102,16 @@ class Evaluation:
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
         count = rows if rows is not None else len(sums.losses) * size
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
+
+    def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
+        session, world = self._session, self._session.world
+        parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
+        kept = world.size
+        if isinstance(loader, RowLoader) and sums.losses:
+            kept = loader.kept(len(loader) - 1)
+        by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
+        coefficient = session.step.objective.aux_coefficient
+        return EvalSums.gathered(parts, kept, by_all=by_all, aux_coefficient=coefficient)
 
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
@@ -102,3 +125,12 @@ class Evaluation:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
+
+
+def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
+    """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
+    if not isinstance(loader, RowLoader) or loader.share is None:
+        return rows
+    rest = rows % loader.share.round_rows(loader.batch_size)
+    repeated = batches * batch_size
+    return repeated - loader.share.processes * batch_size + rest if rest else repeated

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..checkpoints.files import check_output_dir
 from ..errors import SettingError
 from ..feed import Feed
+from ..processes.world import the_world
 from ..reports.recorder import Recorder
 from ..settings.changes import Asked
 from ..settings.legacy import merge_trainer_keywords
@@ -26,6 +27,7 @@ from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
+from ..surface.together import check_recipe, tell_accelerate
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
 from .running import Running
@@ -73,6 +75,7 @@ class TrainerBase(Running):
         self._base = base = open_base(model)
         overrides, tokenizer = merge_trainer_keywords({}, keywords)
         self.args = args if args is not None else self.recipe.make_args(base.name)
+        self.world = the_world()
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self._recorder = Recorder()
@@ -85,7 +88,10 @@ class TrainerBase(Running):
             quantization_config=quantization_config,
             overrides=overrides,
             table=self.recipe.config,
+            processes=self.world.size,
         )
+        check_recipe(self.recipe, self.world)
+        tell_accelerate(self.args, self.world)
         self._asked = Asked(
             self.args,
             self.ledger,
@@ -93,13 +99,15 @@ class TrainerBase(Running):
             strict=strict,
             overrides=dict(overrides),
             table=self.recipe.config,
+            processes=self.world.size,
         )
-        reporting.set_log_level(self.args.log_level)
+        reporting.set_log_level(self.args, self.world)
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         check_evaluation(self.args, eval_dataset, self.recipe.name)
-        check_output_dir(self.args.output_dir)
+        if self.world.is_main:
+            check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
         limit_pending_work(self.plan)
@@ -154,13 +162,16 @@ class TrainerBase(Running):
         self._clock.end("model")
         self.data.share_rows = self.session.packs
         self._settle_loss()
-        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
+        self._evaluate_loader = Evaluation(
+            self.session, self.data, before_metrics=base.write_back, counts_items=self.counts_in_evaluation
+        )
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
         if strict and adapter is not None and adapter.deviations:
             raise SettingError(adapter.deviations[0], "with strict=True, what has trl's numbers", _ATTENTION_ONLY)
         for line in (*self.ledger.notices(), *self.session.loaded.notes, *notes):
-            logger.warning(line)
+            # Once for all processes.
+            logger.log(logging.WARNING if self.world.is_main else logging.DEBUG, line)
 
     def _begin(self, callbacks: list | None) -> None:
         """HF's objects around the run: callbacks, state, accelerator, hub."""
@@ -173,15 +184,16 @@ class TrainerBase(Running):
             before=lambda event: base.write_back(),
             after=base.take_over,
         )
-        self.state = make_state(self.callback_handler, self.control)
+        self.state = make_state(self.callback_handler, self.control, self.world)
         self.accelerator = Accelerator(
+            self.world,
             mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
             seedable_sampler=self.plan.batch.seedable_sampler,
             data_seed=self.plan.batch.seed if self.plan.batch.data_seed is None else self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and self.world.is_main:
             self.hub.create()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         record_settings(

@@ -85,12 +85,12 @@ class Names(Loaders, Refused):
         return sum(value.size for value in self.session.step.params.values())
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Rows of one optimizer step.
+        """Rows of one optimizer step, of all processes.
 
         Args:
             args: Whose accumulation counts.
         """
-        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps
+        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps * self.world.size
 
     def get_learning_rates(self) -> list[float]:
         """The learning rate of each group of ``trainer.optimizer``.

@@ -9,6 +9,7 @@ from ..checkpoints.interrupt import Interrupt
 from ..data.order import Steps
 from ..feed import Feed
 from ..loop.run import Loop
+from ..processes.world import World
 from ..recipes.recipe import Recipe
 from ..reports.recorder import Recorder
 from ..session import Session
@@ -43,6 +44,7 @@ class Parts:
     data: Feed
     session: Session
     hub: HubRepo
+    world: World
     is_in_train: bool = False
 
     _base: Base

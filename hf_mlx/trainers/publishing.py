@@ -17,7 +17,13 @@ class Publishing(Records):
     """What puts a run's result where others find it."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
+        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``.
+
+        Of several processes the first one writes; the others return at once, as under transformers.
+        """
+        if not self.world.is_main:
+            self._base.write_back()
+            return
         folder = check_output_dir(output_dir or self.args.output_dir)
         with saved_folder(folder) as temporary:
             self._base.write_back()
@@ -38,8 +44,9 @@ class Publishing(Records):
         return self.hub.model_id
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the run's repository on the hub, unless it exists."""
-        self.hub.create(token, private)
+        """Create the run's repository on the hub, unless it exists; the first process does."""
+        if self.world.is_main:
+            self.hub.create(token, private)
 
     def create_model_card(
         self,
@@ -56,6 +63,8 @@ class Publishing(Records):
             tags: Further tags.
             **front_matter: Further metadata, such as ``language`` or ``license``.
         """
+        if not self.world.is_main:
+            return
         base = getattr(self.model.config, "_name_or_path", None)
         write_card(
             self.args.output_dir,
@@ -90,8 +99,10 @@ class Publishing(Records):
             **card: Keywords of :meth:`create_model_card`.
 
         Returns:
-            ``huggingface_hub.CommitInfo``.
+            ``huggingface_hub.CommitInfo``; None on all processes but the first, which wait for nothing.
         """
+        if not self.world.is_main:
+            return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)

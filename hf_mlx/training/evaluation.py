@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,14 +25,45 @@ class EvalSums:
     """What an evaluation measured, batch by batch.
 
     Attributes:
-        losses: Token-mean loss of each batch.
-        tokens: Scored tokens of each batch.
-        metrics: By name, what the objective measured of each batch.
+        losses: Token-mean loss of each batch; of several processes those of a round one after the other.
+        tokens: Scored tokens of each batch, likewise.
+        metrics: By name, what the objective measured of each batch, or round of batches.
     """
 
     losses: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def gathered(cls, parts: Sequence[EvalSums], kept: int, *, by_all: bool, aux_coefficient: float) -> EvalSums:
+        """What several processes measured, as upstream gathers it.
+
+        Args:
+            parts: By rank, as many batches each.
+            kept: Of how many processes the metrics of the last round count.
+            by_all: A batch is divided by the tokens of all processes and multiplied by their number, as transformers
+                5.23 ``Trainer.prediction_step`` has it.
+            aux_coefficient: What the routers' loss is multiplied by in the losses.
+        """
+        ranks, rounds = len(parts), min(len(part.losses) for part in parts)
+        made = cls()
+        for number in range(rounds):
+            shares = [1.0] * ranks
+            if by_all:
+                tokens = max(sum(part.tokens[number] for part in parts), 1)
+                shares = [part.tokens[number] * ranks / tokens for part in parts]
+            for part, share in zip(parts, shares, strict=True):
+                aux = aux_coefficient * part.metrics.get("aux_loss", [0.0] * rounds)[number]
+                made.losses.append((part.losses[number] - aux) * share + aux * (ranks if by_all else 1))
+            made.tokens += [part.tokens[number] for part in parts]
+            counted = parts[: kept if number == rounds - 1 else ranks]
+            weights = np.array([part.tokens[number] for part in counted], np.float64)
+            for name in parts[0].metrics:
+                values = np.array([part.metrics[name][number] for part in counted])
+                by_token = (values * weights).sum() / max(weights.sum(), 1)
+                mean = by_token if name in TOKEN_METRICS else values.mean()
+                made.metrics.setdefault(name, []).append(float(mean))
+        return made
 
     def loss(self, *, finite_only: bool, batch_size: int, rows: int | None) -> float:
         """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.

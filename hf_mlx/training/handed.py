@@ -25,7 +25,7 @@ class HandedStep:
     def collect(self) -> Arrays:
         """The window's gradients by MLX name, clipped, as torch's are before ``optimizer.step()``."""
         assert self._step.carry is not None
-        grads, sums = self._step.carry
+        grads, sums = self._step.collect(self._step.carry)
         grads, norm = self._clipped(grads)
         self._sums = {**sums, "grad_norm": norm}
         return grads
