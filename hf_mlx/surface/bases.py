@@ -187,6 +187,7 @@ class NamedBase:
         self.take_over("")
 
     def take_over(self, event: str) -> None:
+        self._model.check_modules(event)
         take_over_loans(self._session, self._model.lent, event)
 
     def parameters(self, paths: Iterable[str]) -> list[Any]:

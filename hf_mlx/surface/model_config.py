@@ -36,13 +36,19 @@ def record_settings(
     saved.update(output_router_logits=enabled, router_aux_loss_coef=text.router_aux_loss_coef)
 
 
+def is_known(loaded: LoadedModel) -> bool:
+    """Whether transformers has a class for the model's config."""
+    from transformers import CONFIG_MAPPING
+
+    # The mapping is lazy: its get() knows nothing that has not been imported yet.
+    return loaded.model_type in CONFIG_MAPPING
+
+
 def read_config(loaded: LoadedModel) -> Any:
     """The model's config as transformers' class for it."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    # The mapping is lazy: its get() knows nothing that has not been imported yet.
-    known = loaded.model_type in CONFIG_MAPPING
-    kind = CONFIG_MAPPING[loaded.model_type] if known else PretrainedConfig
+    kind = CONFIG_MAPPING[loaded.model_type] if is_known(loaded) else PretrainedConfig
     values = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
     return kind.from_dict(values, name_or_path=str(loaded.path))
 
