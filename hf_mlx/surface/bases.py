@@ -179,7 +179,7 @@ class NamedBase:
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded, recipe)
         self._session = session
-        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
+        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
         self._model.settle = lambda: self.take_over("")
         return session, self._model
 

@@ -41,6 +41,7 @@ class MLXCausalLM(Files):
         adapter: The attached adapter, or None.
         peft_config: The user's LoraConfig, shown as ``peft_config["default"]``.
         tokenizer: Its pad id becomes the config's.
+        name: What the user called it; None is its folder.
 
     Attributes:
         config: transformers ``PreTrainedConfig``.
@@ -49,17 +50,25 @@ class MLXCausalLM(Files):
     """
 
     def __init__(
-        self, loaded: LoadedModel, adapter: Adapter | None = None, peft_config: Any = None, tokenizer: Any = None
+        self,
+        loaded: LoadedModel,
+        adapter: Adapter | None = None,
+        peft_config: Any = None,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
     ) -> None:
         self.loaded = loaded
         self.adapter = adapter
         self._parameters = Parameters(loaded, adapter)
-        self.name_or_path = str(loaded.path)
+        self.name_or_path = name or str(loaded.path)
         self.training = False
         self.settle: Callable[[], None] = lambda: None
         if peft_config is not None:
             self.peft_config = {ADAPTER_NAME: peft_config}
-        self.config = read_config(loaded)
+            # PEFT writes it into the object that it is given.
+            peft_config.base_model_name_or_path = self.name_or_path
+        self.config = read_config(loaded, self.name_or_path)
         self.generation_config = read_generation_config(loaded, self.config)
         pad = getattr(tokenizer, "pad_token_id", None)
         if pad is not None:

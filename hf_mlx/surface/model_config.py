@@ -44,13 +44,13 @@ def is_known(loaded: LoadedModel) -> bool:
     return loaded.model_type in CONFIG_MAPPING
 
 
-def read_config(loaded: LoadedModel) -> Any:
-    """The model's config as transformers' class for it."""
+def read_config(loaded: LoadedModel, name: str) -> Any:
+    """The model's config as transformers' class for it, which says that it was loaded from ``name``."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
     kind = CONFIG_MAPPING[loaded.model_type] if is_known(loaded) else PretrainedConfig
     values = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
-    return kind.from_dict(values, name_or_path=str(loaded.path))
+    return kind.from_dict(values, name_or_path=name)
 
 
 def read_generation_config(loaded: LoadedModel, config: Any) -> Any:

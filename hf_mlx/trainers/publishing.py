@@ -10,6 +10,7 @@ from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
 from ..surface.hub import write_card
+from ..surface.trackers import tracker_links
 from .records import Records
 
 
@@ -64,6 +65,7 @@ class Publishing(Records):
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=tags,
+            links=tracker_links(),
             trainer_tags=self.recipe.tags,
             method=self.recipe.method,
             adapter=self.session.adapter is not None,
