@@ -1,4 +1,4 @@
-"""Trains with trl's trainer and ours and reports; run with a model folder, settings as JSON and a file for the calls."""
+"""Trains with trl's trainer and ours; run with a model folder, settings as JSON and a file for the calls."""
 
 import json
 import sys
