@@ -57,6 +57,15 @@ class Publishing(Records):
             tags: Further tags.
             **front_matter: Further metadata, such as ``language`` or ``license``.
         """
+        self._write_card(model_name, dataset_name, tags, front_matter)
+
+    def _write_card(
+        self,
+        model_name: str | None,
+        dataset_name: str | None,
+        tags: str | list[str] | None,
+        front_matter: dict[str, Any],
+    ) -> None:
         base = getattr(self.model.config, "_name_or_path", None)
         write_card(
             self.args.output_dir,
