@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,6 +60,7 @@ _GONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "base_model_attribute_name": (("model",), "remove it"),
     "ref_model_init_kwargs": ((None, {}), "MLXDPOTrainer(ref_model=model) with a model that is loaded already"),
     "tools": ((None,), "a column 'tools' in each row"),
+    "max_target_length": ((None,), "max_length for prompt and answer together"),
     "use_logits_to_keep": ((True, False), "remove it: only scored positions are projected here"),
 }
 
@@ -100,7 +99,7 @@ def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list
         if name in RENAMED:
             notes.append(f"{name} is now {RENAMED[name]}")
         elif name in _GONE:
-            notes.append(_drop(name, value))
+            notes.append(drop(name, value))
         else:
             notes.append(_REWRITTEN[name](current, name, value))
     if current.get("optim") == "adamw_hf":
@@ -119,7 +118,12 @@ def _set(current: dict[str, Any], old: str, new: str, value: Any) -> None:
     current[new] = value
 
 
-def _drop(name: str, value: Any) -> str:
+def drop(name: str, value: Any) -> str:
+    """Leave out a name that is gone, and say so.
+
+    Raises:
+        SettingError: Its value asked for something.
+    """
     harmless, remedy = _GONE[name]
     if not any(value is option or (type(value) is type(option) and value == option) for option in harmless):
         raise SettingError(f"{name}={value!r}", f"{name} is gone from transformers 5 and TRL 1", f"write {remedy}")
@@ -204,63 +208,3 @@ _REWRITTEN: Mapping[str, Callable[[dict[str, Any], str, Any], str]] = {
     "dispatch_batches": _accelerator,
     "split_batches": _accelerator,
 }
-
-# Keywords that SFTTrainer's constructor took before they moved to SFTConfig -> the field that has their meaning.
-TRAINER_KEYWORDS: Mapping[str, str] = {
-    "tokenizer": "processing_class",
-    "max_seq_length": "max_length",
-    "dataset_text_field": "dataset_text_field",
-    "packing": "packing",
-    "eval_packing": "eval_packing",
-    "dataset_kwargs": "dataset_kwargs",
-    "dataset_num_proc": "dataset_num_proc",
-    "neftune_noise_alpha": "neftune_noise_alpha",
-    "model_init_kwargs": "model_init_kwargs",
-}
-_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
-
-
-def merge_trainer_keywords(
-    values: Mapping[str, Any], keywords: Mapping[str, Any], *, stacklevel: int = 3
-) -> tuple[dict[str, Any], Any]:
-    """Lay SFTTrainer's older constructor keywords over the configuration, with a DeprecationWarning each.
-
-    A keyword that is None was not given. One that is given wins over the configuration, as it did in TRL.
-
-    Args:
-        values: Fields that are set already; ``{}`` to get the fields of the keywords alone, which is what
-            :func:`~hf_mlx.settings.resolve.resolve_plan` takes as ``overrides``.
-        keywords: What the constructor received beyond its own parameters.
-        stacklevel: Of the warnings; 3 blames the caller of the function that calls this one.
-
-    Returns:
-        The merged fields, and the tokenizer, or None.
-
-    Raises:
-        SettingError: A keyword that SFTTrainer never had, or one that is gone and asked for something.
-    """
-    merged, tokenizer = dict(values), None
-    for name, value in keywords.items():
-        if name in _DROPPED_KEYWORDS:
-            _drop(name, value)
-        elif name not in TRAINER_KEYWORDS:
-            raise _unknown_keyword(name, value)
-        if value is None or name in _DROPPED_KEYWORDS:
-            continue
-        field = TRAINER_KEYWORDS[name]
-        place = "processing_class=" if name == "tokenizer" else f"SFTConfig({field}=...)"
-        warnings.warn(f"{name}= of SFTTrainer is deprecated; write {place}", DeprecationWarning, stacklevel=stacklevel)
-        if name == "tokenizer":
-            tokenizer = value
-        else:
-            merged[field] = value
-    return merged, tokenizer
-
-
-def _unknown_keyword(name: str, value: Any) -> SettingError:
-    close = difflib.get_close_matches(name, TRAINER_KEYWORDS, n=1)
-    return SettingError(
-        f"{name}={value!r}",
-        f"{name} is a parameter of SFTTrainer, of this release or an older one ({', '.join(TRAINER_KEYWORDS)})",
-        f"write {close[0]}=..." if close else f"remove {name}=, or set it on SFTConfig",
-    )

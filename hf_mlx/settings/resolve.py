@@ -46,7 +46,7 @@ def resolve_plan(
         strict: Also refuse what is done another way with other numbers.
         quantization_config: TRL's constructor keyword of that name.
         overrides: Fields that keywords of the trainer set over ``args``; see
-            :func:`~hf_mlx.settings.legacy.merge_trainer_keywords`.
+            :func:`~hf_mlx.settings.trainer_keywords.merge_trainer_keywords`.
         table: The configuration class of the trainer in question.
         processes: How many train together.
 

@@ -128,6 +128,7 @@ def write_card(
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
     settings: Mapping[str, Any] | None = None,
+    links: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md: the metadata of TRL's card, how to use the model, how it was trained.
@@ -143,9 +144,13 @@ def write_card(
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
         settings: Hyperparameters to list.
+        links: Trackers that show the run, and where.
         extra: Further front matter (language, license, …).
     """
-    given = [tags] if isinstance(tags, str) else list(tags or [])
+    given, links = [tags] if isinstance(tags, str) else list(tags or []), links or {}
+    if "Trackio" in links:
+        # The hub shows the run on the model's page.
+        given = [*(tag for tag in given if not tag.startswith("trackio:")), f"trackio:{links['Trackio']}"]
     front: dict[str, Any] = {
         "base_model": base_model,
         "datasets": dataset_name,
@@ -162,12 +167,13 @@ def write_card(
         else _USE_MODEL.format(model=where)
     )
     table = "\n".join(f"- {key}: {value}" for key, value in (settings or {}).items())
+    shown = "".join(f"[Visualize in {name}]({url})\n\n" for name, url in links.items())
     text = (
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# {model_name}\n\nA fine-tuned version of {f'`{base_model}`' if base_model else 'its base model'}"
         f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx.\n\n"
         f"## Use\n\n```python\n{use}```\n\n"
-        f"## Training\n\n{table}\n\n### Framework versions\n\n{_versions()}\n"
+        f"## Training\n\n{shown}{table}\n\n### Framework versions\n\n{_versions()}\n"
     )
     path = Path(folder) / "README.md"
     with disk_errors(path, CheckpointError):

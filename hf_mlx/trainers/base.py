@@ -14,7 +14,7 @@ from ..feed import Feed
 from ..processes.world import the_world
 from ..reports.recorder import Recorder
 from ..settings.changes import Asked
-from ..settings.legacy import merge_trainer_keywords
+from ..settings.trainer_keywords import merge_trainer_keywords
 from ..surface import reporting
 from ..surface.accelerator import Accelerator
 from ..surface.assignments import check_presets
@@ -46,22 +46,22 @@ class TrainerBase(Running):
     def __init__(
         self,
         model: Any,
-        args: Any,
-        data_collator: Callable | None,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: Any,
-        compute_metrics: Callable | None,
-        callbacks: list | None,
-        optimizers: tuple[Any, Any],
-        preprocess_logits_for_metrics: Callable | None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
         *,
-        peft_config: Any,
-        formatting_func: Callable | None,
-        quantization_config: Any,
-        max_grad_value: float | None,
-        finetune_last_n_layers: int | None,
-        strict: bool,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+        quantization_config: Any = None,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
         **keywords: Any,
     ) -> None:
         self._clock = StartClock()
@@ -73,7 +73,7 @@ class TrainerBase(Running):
         check_functions(keywords)
         self._start_own(optimizers, keywords)
         self._base = base = open_base(model)
-        overrides, tokenizer = merge_trainer_keywords({}, keywords)
+        overrides, tokenizer = merge_trainer_keywords({}, keywords, self.recipe.name.removeprefix("MLX"))
         self.args = args if args is not None else self.recipe.make_args(base.name)
         self.world = the_world()
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)

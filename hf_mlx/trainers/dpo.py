@@ -7,14 +7,14 @@ from typing import Any
 
 from ..adapters.dropout import KeyedDropout
 from ..recipes.dpo import DPO
-from ..settings.plan import PairLossPlan
 from ..surface.references import check_reference, choose_reference, precompute
 from ..training.pairs import PairObjective
 from ..training.reference import StartCopy
-from .base import TrainerBase
+from .pair_names import PairNames
+from .refused import refuse
 
 
-class MLXDPOTrainer(TrainerBase):
+class MLXDPOTrainer(PairNames):
     """Direct preference optimization on MLX with the interface of ``trl.DPOTrainer``.
 
     The reference is the policy as it was: without its adapter where ``peft_config`` made one, with a frozen copy of the
@@ -34,13 +34,14 @@ class MLXDPOTrainer(TrainerBase):
         processing_class: Tokenizer; None loads the model's own.
         compute_metrics: Called with a ``transformers.EvalPrediction`` of logits and token ids.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
-        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
+            ``(None, None)`` makes those that ``args`` names, inside the compiled step.
         quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
         peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
         max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
         finetune_last_n_layers: Put adapters on the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
-        **keywords: ``tokenizer``, the older name of ``processing_class``.
+        **keywords: TRL's older constructor keywords (``tokenizer``, ``beta``, ``max_length``, …), deprecated.
 
     Attributes:
         plan: The frozen :class:`~hf_mlx.settings.plan.TrainPlan`.
@@ -56,7 +57,7 @@ class MLXDPOTrainer(TrainerBase):
 
     def __init__(
         self,
-        model: Any = None,
+        model: Any,
         ref_model: Any = None,
         args: Any = None,
         data_collator: Callable | None = None,
@@ -86,9 +87,7 @@ class MLXDPOTrainer(TrainerBase):
             compute_metrics,
             callbacks,
             optimizers,
-            None,
             peft_config=peft_config,
-            formatting_func=None,
             quantization_config=quantization_config,
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
@@ -96,15 +95,9 @@ class MLXDPOTrainer(TrainerBase):
             **keywords,
         )
 
-    @property
-    def beta(self) -> float:
-        """How far the policy may move from its reference."""
-        return self._loss.beta
-
-    @property
-    def _loss(self) -> PairLossPlan:
-        assert isinstance(self.plan.loss, PairLossPlan)
-        return self.plan.loss
+    @refuse("DPOConfig(precompute_ref_log_probs=True): trainer.train_dataset then has the reference's columns")
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The reference's log-probabilities of a batch."""
 
     def _enter(self, peft_config: Any, *, strict: bool) -> None:
         super()._enter(peft_config, strict=strict)

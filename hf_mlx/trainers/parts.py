@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..checkpoints.interrupt import Interrupt
@@ -46,6 +46,8 @@ class Parts:
     hub: HubRepo
     world: World
     is_in_train: bool = False
+    #: What may not be set on this trainer beside what no trainer lets be set: name to what to write.
+    remedies: Mapping[str, str] = {}
 
     _base: Base
     _model: Any

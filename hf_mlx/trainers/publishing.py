@@ -10,6 +10,7 @@ from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
 from ..surface.hub import write_card
+from ..surface.trackers import tracker_links
 from .records import Records
 
 
@@ -63,6 +64,15 @@ class Publishing(Records):
             tags: Further tags.
             **front_matter: Further metadata, such as ``language`` or ``license``.
         """
+        self._write_card(model_name, dataset_name, tags, front_matter)
+
+    def _write_card(
+        self,
+        model_name: str | None,
+        dataset_name: str | None,
+        tags: str | list[str] | None,
+        front_matter: dict[str, Any],
+    ) -> None:
         if not self.world.is_main:
             return
         base = getattr(self.model.config, "_name_or_path", None)
@@ -73,6 +83,7 @@ class Publishing(Records):
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=tags,
+            links=tracker_links(),
             trainer_tags=self.recipe.tags,
             method=self.recipe.method,
             adapter=self.session.adapter is not None,

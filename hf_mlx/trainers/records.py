@@ -8,6 +8,7 @@ from ..checkpoints.files import check_output_dir, disk_errors
 from ..checkpoints.inspection import STATE
 from ..checkpoints.trainer_state import write_trainer_state
 from ..surface import reporting
+from ..surface.trackers import prepare_trackers
 from .names import Names
 
 
@@ -59,6 +60,7 @@ class Records(Names):
     def add_callback(self, callback: Any) -> None:
         """Add a callback class or instance."""
         self.callback_handler.add_callback(callback)
+        prepare_trackers(self.callback_handler)
 
     def pop_callback(self, callback: Any) -> Any:
         """Remove a callback and return it."""
