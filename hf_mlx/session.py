@@ -37,6 +37,7 @@ from .training.means import Progress
 from .training.native_loss import NativeLoss
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
+from .training.padding_row import hold_padding_row
 from .training.step import Step
 from .training.weighting import ByTokens
 
@@ -79,6 +80,7 @@ class Session:
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         loaded.read_weights()
+        hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         attend_in_blocks(layers(loaded.model))
