@@ -135,9 +135,7 @@ def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size
         )
     objective = session.step.objective
     assert isinstance(objective, PairObjective)
-    # A trace whose outputs hang on constants alone is none that MLX compiles.
-    constant = isinstance(objective.reference, StartCopy) and session.adapter is None
-    compute: Callable = objective.reference_logps if constant else mx.compile(objective.reference_logps)
+    compute: Callable = mx.compile(objective.reference_logps)
     order = np.arange(len(dataset))
     if name == "train":
         order = np.asarray(

@@ -38,7 +38,8 @@ class AdapterOff:
         blueprint = adapter.blueprint
         self._adapted = [site.mlx_path for site in (*blueprint.targets, *(rows.site for rows in blueprint.rows))]
         saved = tuple(f"{site.mlx_path}." for site in blueprint.saved)
-        self._start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+        start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+        self._start = {name: mx.stop_gradient(value) for name, value in start.items()}
         mx.eval(self._start)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
@@ -71,7 +72,8 @@ class StartCopy:
 
     def __init__(self, score: Scorer, slots: Slots, start: Mapping[str, mx.array] | None = None) -> None:
         self._score, self._slots = score, slots
-        self.arrays = dict(start or slots.read())
+        # Arrays of their own over the same memory: what a compiled function is called with is no constant of its trace.
+        self.arrays = {name: mx.stop_gradient(value) for name, value in (start or slots.read()).items()}
         # Constants of a trace must be data, not views that are still to be computed.
         mx.eval(self.arrays)
 
