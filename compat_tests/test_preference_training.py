@@ -66,3 +66,11 @@ def test_evaluation(model, reference):
     evaluation = Dataset.from_list(preference_rows("text", 7, seed=3))
     settings = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 3}
     check(model, reference, settings, eval_dataset={"a": evaluation, "b": evaluation.select(range(4))})
+
+
+@pytest.mark.parametrize("reference", ["full", "other model, full"])
+def test_a_reference_that_follows_the_policy(model, reference):
+    evaluation = Dataset.from_list(preference_rows("text", 5, seed=3))
+    settings = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.7, "max_steps": 5,
+                "eval_strategy": "steps", "eval_steps": 2}  # fmt: skip
+    check(model, reference, settings, eval_dataset=evaluation)

@@ -64,6 +64,7 @@ class Checkpoints:
             step.optimizer.torch.load_state_dict(loaded.own_optimizer)
         if loaded.updates is not None:
             step.updates = loaded.updates
+        trainer._read_checkpoint(folder)
         logger.info(f"Resuming from {folder} at step {state.global_step}.")
         return loaded.boundary
 
@@ -85,7 +86,7 @@ class Checkpoints:
             boundary,
             schedule,
             collect_states(trainer.callback_handler, trainer.control),
-            lambda folder: trainer.save_model(str(folder), _internal_call=True),
+            trainer._write_checkpoint,
         )
 
     def save_interrupted(self, boundary: Boundary | None) -> None:
