@@ -115,11 +115,15 @@ class Session:
         """The objective, of a trainer whose rows are texts: the others refuse a loss of the logits."""
         return cast(TokenObjective, self._objective)
 
+    def retrace(self) -> None:
+        """Forget what was traced."""
+        self.step.retrace()
+        self.evaluator = self._make_evaluator()
+
     def adopt_native_loss(self, loss: NativeLoss) -> None:
         """Minimise a loss of the script's own that MLX compiles with the rest of the step."""
         self.native_loss = self._objective.native = loss  # pyright: ignore[reportAttributeAccessIssue]
-        self.step.retrace()
-        self.evaluator = self._make_evaluator()
+        self.retrace()
 
     def adopt_loss(self, loss: HostLoss | None) -> None:
         """Train and evaluate by a loss of the script's from here on; None goes back to the compiled one."""
@@ -158,8 +162,7 @@ class Session:
             self.restored |= {name: arrays[name] for name in changed}
             self.loaded.model.update(tree_unflatten([(name, cast[name]) for name in changed]))
             # Frozen weights are constants of a trace.
-            self.step.retrace()
-            self.evaluator = self._make_evaluator()
+            self.retrace()
 
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, which differs in how the run is batched, optimised, scheduled and clipped."""

@@ -18,7 +18,7 @@ from ..training.pairs import PairObjective
 from ..training.router import Routers
 from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
-from .recipe import Recipe, Row
+from .recipe import Paper, Recipe, Row
 
 _LOSS = "the loss is compiled here: choose it in DPOConfig (loss_type, loss_weights, beta, f_divergence_type, …)"
 _REFERENCE = "DPOConfig(precompute_ref_log_probs=True), or MLXDPOTrainer(ref_model=…)"
@@ -108,6 +108,20 @@ def log_pair_metrics(means: Mapping[str, float], num_tokens: float) -> dict[str,
     return entry
 
 
+_TITLE = "Direct Preference Optimization: Your Language Model is Secretly a Reward Model"
+_PAPER = Paper(
+    title=_TITLE,
+    number="2305.18290",
+    citation=f"""@inproceedings{{rafailov2023direct,
+    title     = {{{{{_TITLE}}}}},
+    author    = {{Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon
+                 and Chelsea Finn}},
+    year      = 2023,
+    booktitle = {{Advances in Neural Information Processing Systems 36}},
+    url       = {{https://huggingface.co/papers/2305.18290}},
+}}""",
+)
+
 DPO = Recipe(
     name="MLXDPOTrainer",
     config=DPO_TABLE,
@@ -120,4 +134,5 @@ DPO = Recipe(
     never_called={**NEVER_CALLED, **_OWN},
     tags=("generated_from_trainer", "trl", "dpo", "hf-mlx"),
     method="DPO",
+    paper=_PAPER,
 )

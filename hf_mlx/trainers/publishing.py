@@ -39,6 +39,13 @@ class Publishing(Records):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
+    def _write_checkpoint(self, folder: Path) -> None:
+        """The part of a checkpoint that others load."""
+        self.save_model(str(folder), _internal_call=True)
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        """What a trainer itself has put there."""
+
     @property
     def hub_model_id(self) -> str | None:
         """``owner/name`` on the hub, once the repository exists."""
@@ -86,6 +93,7 @@ class Publishing(Records):
             links=tracker_links(),
             trainer_tags=self.recipe.tags,
             method=self.recipe.method,
+            paper=self.recipe.paper,
             adapter=self.session.adapter is not None,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,

@@ -108,7 +108,7 @@ class Evaluator:
 
     def __init__(self, objective: Objective, *, compiled: bool = True) -> None:
         self.objective = objective
-        self._measure = mx.compile(self._sums) if compiled else self._sums
+        self._measure = mx.compile(self._sums, inputs=objective.captured) if compiled else self._sums
 
     def run(
         self,

@@ -81,6 +81,11 @@ class Objective(Protocol):
     whole: bool
 
     @property
+    def captured(self) -> Arrays | None:
+        """Arrays that a compiled function reads anew at each call, beside its arguments; None where there are none."""
+        ...
+
+    @property
     def plan(self) -> LossPlan | PairLossPlan:
         """Which loss."""
         ...
@@ -117,6 +122,7 @@ class TokenObjective:
     """
 
     unit = 1
+    captured: Arrays | None = None
     native: NativeLoss | None = None
 
     def __init__(

@@ -165,18 +165,19 @@ class PairObjective:
         order = np.arange(len(logits)).reshape(-1, 2).T.reshape(-1)
         return logits[order], batch.input_ids[order]
 
-    def adopt_reference(self, reference: Reference | None) -> None:
-        """Hold the policy to ``reference``, before the first micro-batch is traced; None leaves it to the batches."""
-        self.reference = reference
+    @property
+    def captured(self) -> Arrays | None:
+        """Arrays of the reference that move, so that a trace must not take them for constants."""
+        return getattr(self.reference, "arrays", None) if self.plan.sync_steps is not None else None
 
     def _reference(self, params: Arrays, arrays: Arrays) -> mx.array:
         if "reference" in arrays:
             return arrays["reference"][:, 0]
         if self.reference is None:
             raise SettingError(
-                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and no adapter",
-                "rows that the constructor has seen: the reference is not kept (TRL raises too)",
-                "MLXDPOTrainer(..., eval_dataset=rows), ref_model=…, or DPOConfig(precompute_ref_log_probs=False)",
+                "rows without ref_chosen_logps and ref_rejected_logps, with precompute_ref_log_probs=True",
+                "the reference's log-probabilities: it is not kept while all weights train",
+                "pass the rows to the constructor: MLXDPOTrainer(..., train_dataset=rows)",
             )
         if self.model.training:
             self._bind_keys(arrays)

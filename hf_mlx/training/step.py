@@ -79,7 +79,7 @@ class Step:
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
-        self._wrap = mx.compile if compiled else lambda function: function
+        self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
         self._bundles = self._arrange(params)
@@ -193,6 +193,10 @@ class Step:
         self._update = self._wrap(self._update_micro)
         self._apply = self._wrap(self._update_carried)
         self._clip = self._wrap(self._clip_carried)
+
+    def _wrap(self, function: Callable) -> Callable:
+        # What moves beside the parameters is read when a compiled function is called.
+        return mx.compile(function, inputs=self.objective.captured) if self._compiled else function
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
