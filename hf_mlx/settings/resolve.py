@@ -56,7 +56,7 @@ def resolve_plan(
     Raises:
         SettingError: A field is refused, has a value out of range, or contradicts another one.
     """
-    overrides = dict(overrides or {}) | _quantize(args, quantization_config)
+    overrides = read_values(overrides or {}) | _quantize(args, quantization_config)
     ledger = explain(args, peft_config, overrides=overrides, table=table, processes=processes)
     ledger.raise_refused(strict=strict)
     values = complete_arguments(args, overrides, table)

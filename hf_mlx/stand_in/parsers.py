@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -94,6 +95,18 @@ def _translate_flags(module: Any, talk: Talk) -> None:
         return original(self, current if notes else args, *more, **kwargs)
 
     cls.parse_args_into_dataclasses = parse_args_into_dataclasses
+    read: Callable = cls.parse_dict
+
+    @functools.wraps(read)
+    def parse_dict(self: Any, args: Mapping[str, Any], *more: Any, **kwargs: Any) -> Any:
+        known = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+        older = {name: value for name, value in args.items() if name not in known and _is_older(name)}
+        current, notes = _translate(older)
+        for note in notes:
+            talk.once(note)
+        return read(self, {name: args[name] for name in args if name not in older} | current, *more, **kwargs)
+
+    cls.parse_dict = parse_dict
 
 
 def _translate_file(module: Any, talk: Talk) -> None:

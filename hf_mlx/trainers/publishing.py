@@ -46,6 +46,16 @@ class Publishing(Records):
     def _read_checkpoint(self, folder: Path) -> None:
         """What a trainer itself has put there."""
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Scripts call transformers' own method with weights that they have collected themselves.
+        if state_dict is None:
+            self.save_model(output_dir, _internal_call=True)
+            return
+        folder = check_output_dir(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
     @property
     def hub_model_id(self) -> str | None:
         """``owner/name`` on the hub, once the repository exists."""
