@@ -140,8 +140,9 @@ def _check_processes(args: Any) -> None:
     }
     for name in (name for name, is_asked in asked.items() if is_asked):
         raise SettingError(
-            f"{name} on several processes: metrics are computed there from all predictions and labels at once; "
-            f"leave {name.split('=')[0]} out, or evaluate on one process"
+            f"{name} on several processes",
+            "metrics are computed there from all predictions and labels at once",
+            f"leave {name.split('=')[0]} out, or evaluate on one process",
         )
 
 
@@ -149,7 +150,9 @@ def _gather_rows(parts: list[Any], world: World) -> list[np.ndarray]:
     """The batches of all processes: of a round by rank, one round after the other."""
     if not all(isinstance(part, np.ndarray) for part in parts):
         raise SettingError(
-            "preprocess_logits_for_metrics returned several arrays, on several processes: return one array a batch"
+            "several arrays from preprocess_logits_for_metrics, on several processes",
+            "it returns one array of a batch there",
+            "return one array, or evaluate on one process",
         )
     buffer = io.BytesIO()
     np.savez(buffer, *parts)
