@@ -77,17 +77,9 @@ class Feed:
         self.rng = TorchGenerator(plan.batch.seed)
         world, batch = the_world(), plan.batch
         self.share = None if world.is_alone else Share(world.rank, world.size, batch.split_batches)
-        self.share_rows = False
-        self._has_own_loader = False
-        self.collation = Collation(
-            self._rows,
-            self._guard,
-            tokenizer,
-            plan.data,
-            collator=collator,
-            columns=self.columns,
-            keep_columns=keep_columns,
-        )
+        self.share_rows = self._has_own_loader = False
+        own: dict[str, Any] = {"collator": collator, "columns": self.columns, "keep_columns": keep_columns}
+        self.collation = Collation(self._rows, self._guard, tokenizer, plan.data, **own)
 
     def prepare_train(self, dataset: Any) -> Any:
         """``dataset`` as the upstream trainer's ``train_dataset``."""
@@ -261,13 +253,12 @@ class Feed:
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
         those of a stream, nor of a user's collator, which may draw random numbers.
         """
-        fill_id, limit = self._guard.fill_id, self._limit
+        fill_id, limit, keeps = self._guard.fill_id, self._limit, self.collation.keeps_batches
         batches = loader.batches(epoch, skip=skip)
-        if not self.collation.keeps_batches:
-            batches = map(check_labelled, batches)
-        shapes = None if self.collation.keeps_batches else self.shapes
+        batches = batches if keeps else map(check_labelled, batches)
+        shapes = None if keeps else self.shapes
         laid = ((batch, self._rows.lay_out(batch, fill_id, shapes, limit=limit)) for batch in batches)
-        if self.collation.keeps_batches:
+        if keeps:
             return ((batch, replace(inputs, batch=batch)) for batch, inputs in laid)
         if self.collator is not None or not isinstance(loader, RowLoader):
             return laid
