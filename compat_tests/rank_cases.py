@@ -97,6 +97,8 @@ def drawn_case(seed: int) -> dict[str, Any]:
 
 DRAWN = {f"drawn_{seed}": drawn_case(seed) for seed in range(1, 31)}
 CASES = NAMED | DRAWN
+#: Two epochs of two steps, each saved.
+SAVED = NAMED["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
 
 
 def token_rows(count: int, seed: int, *, masked: bool = False, labelled: bool = False) -> list[dict[str, Any]]:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES
+from rank_cases import CASES, SAVED
 from rank_worker import build, describe, untimed
 from transformers import TrainerCallback
 
 FOLDER, OUT = Path(sys.argv[1]), Path(sys.argv[2])
-SAVED = CASES["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
 #: Two steps each: enough to stop, to be killed or to be interrupted in between.
 SHORT = CASES["plain"] | {"save_strategy": "steps", "save_steps": 100}
 
