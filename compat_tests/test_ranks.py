@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from rank_cases import CASES, DRAWN, NAMED, make_model
-from rank_runs import HERE, finish, run, said, start
+from rank_runs import HERE, finish, free_ports, run, said, start
 from rank_worker import build, describe
 
 # float32 sums in another order, and AdamW's quotient of two small numbers behind them.
@@ -211,6 +211,56 @@ def test_a_rank_that_raises_ends_the_others(models: Path, tmp_path: Path) -> Non
     assert scenario(2, ["raising"], tmp_path, models) == [1, 1]
     assert "ValueError: the disk of rank 1 is full" in said(tmp_path, 1)
     assert "TrainingError: received: rank 1 has ended with ValueError: the disk of rank 1 is full" in said(tmp_path, 0)
+
+
+SCRIPT = """
+import argparse, sys, torch
+parser = argparse.ArgumentParser()
+parser.add_argument("-n", type=int)
+own = parser.parse_args()
+import numpy as np
+from accelerate import Accelerator, PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+quiet = dict(report_to="none", bf16=False, use_cpu=True, disable_tqdm=True, save_strategy="no")
+args = SFTConfig("{out}/run", per_device_train_batch_size=2, max_steps=2, logging_steps=1, **quiet)
+with args.main_process_first(desc="rows"):
+    rows = Dataset.from_list([{{"input_ids": list(range(3, 9 + row))}} for row in range(8)])
+told = [own.n, args.world_size, args.process_index, args.should_save, PartialState().is_main_process]
+told += [SFTConfig("{out}/other", **quiet).world_size, Accelerator().gather(torch.tensor([args.process_index])).tolist()]
+trainer = SFTTrainer("{model}", args, train_dataset=rows, peft_config=LoraConfig(r=4, target_modules="all-linear"))
+trainer.train()
+trainer.save_model("{out}/saved")
+trainer.accelerator.wait_for_everyone()
+print("TOLD", told, trainer.is_world_process_zero(), trainer.state.global_step, flush=True)
+"""
+
+
+@pytest.mark.wide
+def test_an_unedited_script_is_launched_on_two_processes(models: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(out=tmp_path, model=models / "llama"))
+    environ = {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "hf_mlx.cli.main", "launch", "-n", "2", "--starting-port", str(free_ports(1)[0])]
+    command += [word for name, value in environ.items() for word in ("--env", f"{name}={value}")]
+    done = subprocess.run(
+        [*command, str(script), "-n", "7"],
+        env=os.environ | environ | {"HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    told = sorted(line for line in done.stdout.splitlines() if line.startswith("TOLD"))
+    assert told == [
+        "TOLD [7, 2, 0, True, True, 2, [0, 1]] True 2",
+        "TOLD [7, 2, 1, False, False, 2, [0, 1]] False 2",
+    ], done.stdout[-2000:] + done.stderr[-3000:]
+    # Once for all processes: the ledger and each log entry.
+    assert (done.stdout + done.stderr).count("'grad_norm'") == 2
+    assert (done.stdout + done.stderr).count("field    ") == 1
+    assert (tmp_path / "saved" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.wide
