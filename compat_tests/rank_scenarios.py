@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from rank_cases import CASES, SAVED
-from rank_worker import build, describe, untimed
+from rank_worker import build, count_exchanges, describe, untimed
 from transformers import TrainerCallback
 
 FOLDER, OUT = Path(sys.argv[1]), Path(sys.argv[2])
@@ -117,18 +117,8 @@ def exchange() -> Any:
 
 
 def graph() -> Any:
-    """How often the step's graph exchanges something."""
-    import mlx.core as mx
-
     trainer = build(CASES["plain"], FOLDER, f"{OUT}-graph")
-    step = trainer.session.step
-    grads = step._bundles.pack({name: mx.zeros_like(array) for name, array in step.params.items()})
-    names = ("loss", "micro_batches", *step.objective.metrics)
-    hyper = {key: mx.array(value, mx.float32) for key, value in step.optimizer.hyper(1, 1e-3).items()}
-    made = step._update_carried(step._params, step._state, (grads, {name: mx.array(1.0) for name in names}), hyper)
-    file = Path(f"{OUT}-graph-{trainer.args.process_index}.dot")
-    mx.export_to_dot(str(file), list(made[0].values()))
-    return {"sums": file.read_text().count("AllReduce"), "arrays": len(step.params)}
+    return {"exchanges": count_exchanges(trainer, Path(f"{OUT}-graph")), "arrays": len(trainer.session.step.params)}
 
 
 def resumed() -> Any:

@@ -64,6 +64,22 @@ def describe(trainer: Any) -> dict[str, Any]:
     }
 
 
+def count_exchanges(trainer: Any, folder: Path) -> int:
+    """How often the graph of a trainer's update exchanges something with other processes."""
+    import mlx.core as mx
+
+    step = trainer.session.step
+    grads = step._bundles.pack({name: mx.zeros_like(array) for name, array in step.params.items()})
+    sums = {name: mx.array(1.0) for name in ("loss", "micro_batches", *step.objective.metrics)}
+    hyper = {key: mx.array(value, mx.float32) for key, value in step.optimizer.hyper(1, 1e-3).items()}
+    params, state, metrics = step._update_carried(step._params, step._state, (grads, sums), hyper)
+    file = folder.with_name(f"{folder.name}-{trainer.args.process_index}.dot")
+    arrays = [array for slot in state.values() for array in slot.values()]
+    mx.export_to_dot(str(file), [*params.values(), *arrays, *metrics.values()])
+    text = file.read_text()
+    return sum(text.count(name) for name in ("AllReduce", "AllGather", "Send", "Recv", "ReduceScatter"))
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rank_cases import CASES, DRAWN, NAMED, make_model
 from rank_runs import HERE, finish, free_ports, run, said, start
-from rank_worker import build, describe
+from rank_worker import build, count_exchanges, describe
 
 # float32 sums in another order, and AdamW's quotient of two small numbers behind them.
 CLOSE = 1e-6
@@ -139,7 +139,13 @@ def test_objects_of_hf_know_the_processes(played: list[dict[str, Any]]) -> None:
 
 def test_a_step_exchanges_once(played: list[dict[str, Any]]) -> None:
     for one in played:
-        assert one["graph"] == {"sums": 1, "arrays": 28}
+        assert one["graph"] == {"exchanges": 1, "arrays": 28}
+
+
+def test_one_process_exchanges_nothing(models: Path, tmp_path: Path) -> None:
+    trainer = build(CASES["plain"], models, str(tmp_path / "alone"))
+    assert count_exchanges(trainer, tmp_path / "alone") == 0
+    assert trainer.session.step.exchange is None and trainer.session.world.group is None
 
 
 def test_gradients_of_every_kind_are_added_up(played: list[dict[str, Any]]) -> None:
@@ -228,7 +234,8 @@ args = SFTConfig("{out}/run", per_device_train_batch_size=2, max_steps=2, loggin
 with args.main_process_first(desc="rows"):
     rows = Dataset.from_list([{{"input_ids": list(range(3, 9 + row))}} for row in range(8)])
 told = [own.n, args.world_size, args.process_index, args.should_save, PartialState().is_main_process]
-told += [SFTConfig("{out}/other", **quiet).world_size, Accelerator().gather(torch.tensor([args.process_index])).tolist()]
+other = SFTConfig("{out}/other", **quiet)
+told += [other.world_size, Accelerator().gather(torch.tensor([args.process_index])).tolist()]
 trainer = SFTTrainer("{model}", args, train_dataset=rows, peft_config=LoraConfig(r=4, target_modules="all-linear"))
 trainer.train()
 trainer.save_model("{out}/saved")
@@ -252,8 +259,8 @@ def test_an_unedited_script_is_launched_on_two_processes(models: Path, tmp_path:
         text=True,
         timeout=400,
     )
-    told = sorted(line for line in done.stdout.splitlines() if line.startswith("TOLD"))
-    assert told == [
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("TOLD"))
+    assert lines == [
         "TOLD [7, 2, 0, True, True, 2, [0, 1]] True 2",
         "TOLD [7, 2, 1, False, False, 2, [0, 1]] False 2",
     ], done.stdout[-2000:] + done.stderr[-3000:]
