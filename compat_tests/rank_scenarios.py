@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES, SAVED
+from rank_cases import CASES, SAVED, token_rows
 from rank_worker import build, count_exchanges, describe, untimed
 from transformers import TrainerCallback
 
@@ -144,6 +144,20 @@ def own_disk() -> Any:
     }
 
 
+def shown() -> Any:
+    """A callback looks at the gradients before each step."""
+    norms: list[float] = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            norms.append(float(sum(grad.double().square().sum() for grad in grads) ** 0.5))
+
+    trainer = build(CASES["plain"], FOLDER, f"{OUT}-shown", callbacks=[Look()])
+    trainer.train()
+    return {"norms": norms, **describe(trainer)}
+
+
 def stopped() -> Any:
     """A callback that stops on every rank, and one that stops on rank 1 alone."""
     said = Said()
@@ -235,6 +249,10 @@ def refused() -> Any:
     attempt("pieces", lambda: build(case | {"auto_find_batch_size": True}, FOLDER, out))
     attempt("uneven", lambda: build(case | {"accelerator_config": {"even_batches": False}}, FOLDER, out))
     attempt("dispatch", lambda: build(case | {"accelerator_config": {"dispatch_batches": True}}, FOLDER, out))
+    shards = CASES["shards"]
+    attempt("epochs of shards", lambda: build(shards | {"save_strategy": "epoch"}, FOLDER, out).train())
+    held = Dataset.from_list(token_rows(7, 1)).to_iterable_dataset(num_shards=7)
+    attempt("uneven evaluation", lambda: build(case, FOLDER, out, eval_dataset=held).evaluate())
     pairs = Dataset.from_list([{"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}] * 4)
     settings = {"output_dir": out, "report_to": "none", "bf16": False}
     attempt("dpo", lambda: MLXDPOTrainer(str(FOLDER / "llama"), args=DPOConfig(**settings), train_dataset=pairs))

@@ -40,7 +40,8 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
         lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords.setdefault("data_collator", DataCollatorForSeq2Seq(tokenizer))
         return MLXTrainer(lora, TrainingArguments(**settings), **keywords)
-    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
+    lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
+    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         keywords["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
         trainer: Any = Trainer(lora, TrainingArguments(**settings), **keywords)
     else:
-        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
+        lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
+        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_two_ranks_of_two_rows_are_one_process_of_four(
 @pytest.mark.parametrize("drawn", [False, True])
 def test_every_case_logs_what_torchrun_logs(ranks: int, drawn: bool, models: Path, tmp_path: Path) -> None:
     cases = list(DRAWN if drawn else NAMED)
-    assert len(cases) == (30 if drawn else 19)
+    assert len(cases) == (30 if drawn else 20)
     for part in range(0, len(cases), 10):
         run_cases(ranks, cases[part : part + 10], tmp_path / str(part), models, 800)
 
@@ -114,13 +115,20 @@ def told(ranks: int, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def played(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("played")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("played")
+
+
+@pytest.fixture(scope="module")
+def played(models: Path, stage: Path) -> list[dict[str, Any]]:
+    folder = stage
     names = ["objects", "exchange", "graph", "stopped", "interrupted", "predicted", "resumed", "own_disk"]
-    names += ["different", "refused"]
-    statuses = scenario(2, names, folder, models)
-    assert statuses == [0, 0], said(folder, 0)[-3000:] + said(folder, 1)[-3000:]
-    return told(2, folder)
+    names += ["shown", "different", "refused", "raising"]
+    # The last one ends them both.
+    assert scenario(2, names, folder, models) == [1, 1]
+    made = told(2, folder)
+    assert [list(one) for one in made] == [names[:-1]] * 2, said(folder, 0)[-3000:] + said(folder, 1)[-3000:]
+    return made
 
 
 def test_objects_of_hf_know_the_processes(played: list[dict[str, Any]]) -> None:
@@ -153,6 +161,18 @@ def test_gradients_of_every_kind_are_added_up(played: list[dict[str, Any]]) -> N
         assert max(one["exchange"]["worst"].values()) <= 1e-6
         own = (0.5 + rank) * 2
         assert one["exchange"]["metrics"] == {"loss": 2.0, "micro_batches": 2.0, "entropy": 1.0, "own_loss": own}
+
+
+def test_callbacks_see_the_gradients_of_all_ranks(played: list[dict[str, Any]]) -> None:
+    theirs = RECORDS["plain/2"]["log"]
+    for one in played:
+        assert len(one["shown"]["norms"]) == 4
+        for entry, logged, norm in zip(theirs, one["shown"]["log"], one["shown"]["norms"], strict=False):
+            assert logged["loss"] == pytest.approx(entry["loss"], rel=CLOSE)
+            assert logged["grad_norm"] == pytest.approx(entry["grad_norm"], rel=CLOSE)
+            # None of them is above max_grad_norm, so they are not clipped.
+            assert norm == pytest.approx(entry["grad_norm"], rel=CLOSE)
+    assert played[0]["shown"]["exact"] == played[1]["shown"]["exact"]
 
 
 def test_all_stop_at_the_same_step(played: list[dict[str, Any]]) -> None:
@@ -208,15 +228,14 @@ def test_ranks_that_differ_are_refused_by_name(played: list[dict[str, Any]]) -> 
 
 def test_what_is_not_proven_is_refused(played: list[dict[str, Any]]) -> None:
     for one in played:
-        assert len(one["refused"]) == 6
+        assert len(one["refused"]) == 8
         for name, (kind, text) in one["refused"].items():
             assert kind == "SettingError" and "process" in text and "remedy:" in text, (name, text)
 
 
-def test_a_rank_that_raises_ends_the_others(models: Path, tmp_path: Path) -> None:
-    assert scenario(2, ["raising"], tmp_path, models) == [1, 1]
-    assert "ValueError: the disk of rank 1 is full" in said(tmp_path, 1)
-    assert "TrainingError: received: rank 1 has ended with ValueError: the disk of rank 1 is full" in said(tmp_path, 0)
+def test_a_rank_that_raises_ends_the_others(played: list[dict[str, Any]], stage: Path) -> None:
+    assert "ValueError: the disk of rank 1 is full" in said(stage, 1)
+    assert "TrainingError: received: rank 1 has ended with ValueError: the disk of rank 1 is full" in said(stage, 0)
 
 
 SCRIPT = """
@@ -278,20 +297,33 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(models: Path, tmp_path: 
     assert "waited ddp_timeout=6 s at step" in said(tmp_path, 0) and "rank 1" in said(tmp_path, 0)
 
 
+@pytest.fixture(scope="module")
+def unbroken(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What 2 and 3 ranks say of the run that nobody ends."""
+    made = {}
+    for ranks in (2, 3):
+        folder = tmp_path_factory.mktemp(f"unbroken-{ranks}")
+        assert scenario(ranks, ["revived"], folder, models, KILLED_DIR=str(folder / "run")) == [0] * ranks
+        made[ranks] = told(ranks, folder)
+    return made
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("kill", range(20))
-def test_a_killed_rank_is_named_and_the_run_goes_on_bit_by_bit(kill: int, models: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_and_the_run_goes_on_bit_by_bit(
+    kill: int, unbroken: dict[int, list[dict[str, Any]]], models: Path, tmp_path: Path
+) -> None:
+    draw = random.Random(kill)
     ranks = 2 + kill % 2
-    rank, step = kill % ranks, 1 + (kill // 3) % 3
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert scenario(ranks, ["revived"], whole, models, KILLED_DIR=str(whole / "run")) == [0] * ranks
-    environ = {"KILLED_DIR": str(broken / "run"), "KILLED_RANK": str(rank), "KILLED_STEP": str(step)}
-    statuses = scenario(ranks, ["killed"], broken, models, **environ)
-    assert statuses[rank] == -signal.SIGKILL and all(statuses)
+    # Of four steps; after the last one nobody waits for anybody.
+    rank, step = draw.randrange(ranks), draw.randint(1, 3)
+    environ = {"KILLED_DIR": str(tmp_path / "run"), "KILLED_RANK": str(rank), "KILLED_STEP": str(step)}
+    statuses = scenario(ranks, ["killed"], tmp_path, models, **environ)
+    assert statuses[rank] == -signal.SIGKILL and all(statuses), statuses
     for other in set(range(ranks)) - {rank}:
-        assert f"rank {rank} has ended without a word" in said(broken, other), said(broken, other)[-2000:]
-    assert scenario(ranks, ["revived"], broken, models, **environ) == [0] * ranks
-    for a, b in zip(told(ranks, whole), told(ranks, broken), strict=True):
+        assert f"rank {rank} has ended without a word" in said(tmp_path, other), said(tmp_path, other)[-2000:]
+    assert scenario(ranks, ["revived"], tmp_path, models, **environ) == [0] * ranks
+    for a, b in zip(unbroken[ranks], told(ranks, tmp_path), strict=True):
         assert a["revived"]["exact"] == b["revived"]["exact"]
         assert a["revived"]["log"][:-1] == b["revived"]["log"][:-1]
 
