@@ -16,7 +16,7 @@ BASE = {
 }  # fmt: skip
 
 # What is no field of the configuration: rows, eval_rows, shards (of a stream), masked (share of rows with a prompt),
-# trainer ("sft", or "lm" for transformers' own).
+# trainer ("sft", or "lm" for transformers' own), adapter (False trains all weights).
 NAMED: dict[str, dict[str, Any]] = {
     "plain": {"rows": 16},
     "accumulated": {"rows": 16, "gradient_accumulation_steps": 3},
@@ -42,6 +42,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "language_evaluated": {
         "rows": 11, "trainer": "lm", "eval_rows": 5, "eval_strategy": "epoch", "per_device_eval_batch_size": 2,
     },
+    "full": {"rows": 12, "adapter": False, "learning_rate": 1e-3, "gradient_accumulation_steps": 2},
     "experts": {"rows": 10, "family": "mixtral", "output_router_logits": True, "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
@@ -97,6 +98,8 @@ def drawn_case(seed: int) -> dict[str, Any]:
 
 DRAWN = {f"drawn_{seed}": drawn_case(seed) for seed in range(1, 31)}
 CASES = NAMED | DRAWN
+#: Two epochs of two steps, each saved.
+SAVED = NAMED["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
 
 
 def token_rows(count: int, seed: int, *, masked: bool = False, labelled: bool = False) -> list[dict[str, Any]]:
@@ -129,7 +132,7 @@ def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
 
 def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """The fields of the configuration."""
-    apart = ("rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits")
+    apart = ("rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits", "adapter")
     masked = {"completion_only_loss": True} if case.get("masked") and case.get("trainer") != "lm" else {}
     return (
         BASE | masked | {"output_dir": output_dir, "use_cpu": True} | {k: v for k, v in case.items() if k not in apart}

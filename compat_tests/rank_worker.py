@@ -40,7 +40,8 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
         lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords.setdefault("data_collator", DataCollatorForSeq2Seq(tokenizer))
         return MLXTrainer(lora, TrainingArguments(**settings), **keywords)
-    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
+    lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
+    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,6 +63,22 @@ def describe(trainer: Any) -> dict[str, Any]:
         "exact": hashlib.sha256(json.dumps(exact).encode()).hexdigest(),
         "world": [trainer.args.world_size, trainer.args.process_index, trainer.accelerator.num_processes],
     }
+
+
+def count_exchanges(trainer: Any, folder: Path) -> int:
+    """How often the graph of a trainer's update exchanges something with other processes."""
+    import mlx.core as mx
+
+    step = trainer.session.step
+    grads = step._bundles.pack({name: mx.zeros_like(array) for name, array in step.params.items()})
+    sums = {name: mx.array(1.0) for name in ("loss", "micro_batches", *step.objective.metrics)}
+    hyper = {key: mx.array(value, mx.float32) for key, value in step.optimizer.hyper(1, 1e-3).items()}
+    params, state, metrics = step._update_carried(step._params, step._state, (grads, sums), hyper)
+    file = folder.with_name(f"{folder.name}-{trainer.args.process_index}.dot")
+    arrays = [array for slot in state.values() for array in slot.values()]
+    mx.export_to_dot(str(file), [*params.values(), *arrays, *metrics.values()])
+    text = file.read_text()
+    return sum(text.count(name) for name in ("AllReduce", "AllGather", "Send", "Recv", "ReduceScatter"))
 
 
 def main() -> None:

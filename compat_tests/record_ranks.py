@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_cases import CASES, datasets_of, lora_of, make_model, settings_of, summed
+from rank_cases import CASES, SAVED, datasets_of, lora_of, make_model, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
 
-def train(case: dict[str, Any], model: Path, out: str) -> Any:
-    """The trainer, after its run."""
+def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = None) -> Any:
+    """The trainer, after its run, or the rest of it from ``checkpoint`` on."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
     from trl import SFTConfig, SFTTrainer
@@ -42,14 +42,30 @@ def train(case: dict[str, Any], model: Path, out: str) -> Any:
         keywords["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
         trainer: Any = Trainer(lora, TrainingArguments(**settings), **keywords)
     else:
-        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=LoraConfig(**lora_of(case)), **keywords)
-    trainer.train()
+        lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
+        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
+    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
+
+
+def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A log without what a clock makes."""
+    return [{k: v for k, v in entry.items() if not any(part in k for part in TIMED)} for entry in history]
+
+
+def resume(models: str, out: str, checkpoint: str) -> None:
+    """Run the case that is saved after every step, or the rest of it; writes OUT/log.json."""
+    trainer = train(SAVED, Path(models, "llama"), out, checkpoint or None)
+    if trainer.args.process_index == 0:
+        Path(out, "log.json").write_text(json.dumps(untimed(trainer.state.log_history)))
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if sys.argv[1] == "--resume":
+        resume(*sys.argv[2:])
+        return
     file, names = Path(sys.argv[1]), sys.argv[2:] or list(CASES)
     with tempfile.TemporaryDirectory() as folder:
         families = {CASES[name].get("family", "llama") for name in names}
@@ -61,9 +77,7 @@ def main() -> None:
             except Exception as error:
                 print("FAILED", name, type(error).__name__, str(error)[:300], flush=True)
                 continue
-            history = [
-                {k: v for k, v in e.items() if not any(part in k for part in TIMED)} for e in trainer.state.log_history
-            ]
+            history = untimed(trainer.state.log_history)
             held = {k: p.detach().numpy() for k, p in trainer.model.named_parameters() if p.requires_grad}
             made = {"max_steps": trainer.state.max_steps, "log": history, "weights": summed(held)}
             if trainer.args.process_index == 0:

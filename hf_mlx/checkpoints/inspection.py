@@ -128,16 +128,27 @@ def check_complete(folder: Path) -> None:
 
 def count_processes(folder: Path) -> int:
     """How many processes wrote the folder, as its random states tell; 0 where there are none."""
-    ranks = [int(found[1]) for path in folder.iterdir() if (found := _RANK.fullmatch(path.name))]
+    ranks = _ranks(folder)
     return max(ranks) + 1 if ranks else int(has_state(folder, RANDOM))
 
 
+def _ranks(folder: Path) -> set[int]:
+    return {int(found[1]) for path in folder.iterdir() if (found := _RANK.fullmatch(path.name))}
+
+
 def check_foreign(folder: Path) -> None:
-    """Raise when the folder holds state that is sharded over processes, or files whose meaning is not known.
+    """Raise when the folder holds a part of what several processes wrote, or files whose meaning is not known.
 
     Raises:
         CheckpointError: With the files.
     """
+    ranks = _ranks(folder)
+    if ranks and (len(ranks) <= max(ranks) or has_state(folder, RANDOM)):
+        raise CheckpointError(
+            f"{folder}: random states of {max(ranks) + 1} processes, and not one for each",
+            "rng_state.pth of one process, or rng_state_0.pth and so on of several",
+            "the checkpoint folder as the run wrote it",
+        )
     sharded = sorted(path.name for path in folder.iterdir() if path.is_dir() and _SHARDED.fullmatch(path.name))
     if sharded:
         raise CheckpointError(

@@ -40,5 +40,7 @@ def read_random(folder: Path, run: Mapping[str, Any] | None, world: World, order
     kind = random_kind(world.rank, world.size)
     if written not in (0, world.size) or not has_state(folder, kind):
         return RandomStates.capture(order)
-    trees: Any = None if run is None else run.get("random") or [run["boundary"]["random"]]
-    return RandomStates.from_files(read_state(folder, kind), trees and trees[world.rank])
+    tree = None
+    if run is not None:
+        tree = (run.get("random") or [run["boundary"]["random"]])[world.rank]
+    return RandomStates.from_files(read_state(folder, kind), tree)

@@ -78,6 +78,9 @@ class World:
         with self.waiting(what or kind):
             tables = np.array(gathered)
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
+        if len(other) and (not tables[other, 0].all() or (self.watch and self.watch.name_ended())):
+            # The ring's first exchange after it has lost a process ends without an error, and with nothing in it.
+            raise self.lost(what or kind)
         if len(other):
             raise TrainingError(
                 f"rank {self.rank} at {what or kind!r}, and rank {other[0]} at something else",
@@ -97,12 +100,17 @@ class World:
         """The bytes of all processes, by rank."""
         if self.is_alone:
             return [data]
-        lengths = self.gather(f"bytes {what}", np.array([len(data)]), what)[:, 0]
+        check = crc32(data) & 0x7FFFFFFF
+        lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
         padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         with self.waiting(what):
             parts = np.array(self._begin(padded.view(np.int32)))
-        return [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
+        made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
+        if [crc32(part) & 0x7FFFFFFF for part in made] != checks.tolist():
+            # What was under way when a process ended has no error of its own.
+            raise self.lost(what)
+        return made
 
     def gather_object(self, value: Any, what: str = "") -> list[Any]:
         """What JSON can say, of all processes, by rank."""

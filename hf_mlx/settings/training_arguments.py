@@ -69,7 +69,9 @@ RUN = (
         one_of("random", "sequential", "group_by_length", ruling=honoured("order of the rows")),
         one_of(
             "batch_rebalance",
-            ruling=refused("balances batches across processes; there is one", write='train_sampling_strategy="random"'),
+            ruling=refused(
+                "balances batches across processes by their length", write='train_sampling_strategy="random"'
+            ),
         ),
         otherwise(refused("is none of random, sequential, group_by_length", write='train_sampling_strategy="random"')),
     ),

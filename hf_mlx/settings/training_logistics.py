@@ -182,7 +182,7 @@ PROCESSES = (
         ),
     ),
     refuse(
-        "parallelism_config", None, "splits the model over processes; there is one", write="parallelism_config=None"
+        "parallelism_config", None, "splits the model; each process holds all of it", write="parallelism_config=None"
     ),
     refuse("fsdp", None, "shards a torch model; memory is unified here", write="fsdp=None"),
     cases(

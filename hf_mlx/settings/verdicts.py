@@ -213,7 +213,9 @@ def alone(field: str, default: Any, ruling: Ruling, reason: str, write: str, acc
     def matches(value: Any, values: Values) -> bool:
         return values.get(PROCESS_COUNT, 1) > 1 and value not in (default, *accepted)
 
-    refusal = given("any other value on several processes", matches, refused(reason, write=write))
+    refusal = given(
+        "any other value on several processes", matches, refused(f"on several processes {reason}", write=write)
+    )
     return cases(field, default, refusal, otherwise(ruling))
 
 

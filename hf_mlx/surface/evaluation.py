@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
+from ..errors import DataError
 from ..feed import Feed, Loader
 from ..session import Session
 from ..training.evaluation import EvalSums
@@ -118,6 +119,13 @@ class Evaluation:
     def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
         session, world = self._session, self._session.world
         parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
+        counts = [len(part.losses) for part in parts]
+        if len(set(counts)) > 1:
+            raise DataError(
+                f"an evaluation stream of {counts} batches on ranks 0 to {world.size - 1}, whose shards are unlike",
+                "the same number on all processes (upstream waits for ever)",
+                "rows.to_iterable_dataset(num_shards=1), which is dealt in rounds, or a Dataset",
+            )
         kept = world.size
         if isinstance(loader, RowLoader) and sums.losses:
             kept = loader.kept(len(loader) - 1)

@@ -64,6 +64,27 @@ def check_own(trainer: Any, world: World) -> None:
             )
 
 
+def check_epochs(args: Any, loader: Any) -> None:
+    """Refuse what is due at an epoch's end where each process has an end of its own.
+
+    Args:
+        args: ``TrainingArguments``.
+        loader: What is trained on.
+
+    Raises:
+        SettingError: ``eval_strategy`` or ``save_strategy`` goes by epochs, on shards of a stream.
+    """
+    if not getattr(loader, "has_own_shards", False):
+        return
+    for field in ("eval_strategy", "save_strategy"):
+        if getattr(getattr(args, field), "value", getattr(args, field)) == "epoch":
+            raise SettingError(
+                f'{field}="epoch" on a stream of which each process reads shards of its own',
+                "an end of the epoch that all processes reach at the same step",
+                f'{field}="steps", or to_iterable_dataset(num_shards=1), which is dealt in rounds',
+            )
+
+
 def check_alike(trainer: Any, world: World) -> None:
     """Refuse to begin where the processes differ: their sums would have no meaning.
 

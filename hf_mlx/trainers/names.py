@@ -11,7 +11,7 @@ from .refused import Refused
 
 
 class Names(Loaders, Refused):
-    """What HF's trainer also says about itself: one process, one device, labels under their usual name."""
+    """What HF's trainer also says about itself: no split model, one device, labels under their usual name."""
 
     is_deepspeed_enabled = False
     is_fsdp_enabled = False
@@ -114,15 +114,15 @@ class Names(Loaders, Refused):
         return [group["params"] for group in groups]
 
     def get_cp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def get_sp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def get_tp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.report import write_report
 from ..surface.requests import no_rows
-from ..surface.together import check_alike, join_step
+from ..surface.together import check_alike, check_epochs, join_step
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
@@ -81,6 +81,7 @@ class Running(Evaluating):
             schedule.follow(self._loop.schedule)
         self.session.step.carry = None
         loader = own_loader or self.data.train_loader(self.train_dataset)
+        check_epochs(self.args, loader)
         handler = self.callback_handler
         # The script's own optimizer is shown as it is: a rate that is set in it is what it steps with.
         view = None if self._brings_optimizer() else self._show_optimizer(schedule)
