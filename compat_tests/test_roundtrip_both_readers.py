@@ -18,7 +18,6 @@ FAMILIES = {
     "llama": {},
     "qwen2": {},
     "qwen3_moe": {},
-    "gpt2": {},
     "stablelm": {"partial_rotary_factor": 0.5},
 }
 WIDE = {
@@ -30,8 +29,8 @@ WIDE = {
 
 def merged(model_type, options, folder):
     base = make_base(model_type, folder / "base", **options)
-    names = ["c_attn"] if model_type == "gpt2" else ["v_proj", "query_key_value", "qkv_proj"]
-    adapter = adapt_mlx(load_mlx(base), {"r": 2, "target_modules": names, "fan_in_fan_out": model_type == "gpt2"})
+    names = ["v_proj", "query_key_value", "qkv_proj"]
+    adapter = adapt_mlx(load_mlx(base), {"r": 2, "target_modules": names})
     return merge_adapter(adapter, folder / "merged")
 
 
@@ -68,6 +67,16 @@ def test_logits_are_equal_in_transformers_and_in_mlx_lm(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", WIDE)
 def test_other_families(model_type, tmp_path):
     check(model_type, WIDE[model_type], tmp_path)
+
+
+def test_a_size_under_another_name_is_there_for_mlx_lm(tmp_path):
+    from mlx_lm.models.gpt2 import ModelArgs
+
+    # Its tensors' names are another matter: mlx-lm reads those of the hub's own files alone.
+    plain = read_config(make_base("gpt2", tmp_path / "base"))
+    with pytest.raises(TypeError, match="n_ctx"):
+        ModelArgs.from_dict(plain)
+    assert ModelArgs.from_dict(spell_out(plain)).n_ctx == plain["n_positions"]
 
 
 def test_what_is_missing_is_what_made_the_difference(tmp_path):
