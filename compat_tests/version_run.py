@@ -41,7 +41,8 @@ def main(*names: str) -> None:
     found["imported"] = {"transformers": transformers.__version__, "mlx": mlx.core.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = str(tiny_model("llama", folder / "model"))
+        # The base that mlx-lm reads as transformers 5 writes it: others are refused by the export.
+        model = str(tiny_model("llama", folder / "model", rope_theta=10_000.0))
         sides = {
             "sft": (SFTTrainer, MLXSFTTrainer, SFTConfig, rows),
             "dpo": (DPOTrainer, MLXDPOTrainer, DPOConfig, pairs),

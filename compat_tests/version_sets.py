@@ -16,7 +16,7 @@ from materials import _built
 SETS: dict[str, dict[str, str]] = {
     "lowest": {
         "transformers": "5.17.0", "trl": "1.16.0", "peft": "0.21.0", "mlx": "0.32.0", "mlx-cpu": "0.32.0",
-        "mlx-lm": "0.32.0", "huggingface-hub": "1.31.0",
+        "mlx-lm": "0.32.0", "huggingface-hub": "1.31.0", "httpx": "0.28.1", "httpcore": "1.0.9", "h11": "0.16.0",
     },
     "between": {
         "transformers": "5.20.2", "trl": "1.16.0", "peft": "0.21.1", "mlx": "0.32.2", "mlx-cpu": "0.32.2",
