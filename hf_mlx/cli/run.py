@@ -93,7 +93,11 @@ def execute(script: Path, talk: Any) -> int:
     module.__file__ = str(script)
     vars(module)["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    code, is_notebook = compile_script(script)
+    try:
+        code, is_notebook = compile_script(script)
+    except SyntaxError as error:
+        sys.excepthook(type(error), error.with_traceback(None), None)
+        return 1
     if is_notebook:
         shell = Shell(talk, vars(module))
         vars(module)["get_ipython"] = lambda: shell

@@ -158,7 +158,7 @@ def _organization(current: dict[str, Any], name: str, value: Any) -> str:
 
 
 def _logging_dir(current: dict[str, Any], name: str, value: Any) -> str:
-    return f"logging_dir is gone: set the environment variable TENSORBOARD_LOGGING_DIR={value}"
+    return f"logging_dir is now the environment variable TENSORBOARD_LOGGING_DIR={value}"
 
 
 def _adafactor(current: dict[str, Any], name: str, value: Any) -> str:

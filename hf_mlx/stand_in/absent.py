@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -28,14 +27,15 @@ _CUDA: Mapping[str, str] = {
     "xformers": "MLX has its own fused attention",
     "deepspeed": "memory is unified here, and nothing is sharded",
     "apex": "bf16=True is MLX's half precision",
-    "triton": "the step is compiled by MLX",
     "liger_kernel": "MLX has its own fused kernels",
     "transformer_engine": "bf16=True is MLX's half precision",
 }
-_UNSLOTH = (
-    "write model = AutoModelForCausalLM.from_pretrained(name); SFTTrainer(model, processing_class=AutoTokenizer."
-    "from_pretrained(name), peft_config=LoraConfig(r=16, lora_alpha=16, target_modules='all-linear'), …)"
-)
+# Packages whose every use is a change to torch that only CUDA has -> the line that works.
+_REFUSED: Mapping[str, str] = {
+    "unsloth": "write model = AutoModelForCausalLM.from_pretrained(name); SFTTrainer(model, processing_class="
+    "AutoTokenizer.from_pretrained(name), peft_config=LoraConfig(r=16, lora_alpha=16, target_modules='all-linear'), …)",
+    "triton": "remove import triton: the step is compiled by MLX",
+}
 
 
 class AbsentPackage(SettingError, ImportError):
@@ -48,13 +48,13 @@ def offer_absent(imports: Imports, talk: Talk) -> None:
         imports.provide(name, script_imports, functools.partial(_track_nothing, talk=talk, package=package))
     for name, instead in _CUDA.items():
         imports.provide(name, script_imports, functools.partial(_stand_empty, talk=talk, instead=instead))
-    imports.provide("unsloth", script_imports, _refuse_unsloth)
+    for name, remedy in _REFUSED.items():
+        imports.provide(name, script_imports, functools.partial(_refuse, remedy=remedy))
     imports.provide("google.colab", script_imports, functools.partial(_colab, talk=talk))
     imports.provide("google", script_imports)
     imports.provide("kaggle_secrets", script_imports, functools.partial(_kaggle, talk=talk))
     imports.provide("IPython", script_imports, _ipython)
     imports.provide("pynvml", script_imports, functools.partial(_nvidia_library, talk=talk))
-    imports.after("torch.utils._triton", _tell_torch)
 
 
 def missing_trackers(report_to: Any) -> tuple[Any, list[str]]:
@@ -90,10 +90,11 @@ class _Nothing:
     def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
         return self
 
-    def __getattr__(self, name: str) -> _Nothing:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self
+        # What scripts put into other settings.
+        return "" if name in ("name", "id", "url", "project", "entity", "dir") else self
 
     def __getitem__(self, key: Any) -> _Nothing:
         return self
@@ -120,6 +121,19 @@ class _Nothing:
         return ""
 
 
+class _Config(dict):
+    """A tracker's ``config``: what the script puts in, by attribute too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+
 def _answer(module: Any, answer: Callable[[str], Any]) -> None:
     def __getattr__(name: str) -> Any:
         if name.startswith("__"):
@@ -134,6 +148,16 @@ def _track_nothing(module: Any, talk: Talk, package: str) -> None:
         f"{module.__name__.partition('.')[0]} is not installed: what the script sends to it goes nowhere; "
         f"pip install {package}"
     )
+    config = _Config()
+
+    def init(*args: Any, **kwargs: Any) -> _Nothing:
+        given = kwargs.get("config")
+        config.update(given if isinstance(given, Mapping) else vars(given) if hasattr(given, "__dict__") else {})
+        run = _Nothing()
+        vars(run)["config"] = config
+        return run
+
+    module.config, module.init = config, init
     _answer(module, lambda name: _Nothing())
 
 
@@ -171,10 +195,8 @@ class _Refusing(type):
         return _Refusing(name, (), {"full": f"{cls.full}.{name}", "instead": cls.instead})
 
 
-def _refuse_unsloth(module: Any) -> None:
-    raise AbsentPackage(
-        f"import {module.__name__}", "transformers' own classes: unsloth patches them with CUDA's kernels", _UNSLOTH
-    )
+def _refuse(module: Any, remedy: str) -> None:
+    raise AbsentPackage(f"import {module.__name__}", "what MLX runs: its kernels are CUDA's", remedy)
 
 
 def _secret(talk: Talk, name: str) -> str:
@@ -259,14 +281,3 @@ def _nvidia_library(module: Any, talk: Talk) -> None:
         nvmlDeviceGetMemoryInfo=memory,
         NVMLError=RuntimeError,
     )
-
-
-def _tell_torch(module: Any) -> None:
-    """torch tries ``import triton``, once for each of these, and would find what the script imported."""
-    offered = sys.modules.pop("triton", None)
-    try:
-        module.has_triton_package()
-        module.has_triton()
-    finally:
-        if offered is not None:
-            sys.modules["triton"] = offered

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -58,21 +59,35 @@ def portable_precision(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     return left, notes
 
 
+def keep_logging_dir(older: Mapping[str, Any]) -> None:
+    """Set what took the place of ``logging_dir``, where the user has not."""
+    if older.get("logging_dir"):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(older["logging_dir"]))
+
+
 def _allow_bf16(module: Any) -> None:
     # MLX computes in bfloat16 wherever it runs; torch's answer is about torch's device.
     module.is_torch_bf16_gpu_available = lambda: True
 
 
 def _translated(original: Callable, owner: type, talk: Talk) -> Callable:
+    positional = [
+        parameter.name
+        for parameter in list(inspect.signature(original).parameters.values())[1:]
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        fields = owner.__dataclass_fields__  # type: ignore[attr-defined]
+        if not set(positional[: len(args)]) & kwargs.keys() and len(args) <= len(positional):
+            args, kwargs = (), dict(zip(positional, args, strict=False)) | kwargs
         # A class of the script's own may have fields of these names, which mean what the script makes of them.
-        older, kwargs = _older(kwargs, owner.__dataclass_fields__)  # type: ignore[attr-defined]
+        older, kwargs = _older(kwargs, fields)
         kwargs, notes = _translate(older, kwargs)
         for note in notes:
             talk.once(note)
-        if older.get("logging_dir"):
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(older["logging_dir"]))
+        keep_logging_dir(older)
         vars(self)[_GIVEN] = older
         original(self, *args, **kwargs)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from .talk import Talk
 
+# Columns that trl of today trains on in place of a text.
+_OTHER_ROWS = ("messages", "conversations", "prompt", "completion", "input_ids", "chosen", "rejected")
 _BITS = ("quantization_config", "load_in_4bit", "load_in_8bit")
 
 
@@ -30,6 +32,8 @@ def translate_keywords(given: Mapping[str, Any], talk: Talk, *, trainer: str, ol
     if not older and "tokenizer" in given:
         given.setdefault("processing_class", given.pop("tokenizer"))
         talk.once("tokenizer= of Trainer left in transformers 5.0; it is now processing_class=")
+    if given.get("dataset_text_field"):
+        _keep_text(given, talk)
     function = given.get("formatting_func")
     if function is not None and _wants_batches(function, given.get("train_dataset")):
         talk.once("formatting_func returns lists: it is called with whole batches, as trl called it before 0.21")
@@ -38,6 +42,24 @@ def translate_keywords(given: Mapping[str, Any], talk: Talk, *, trainer: str, ol
             given[name] = _formatted(given.get(name), function, field)
         given["formatting_func"] = None
     return given
+
+
+def _keep_text(given: dict[str, Any], talk: Talk) -> None:
+    """``dataset_text_field=`` of the trainer named what is trained, whatever else a row has."""
+    field = given["dataset_text_field"]
+
+    def keep(dataset: Any) -> Any:
+        if isinstance(dataset, Mapping):
+            return {name: keep(part) for name, part in dataset.items()}
+        columns = getattr(dataset, "column_names", None) or []
+        if field not in columns or not set(columns) & set(_OTHER_ROWS):
+            return dataset
+        talk.once(f"dataset_text_field={field!r}: that column alone is trained, as trl did before 0.15")
+        return dataset.select_columns(field)
+
+    for name in ("train_dataset", "eval_dataset"):
+        if given.get(name) is not None and given.get("formatting_func") is None:
+            given[name] = keep(given[name])
 
 
 def _unwrapped(model: Any, talk: Talk) -> Any:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .arguments import keep_logging_dir
 from .imports import Imports
 from .talk import Talk
 
@@ -59,6 +60,7 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from ..settings.legacy import translate_arguments
 
     found, notes = translate_arguments(values)
+    keep_logging_dir(values)
     for old, new in _MODEL_FIELDS.items():
         if old in found and new not in found:
             found[new] = found.pop(old)

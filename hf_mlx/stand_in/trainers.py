@@ -43,6 +43,9 @@ def derive_trainer(
         on_built()
         say(self.ledger.as_text(changed_only=True))
 
+    # Scripts look for the keywords of the release that is installed.
+    construct.__signature__ = inspect.signature(upstream.__init__)  # type: ignore[attr-defined]
+
     def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
         # What a script derives from this class can only be this class.
         if cls is made and hasattr(base, "trains"):
