@@ -22,7 +22,7 @@ SAMPLE, ALL = 4, 104
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "smollm3", "gemma3_text"]
 SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 # With rates at which pairs come apart by more than the rounding of their log-probabilities: the sign of less is noise.
-OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.1, "adagrad": 2e-3, "rmsprop": 1e-4, "adafactor": 2e-3}
+OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.03, "adagrad": 2e-3, "rmsprop": 1e-4, "adafactor": 2e-3}
 
 
 # exp of a log-ratio, or a steep sigmoid of one, amplifies the rounding of log-probabilities.

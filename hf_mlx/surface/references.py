@@ -201,7 +201,7 @@ def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size
         for start, batch in _batches(dataset, order, data, batch_size):
             rows = order[start : start + batch_size]
             arrays = data.inputs(batch).arrays
-            found[rows] = np.array(compute(session.step.params, arrays)).reshape(-1, 2)
+            found[rows] = np.array(compute(session.step.params, arrays))
     finally:
         objective.slots.bind(session.step.params)
         objective.model.train(training)

@@ -134,6 +134,7 @@ class MLXDPOTrainer(PairNames):
                 if isinstance(module, KeyedDropout):
                     module.p = 0.0
         self._hold_to(choose_reference(self.session, self._base, self.ref_model, new_adapter=peft_config is not None))
+        self.data.share_rows = self._objective.shares_prompts
         if self.session.adapter is not None and isinstance(self._objective.reference, StartCopy):
             keep_adapter(self._model)
             # What is in the object from here on is no write of the script's.

@@ -91,6 +91,7 @@ class OtherModel:
 
     Attributes:
         arrays: Those.
+        score: Its log-probabilities.
     """
 
     def __init__(self, loaded: LoadedModel, names: Iterable[str] = ()) -> None:
@@ -100,11 +101,11 @@ class OtherModel:
         self.model = loaded.model
         self._slots = Slots(loaded.model, names)
         self.arrays = self._slots.read()
-        self._score = Scorer(loaded, self._slots)
+        self.score = Scorer(loaded, self._slots)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         self._slots.bind(self.arrays)
-        return self._score(self.arrays, arrays, gradient=False)
+        return self.score(self.arrays, arrays, gradient=False)
 
 
 def move_towards(arrays: Arrays, params: Arrays, share: float) -> None:
