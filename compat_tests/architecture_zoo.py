@@ -25,7 +25,8 @@ _COMMON: dict[str, Any] = {
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0,
     "rms_norm_eps": 1e-3, "layer_norm_eps": 1e-3, "layer_norm_epsilon": 1e-3, "norm_eps": 1e-3, "norm_epsilon": 1e-3,
-    "mixer_rms_eps": 2e-3, "residual_dropout": 0.0, "embedding_dropout": 0.0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
+    "mixer_rms_eps": 2e-3,
+    "residual_dropout": 0.0, "embedding_dropout": 0.0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
 }  # fmt: skip
 
 _LINEAR = {

@@ -129,8 +129,6 @@ def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
 
 
 def _to_stored(loaded: LoadedModel, slot: Slot, value: mx.array) -> mx.array:
-    if slot.expert is not None:
-        return mx.contiguous(value[slot.expert])
     if slot.as_stored:
         plain = slot.mlx_path.replace(".base_layer.", ".")
         return next(iter(loaded.names.export_weights({plain: value}).values()))

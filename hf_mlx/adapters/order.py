@@ -43,12 +43,19 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "kimi_linear": (
         *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj"),
-        *("forget_gate", "b_proj", "g_a_proj", "g_b_proj", "o_proj"),
+        *("forget_gate", "b_proj", "g_a_proj", "g_b_proj", "o_proj", "experts", "gate"),
     ),
     "longcat_flash": ("mlp", "self_attn", "mlps"),
+    **dict.fromkeys(
+        (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"),
+            *("glm_moe_dsa", "laguna", "mimo_v2_flash", "qwen3_moe", "solar_open"),
+        ),
+        ("experts", "gate"),
+    ),
     "granitemoehybrid": ("shared_mlp", "mamba", "self_attn"),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
-    "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"),
 }
 _LAST = ("lm_head", "embed_out", "output")
 

@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..adapters.adapter import PEFT_LEAVES, PREFIX, Adapter
-from ..adapters.order import order_key
+from ..adapters.adapter import Adapter
 from ..adapters.slots import Slot, list_slots
 from ..errors import CheckpointError, ModelError
 from ..models.load import LoadedModel
@@ -55,32 +54,27 @@ class AdapterParameters:
 
     def __init__(self, adapter: Adapter) -> None:
         self._loaded = adapter.loaded
-        trained = adapter.trainable()
+        trained = {path: i for i, path in enumerate(adapter.trainable())}
         slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
-        key = order_key(adapter.loaded.model_type, (site.hf_path for site in adapter.blueprint.sites))
         names = [name for name, slot in slots.items() if slot.mlx_path in trained and not slot.base]
-        self._slots = {name: slots[name] for name in sorted(names, key=lambda name: _position(name, key))}
+        self._slots = {name: slots[name] for name in sorted(names, key=lambda name: trained[slots[name].mlx_path])}
 
     def to_hf(self, arrays: Arrays) -> dict[str, mx.array]:
         return {key: self._stored(slot, arrays) for key, slot in self._slots.items() if slot.mlx_path in arrays}
 
     def from_hf(self, tensors: Arrays) -> dict[str, mx.array]:
         values: dict[str, mx.array] = {}
-        experts: dict[str, dict[int, mx.array]] = {}
         for key, slot in self._slots.items():
             if key not in tensors:
                 continue
-            if slot.expert is not None:
-                experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
-            elif slot.as_stored and tensors[key].size == math.prod(slot.shape):
+            if slot.as_stored and tensors[key].size == math.prod(slot.shape):
                 values[slot.mlx_path] = _import(self._loaded, _plain(slot), tensors[key])
             else:
                 values[slot.mlx_path] = tensors[key]
-        return values | {path: mx.stack([parts[i] for i in sorted(parts)]) for path, parts in experts.items()}
+        return values
 
     def is_plain(self, name: str) -> bool:
         slots = [slot for slot in self._slots.values() if slot.mlx_path == name]
-        # A stack of experts is cut along its first axis, which every reduced state still has.
         return all(not slot.as_stored or _keeps_layout(self._loaded, _plain(slot), slot.shape) for slot in slots)
 
     def owners(self) -> dict[str, str]:
@@ -91,8 +85,6 @@ class AdapterParameters:
 
     def _stored(self, slot: Slot, arrays: Arrays) -> mx.array:
         value = arrays[slot.mlx_path]
-        if slot.expert is not None:
-            return mx.contiguous(value[slot.expert])
         if slot.as_stored and value.size == math.prod(slot.shape):
             return next(iter(self._loaded.names.export_weights({_plain(slot): value}).values()))
         return value
@@ -171,14 +163,6 @@ def build_live_model(config: Mapping[str, Any]) -> Any:
             "a config.json that transformers knows",
             "a newer transformers, or SFTConfig(save_only_model=True)",
         ) from error
-
-
-def _position(name: str, key: Any) -> tuple:
-    path = name.removeprefix(PREFIX)
-    for rank, leaf in enumerate([*PEFT_LEAVES.values(), "weight", "bias"]):
-        if path.endswith(f".{leaf}"):
-            return key(path.removesuffix(f".{leaf}")), rank
-    return key(path), len(PEFT_LEAVES)
 
 
 def _plain(slot: Slot) -> str:

@@ -243,7 +243,15 @@ CONVERSIONS: dict[str, Build] = {
 
 # Checkpoint name → path in the live transformers 5.23 model, where the two differ.
 MODULES: dict[str, tuple[Rename, ...]] = {
-    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.gate.{r*}", "{p*}.mlp.gate.{r*}"),)),
+    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid"),
+        (
+            Rename("{p*}.block_sparse_moe.input_linear.weight", "{p*}.block_sparse_moe.experts.gate_up_proj"),
+            Rename("{p*}.block_sparse_moe.output_linear.weight", "{p*}.block_sparse_moe.experts.down_proj"),
+            Rename("{p*}.block_sparse_moe.router.layer.{r*}", "{p*}.block_sparse_moe.router.{r*}"),
+        ),
+    ),
     "gemma3": (
         Rename("language_model.model.{r*}", "model.language_model.{r*}"),
         Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),

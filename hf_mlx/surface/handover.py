@@ -216,16 +216,13 @@ def read_parameters(
     """
     names = adapter.loaded.names
     params: dict[str, mx.array] = {}
-    experts: dict[str, dict[int, mx.array]] = {}
     for key, slot in slots.items():
-        if slot.expert is not None:
-            experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
-        elif slot.as_stored:
+        if slot.as_stored:
             plain = slot.mlx_path.replace(".base_layer.", ".")
             params[slot.mlx_path] = names.import_weights({names.to_hf_name(plain): tensors[key]})[plain]
         else:
             params[slot.mlx_path] = tensors[key]
-    return params | {path: mx.stack([parts[i] for i in range(len(parts))]) for path, parts in experts.items()}
+    return params
 
 
 def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
@@ -243,7 +240,7 @@ def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
 def _check_scales(source: TorchModel, adapter: Adapter) -> None:
     modules = dict(source.base.named_modules())
     for target in adapter.targets:
-        scales = getattr(modules.get(target.hf_path), "scaling", {})
+        scales = getattr(modules.get(target.key), "scaling", {})
         found = scales.get(source.adapter, target.scale)
         if not math.isclose(found, target.scale, rel_tol=1e-6):
             raise AdapterError(
