@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ class Adapter:
     Attributes:
         plan: The LoraConfig as plain values.
         loaded: The model, its config and its names.
+        idle: Tensors of layers that MLX does not compute, by PEFT key.
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
         folder: Where it was read from; None for one that was made here.
@@ -59,6 +60,7 @@ class Adapter:
     plan: LoraPlan
     loaded: LoadedModel
     blueprint: Blueprint
+    idle: dict[str, mx.array] = field(default_factory=dict)
     conv1d: bool = False
     folder: Path | None = None
 

@@ -13,6 +13,7 @@ from .adapter import Adapter
 from .blueprint import Blueprint
 from .decomposed import KINDS, take_out
 from .defaults import CONV1D_TYPES
+from .idle import IdlePair
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear
 from .parts import LoRALatent, LoRAPart, LoRARouter, LoRASwitchLinear, SplitLoRALinear, part_dims, split_rows
 from .sites import Site
@@ -59,14 +60,16 @@ def attach(
     blueprint = draw_untied(loaded, plan, last_n_layers)
     plan = blueprint.plan
     layers = install_layers(loaded, plan, blueprint, compute_dtype)
+    idle = {target.key: IdlePair(target) for target in blueprint.idle}
     if start == "mlx_lm":
         start_as_mlx_lm(loaded.model, layers, last_n_layers, seed)
     else:
         drawn = count_loading_draws(loaded) if seeded_before_loading else 0
-        start_as_peft(layers.values(), plan, seed, drawn=drawn)
+        pairs = [idle[target.key] if target.idle else layers[target.mlx_path] for target in blueprint.wrapped]
+        start_as_peft(pairs, plan, seed, drawn=drawn)
         if plan.init_lora_weights in KINDS and not loaded.decomposed:
             take_out(layers.values(), str(plan.init_lora_weights))
-    return make_adapter(loaded, plan, blueprint)
+    return make_adapter(loaded, plan, blueprint, {k: v for pair in idle.values() for k, v in pair.tensors().items()})
 
 
 def install_layers(
@@ -97,12 +100,15 @@ def install_layers(
     return layers
 
 
-def make_adapter(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> Adapter:
+def make_adapter(
+    loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint, idle: dict[str, mx.array] | None = None
+) -> Adapter:
     """The handle to what :func:`install_layers` put into the model."""
     return Adapter(
         plan=plan,
         loaded=loaded,
         blueprint=blueprint,
+        idle=idle or {},
         conv1d=loaded.model_type in CONV1D_TYPES,
     )
 

@@ -10,10 +10,11 @@ import mlx.core as mx
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .decomposed import check_decomposed
-from .defaults import CONV1D_TYPES, RENAMED_MODULES, UNWRAPPED_MODULES
+from .defaults import CONV1D_TYPES, RENAMED_MODULES
 from .experts import rewrite_names
+from .idle import Tower
 from .layers import LoRAEmbedding, LoRALinear
-from .matching import Selector, is_all_linear, is_excluded, is_matched, minimal_names
+from .matching import Selector, is_all_linear, minimal_names
 from .parts import LoRARouter, LoRASwitchLinear
 from .sites import HEADS, Site, is_tied, layer_count, list_sites
 from .targets import Target, resolve_selector, select_targets
@@ -31,7 +32,7 @@ class Blueprint:
 
     Attributes:
         sites: Every module of the model, in HF order.
-        targets: Those that get LoRA layers, in HF order.
+        wrapped: Those that PEFT wraps, in the order in which it does.
         saved: Those trained in full.
         biased: Those whose bias is trained.
         rows: Single rows of embedding and head that are trained.
@@ -40,12 +41,22 @@ class Blueprint:
     """
 
     sites: tuple[Site, ...]
-    targets: tuple[Target, ...]
+    wrapped: tuple[Target, ...]
     saved: tuple[Site, ...]
     biased: tuple[Site, ...]
     selector: Selector
     plan: LoraPlan
     rows: tuple[TokenRows, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Those that get LoRA layers."""
+        return tuple(target for target in self.wrapped if not target.idle)
+
+    @property
+    def idle(self) -> tuple[Target, ...]:
+        """Those whose pair is only drawn and saved."""
+        return tuple(target for target in self.wrapped if target.idle)
 
 
 def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None = None) -> Blueprint:
@@ -60,44 +71,24 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
             "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
         )
     plan = rewrite_names(sites, plan, loaded.model_type)
-    _check_paths(loaded, plan)
     tied = is_tied(loaded)
     layers = _last_layers(loaded, last_n_layers)
-    targets = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers)
+    tower = Tower(loaded, sites)
+    wrapped = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers, tower=tower)
+    targets = [target for target in wrapped if not target.idle]
     check_decomposed(plan, sites, targets, conv1d=loaded.model_type in CONV1D_TYPES)
     for target in targets:
         _check_embedding(target, plan)
     saved = _saved_sites(sites, plan, loaded.model_type, targets, tied=tied)
     return Blueprint(
         sites=tuple(sites),
-        targets=tuple(targets),
+        wrapped=tuple(wrapped),
         saved=tuple(saved),
         biased=tuple(_biased_sites(sites, targets, saved, plan)),
-        selector=_written_selector(sites, plan, loaded.model_type, targets, restricted=layers is not None),
+        selector=_written_selector(sites, plan, loaded.model_type, wrapped, tower, restricted=layers is not None),
         plan=plan,
         rows=tuple(choose_rows(sites, plan, targets, saved, tied=tied)),
     )
-
-
-def _check_paths(loaded: LoadedModel, plan: LoraPlan) -> None:
-    selector = resolve_selector(plan, loaded.model_type)
-    absent = (name.removesuffix(".weight") for name in loaded.names.untouched if name.endswith(".weight"))
-    touched = sorted(path for path in absent if _reaches(plan, selector, path))
-    if touched:
-        towers = sorted({next(part for part in path.split(".") if part != "model") for path in touched})
-        towers += UNWRAPPED_MODULES.get(loaded.model_type, ())
-        raise AdapterError(
-            f"target_modules matches {touched[0]}, which MLX does not load",
-            "modules of the language model (PEFT would adapt the other ones, too)",
-            f'LoraConfig(..., exclude_modules=r".*({"|".join(towers)}).*")',
-        )
-
-
-def _reaches(plan: LoraPlan, selector: Selector, path: str) -> bool:
-    if is_all_linear(selector):
-        return not is_excluded(plan, path)
-    parts = path.split(".")
-    return any(is_matched(plan, selector, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
 
 def _check_embedding(target: Target, plan: LoraPlan) -> None:
@@ -233,11 +224,12 @@ def _biased_sites(sites: list[Site], targets: list[Target], saved: list[Site], p
 
 
 def _written_selector(
-    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, restricted: bool
+    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], tower: Tower, *, restricted: bool
 ) -> Selector:
     """``target_modules`` for adapter_config.json: as given where PEFT reads it the same, else written out."""
     selector = resolve_selector(plan, model_type)
     if not is_all_linear(selector) and not restricted:
         return selector
     modules = [t.hf_path for t in targets if t.kind in ("linear", "embedding")]
-    return tuple(minimal_names(modules, [s.hf_path for s in sites if s.kind != "experts"]))
+    others = [s.hf_path for s in sites if s.kind != "experts"]
+    return tuple(minimal_names(modules, [*others, *tower.linear, *tower.others]))

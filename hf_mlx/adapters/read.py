@@ -109,7 +109,9 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
     values = _to_parameters(loaded, slots, tensors, held)
     loaded.model.update(tree_unflatten(list(values.items())))
     mx.eval([layer.parameters() for layer in layers.values()])
-    return dataclasses.replace(make_adapter(loaded, plan, blueprint), folder=folder)
+    idle = {key: tensors[key].astype(mx.float32) for key, slot in slots.items() if slot.idle}
+    mx.eval(idle)
+    return dataclasses.replace(make_adapter(loaded, plan, blueprint, idle), folder=folder)
 
 
 def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint, dict[str, Slot], dict[str, mx.array]]:
@@ -174,7 +176,7 @@ def _to_parameters(
 ) -> dict[str, mx.array]:
     values: dict[str, mx.array] = {}
     for key, slot in slots.items():
-        if key not in tensors or slot.base:
+        if key not in tensors or slot.base or slot.idle:
             continue
         value = tensors[key].astype(held[slot.mlx_path].dtype)
         if slot.as_stored:

@@ -36,6 +36,7 @@ class Slot:
         mlx_path: The MLX parameter it belongs to, once the adapter is attached.
         shape: In the file.
         base: It is a weight of the base that may travel along (embeddings), not a trained one.
+        idle: It belongs to no layer of the MLX model; the adapter keeps it.
         as_stored: It is a base parameter, kept in HF's own name and layout and in the base's dtype.
     """
 
@@ -43,6 +44,7 @@ class Slot:
     shape: tuple[int, ...]
     base: bool = False
     as_stored: bool = False
+    idle: bool = False
 
     @property
     def plain(self) -> str:
@@ -61,6 +63,8 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
         leaf = target.hf_path.rsplit(".", 1)[-1]
         if embeddings and leaf in _EMBEDDINGS + HEADS and "scales" not in site.module:
             slots |= _base_slots(site)
+    for target in blueprint.idle:
+        slots |= {f"{PREFIX}{target.key}.{leaf}.weight": shape for leaf, shape in _idle_shapes(target).items()}
     for site in blueprint.saved:
         slots |= _saved_slots(loaded, site)
         if plan.ensure_weight_tying and site.kind == "embedding" and is_tied(loaded):
@@ -79,6 +83,14 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
         shape = tuple(site.module["bias"].shape)
         slots[f"{PREFIX}{site.hf_path}.{leaf}"] = Slot(f"{site.mlx_path}.{leaf}", shape, as_stored=True)
     return slots
+
+
+def _idle_shapes(target: Target) -> dict[str, Slot]:
+    inputs, outputs = target.idle or (0, 0)
+    return {
+        "lora_A": Slot("", (target.r, inputs), idle=True),
+        "lora_B": Slot("", (outputs, target.r), idle=True),
+    }
 
 
 def _slots(target: Target, site: Site, plan: LoraPlan) -> dict[str, Slot]:

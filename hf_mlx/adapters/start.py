@@ -20,6 +20,7 @@ from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .decomposed import KINDS
 from .defaults import DRAWN_ON_LOADING
+from .idle import IdlePair
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear
 from .parts import LoRARouter, LoRASwitchLinear
 
@@ -30,7 +31,7 @@ LoRALayer = LoRALinear | LoRAEmbedding | LoRASwitchLinear | LoRARouter
 _A = math.sqrt(5)  # nn.Linear.reset_parameters and PEFT both call kaiming_uniform_(weight, a=√5)
 
 
-def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int, *, drawn: int = 0) -> None:
+def start_as_peft(layers: Iterable[LoRALayer | IdlePair], plan: LoraPlan, seed: int, *, drawn: int = 0) -> None:
     """Fill the layers with what ``set_seed(seed); get_peft_model(...)`` would.
 
     Args:
@@ -105,7 +106,9 @@ def _draw_as_mlx_lm(layer: LoRALayer) -> None:
         layer.reset_magnitude()
 
 
-def _draw_linear(layer: LoRALinear | LoRASwitchLinear | LoRARouter, generator: TorchGenerator, plan: LoraPlan):
+def _draw_linear(
+    layer: LoRALinear | LoRASwitchLinear | LoRARouter | IdlePair, generator: TorchGenerator, plan: LoraPlan
+) -> tuple[mx.array, mx.array]:
     rank, inputs = layer.lora_A.shape
     outputs = layer.lora_B.shape[0]
     a = generator.kaiming_uniform((rank, inputs), a=_A)
@@ -121,7 +124,7 @@ def _draw_linear(layer: LoRALinear | LoRASwitchLinear | LoRARouter, generator: T
         elif plan.init_lora_weights not in KINDS:
             a = generator.kaiming_uniform((rank, inputs), a=_A)
         b, bias = np.zeros_like(b), None if bias is None else np.zeros_like(bias)
-    if bias is not None:
+    if bias is not None and isinstance(layer, LoRALinear):
         layer.lora_B_bias = mx.array(bias)
     return mx.array(a), mx.array(b)
 

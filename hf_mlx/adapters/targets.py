@@ -10,6 +10,7 @@ from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .defaults import (
     BYPASSED_MODULES,
+    IDLE_MODULES,
     LOST_ON_LOADING,
     RENAMED_MODULES,
     REWRITTEN_NAMES,
@@ -17,6 +18,8 @@ from .defaults import (
     UNWRAPPED_MODULES,
 )
 from .experts import choose_parameters, plain_names
+from .idle import Tower
+from .layers import layer_dims
 from .matching import Selector, is_all_linear, is_excluded, is_matched, layer_index, pattern_value
 from .sites import HEADS, Kind, Site
 
@@ -33,6 +36,7 @@ class Target:
         key: The module under which PEFT keeps the pair.
         parameter: What ``rank_pattern`` and ``alpha_pattern`` are matched with.
         parts: Further MLX paths that hold parts of it.
+        idle: (in, out) of a layer that no token reaches, whose pair is only drawn and saved; it has no ``mlx_path``.
     """
 
     mlx_path: str
@@ -44,11 +48,12 @@ class Target:
     key: str = ""
     parameter: str = ""
     parts: tuple[str, ...] = ()
+    idle: tuple[int, int] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Every MLX path at which there is an adapted layer."""
-        return (self.mlx_path, *self.parts)
+        return () if self.idle else (self.mlx_path, *self.parts)
 
 
 def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
@@ -78,9 +83,15 @@ def resolve_selector(plan: LoraPlan, model_type: str) -> Selector:
 
 
 def select_targets(
-    sites: Iterable[Site], plan: LoraPlan, model_type: str, *, tied: bool, layers: range | None = None
+    sites: Iterable[Site],
+    plan: LoraPlan,
+    model_type: str,
+    *,
+    tied: bool,
+    layers: range | None = None,
+    tower: Tower | None = None,
 ) -> list[Target]:
-    """The modules to adapt, in HF order.
+    """The modules to adapt, in HF order, idle ones among them.
 
     Args:
         sites: Every module of the model, in HF order.
@@ -88,6 +99,7 @@ def select_targets(
         model_type: The HF config's model type.
         tied: The head is the embedding.
         layers: Restrict to these decoder blocks, counted from 0.
+        tower: The torch model's modules that MLX does not load.
 
     Raises:
         AdapterError: Nothing matches, a match cannot carry LoRA, or a rank is not positive.
@@ -104,9 +116,14 @@ def select_targets(
         _check_site(site, model_type, plan)
     if tied:
         _check_untied(modules, plan, selector)
+    unread = tower.choose(plan, selector) if tower is not None and layers is None else []
+    chosen = [_target(site, plan, site.hf_path, site.hf_path, model_type) for site in modules]
+    if tower is not None and unread:
+        chosen += [_idle_target(path, plan, tower.linear[path]) for path in unread]
+        chosen.sort(key=lambda target: tower.order[target.hf_path])
     # PEFT wraps (and draws first values for) all modules before any parameter.
     return [
-        *(_target(site, plan, site.hf_path, site.hf_path) for site in modules),
+        *chosen,
         *(_target(site, plan, site.parameter, key) for site, key in parameters),
     ]
 
@@ -121,14 +138,24 @@ def _choose(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: s
     return [site for site, leaf in named if (site.kind == "linear" and leaf not in HEADS) or leaf in unwrapped]
 
 
-def _target(site: Site, plan: LoraPlan, path: str, key: str) -> Target:
+def _target(site: Site, plan: LoraPlan, path: str, key: str, model_type: str = "") -> Target:
+    if site.hf_path.rsplit(".", 1)[-1] in IDLE_MODULES.get(model_type, ()):
+        return _idle_target(path, plan, layer_dims(site.module))
+    r, alpha, scale = _scale(plan, path)
+    parts = tuple(path for path, _ in site.parts)
+    return Target(site.mlx_path, site.hf_path, site.kind, r, alpha, scale, key, path, parts)
+
+
+def _idle_target(path: str, plan: LoraPlan, dims: tuple[int, int]) -> Target:
+    return Target("", path, "linear", *_scale(plan, path), path, path, idle=dims)
+
+
+def _scale(plan: LoraPlan, path: str) -> tuple[int, float, float]:
     r = pattern_value(plan.rank_pattern, path, plan.r)
     alpha = pattern_value(plan.alpha_pattern, path, plan.lora_alpha)
     if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
         raise AdapterError(f"r={r!r} for {path}", "a positive whole number", "LoraConfig(r=8)")
-    scale = alpha / math.sqrt(r) if plan.use_rslora else alpha / r
-    parts = tuple(path for path, _ in site.parts)
-    return Target(site.mlx_path, site.hf_path, site.kind, r, alpha, scale, key, path, parts)
+    return r, alpha, alpha / math.sqrt(r) if plan.use_rslora else alpha / r
 
 
 def _no_match(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> AdapterError:
@@ -155,7 +182,7 @@ def _check_site(site: Site, model_type: str, plan: LoraPlan) -> None:
     if leaf in bypassed:
         raise AdapterError(
             f"target_modules matches {site.hf_path} of a {model_type} model",
-            "modules that torch calls (it reads this weight past any adapter)",
+            "modules that torch calls (it reads this weight past any adapter, and PEFT refuses it)",
             f"LoraConfig(..., exclude_modules={list(bypassed)!r})",
         )
     unwrapped = UNWRAPPED_MODULES.get(model_type, ())
@@ -185,6 +212,12 @@ def _check_site(site: Site, model_type: str, plan: LoraPlan) -> None:
             f'name the layers inside it, or leave it out: LoraConfig(..., exclude_modules=["{leaf}"])',
         )
     wrong = next((name for name in ("use_dora", "lora_bias") if getattr(plan, name)), None)
+    if wrong and leaf in IDLE_MODULES.get(model_type, ()):
+        raise AdapterError(
+            f"{wrong}=True with {site.hf_path} among target_modules, whose weight torch reads past any adapter",
+            f"{wrong} on layers that torch calls",
+            f'LoraConfig(..., exclude_modules=["{leaf}"])',
+        )
     if site.parts and wrong:
         raise AdapterError(
             f"{wrong}=True with {site.hf_path} among target_modules, which MLX holds in parts",

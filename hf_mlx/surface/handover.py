@@ -195,9 +195,11 @@ class Handover:
         slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
         _account(held, slots)
         _check_scales(self.source, adapter)
-        _check_trained(self.source.trained(), {adapter.hf_name(path) for path in adapter.trainable()})
+        _check_trained(self.source.trained() - adapter.idle.keys(), {adapter.hf_name(p) for p in adapter.trainable()})
         params = dict(self.session.step.params)
-        params |= read_parameters(adapter, slots, {key: to_mlx(held[key]) for key in slots})
+        arrays = {key: to_mlx(held[key]) for key in slots}
+        adapter.idle.update({key: value for key, value in arrays.items() if slots[key].idle})
+        params |= read_parameters(adapter, slots, arrays)
         if not self.session.plan.model.precision.autocast:
             _compute_in_own_dtype(adapter, params)
         mx.eval(params)
@@ -217,6 +219,8 @@ def read_parameters(
     names = adapter.loaded.names
     params: dict[str, mx.array] = {}
     for key, slot in slots.items():
+        if slot.idle:
+            continue
         if slot.as_stored:
             plain = slot.mlx_path.replace(".base_layer.", ".")
             params[slot.mlx_path] = names.import_weights({names.to_hf_name(plain): tensors[key]})[plain]

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
-from ..errors import SettingError
 from ..feed import Feed
 from ..settings.changes import Asked
 from ..settings.legacy import merge_trainer_keywords
