@@ -63,6 +63,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED,
     "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": {**_HEAD, **_WINDOW, "swiglu_limit": 0.4, "swiglu_alpha": 1.5},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "shared_intermediate_size": 48,

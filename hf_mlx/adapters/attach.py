@@ -117,7 +117,7 @@ def _make_layers(
     site: Site, target: Target, plan: LoraPlan, compute_dtype: mx.Dtype
 ) -> tuple[LoRALayer, list[LoRAPart]]:
     """The layer with the pair, and what goes around the site's further parts."""
-    base, (rows, *further) = site.module, split_rows(site.modules)
+    base, (rows, *further) = site.module, split_rows(site.modules, strided=site.strided)
     if target.kind == "embedding":
         return LoRAEmbedding(base, target.r, target.scale, compute_dtype), []
     if target.kind == "router" and not isinstance(base, (nn.Linear, nn.QuantizedLinear)):

@@ -33,6 +33,12 @@ EXPERT_NAMES: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(_GATE_UP_DOWN_TYPES.split(), _GATE_UP_DOWN),
 }
 
+# Types whose gate and up projection take turns in the rows of the fused parameter.
+INTERLEAVED_TYPES = ("gpt_oss",)
+
+# Types whose stacks PEFT reads the wrong way round (no ``is_transposed`` on the class): A meets the outputs there.
+TURNED_TYPES = ("llama4", "llama4_text")
+
 # The names that PEFT turns into parameters: those of the experts, and of LongCat's, whose keys do not come back here.
 REWRITTEN_NAMES: dict[str, tuple[str, ...]] = {**EXPERT_NAMES, "longcat_flash": _GATE_UP_DOWN}
 

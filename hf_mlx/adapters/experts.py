@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import BYPASSED_MODULES, REWRITTEN_NAMES
+from .defaults import BYPASSED_MODULES, REWRITTEN_NAMES, TURNED_TYPES
 from .matching import is_all_linear, is_matched
 from .sites import HEADS, Site
 
@@ -61,7 +61,7 @@ def rewrite_names(sites: Iterable[Site], plan: LoraPlan, model_type: str) -> Lor
 
 
 def choose_parameters(
-    sites: list[Site], plan: LoraPlan, modules: list[Site], *, restricted: bool
+    sites: list[Site], plan: LoraPlan, modules: list[Site], model_type: str, *, restricted: bool
 ) -> list[tuple[Site, str]]:
     """What ``target_parameters`` reaches, with the module under which PEFT keeps each pair.
 
@@ -71,6 +71,7 @@ def choose_parameters(
         sites: Every module and stack of the model, in HF order.
         plan: As :func:`rewrite_names` gives it.
         modules: What ``target_modules`` reaches.
+        model_type: The HF config's model type.
         restricted: Only some decoder blocks are to be adapted.
 
     Raises:
@@ -94,6 +95,12 @@ def choose_parameters(
                 f"target_parameters matches {site.parameter}, of a {type(site.module).__name__}",
                 "weights of Linear layers, of routers, and stacks of experts",
                 "leave it out of target_parameters",
+            )
+        if site.kind == "experts" and model_type in TURNED_TYPES:
+            raise AdapterError(
+                f"target_parameters matches {site.parameter} of a {model_type} model",
+                "stacks that PEFT reads the right way round (here it gives A the outputs, and B the inputs)",
+                'LoraConfig(target_modules="all-linear", exclude_modules=["router"])',
             )
     holders = [site.parameter.rpartition(".")[0] for site in chosen]
     outer = [holders[i + 1 :].count(holder) for i, holder in enumerate(holders)]

@@ -229,8 +229,8 @@ def part_dims(modules: Sequence[Any]) -> tuple[int, int]:
     return dims[0][0], sum(outputs for _, outputs in dims)
 
 
-def split_rows(modules: Sequence[Any]) -> list[Rows]:
-    """Which of the torch layer's rows each of its parts holds."""
+def split_rows(modules: Sequence[Any], *, strided: bool = False) -> list[Rows]:
+    """Which of the torch layer's rows each of its parts holds; ``strided`` ones take turns."""
     if isinstance(modules[0], _BY_HEAD):
         (heads, _, nope), (_, value, _) = (_head_shape(module) for module in modules)
 
@@ -240,6 +240,8 @@ def split_rows(modules: Sequence[Any]) -> list[Rows]:
         return [Rows(lambda b: by_head(b)[:, :nope], turned=True), Rows(lambda b: by_head(b)[:, nope:])]
     if len(modules) == 1:
         return [Rows()]
+    if strided:
+        return [Rows(lambda b, cut=slice(i, None, len(modules)): b[cut]) for i in range(len(modules))]
     ends = list(accumulate(layer_dims(module)[1] for module in modules))
     return [Rows(lambda b, cut=slice(start, end): b[cut]) for start, end in zip([0, *ends], ends, strict=False)]
 

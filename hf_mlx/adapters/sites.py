@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from .defaults import INTERLEAVED_TYPES
 from .order import order_key
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Site:
             ``target_parameters`` alone.
         parts: (MLX path, module) of the further parts, in the order of the torch layer's rows.
         experts: How many experts the torch parameter stacks.
+        strided: The parts' rows take turns.
     """
 
     hf_path: str
@@ -43,6 +45,7 @@ class Site:
     kind: Kind
     parts: tuple[tuple[str, nn.Module], ...] = ()
     experts: int = 0
+    strided: bool = False
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -67,12 +70,13 @@ def list_sites(loaded: LoadedModel) -> list[Site]:
         # Containers may share an HF path with what they hold.
         grouped.setdefault((path if plain else hf_path, plain), []).append((path, module))
     sites = []
+    strided = loaded.model_type in INTERLEAVED_TYPES
     hf_paths = {path: hf_path for hf_path, path, _ in found}
     for parts in grouped.values():
         (path, module), *rest = sorted(parts, key=lambda part: not part[0].endswith("gate_proj"))
         kind = "router" if path in routers else _kind(module)
         experts = _count_experts(loaded, path, module) if kind == "experts" else 0
-        sites.append(Site(hf_paths[path], path, module, kind, tuple(rest), experts))
+        sites.append(Site(hf_paths[path], path, module, kind, tuple(rest), experts, strided))
     key = order_key(loaded.model_type, (site.hf_path for site in sites))
     return sorted(sites, key=lambda site: key(site.hf_path))
 

@@ -109,7 +109,7 @@ def select_targets(
     modules = _choose(sites, plan, selector, model_type)
     if layers is not None:
         modules = [site for site in modules if layer_index(site.mlx_path, None) in layers]
-    parameters = choose_parameters(sites, plan, modules, restricted=layers is not None)
+    parameters = choose_parameters(sites, plan, modules, model_type, restricted=layers is not None)
     if not modules and not parameters:
         raise _no_match(sites, plan, selector, model_type)
     for site in modules:

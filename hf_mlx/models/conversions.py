@@ -181,6 +181,18 @@ def _nemotron_h(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     return (*experts, _CONV1D)
 
 
+def _gpt_oss(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    experts = "{p*}.experts"
+    pair = ("gate_proj", "up_proj")
+    return (
+        Concat(f"{experts}.gate_up_proj", tuple(f"{experts}.{n}.weight" for n in pair), axis=2, strided=True),
+        Concat(f"{experts}.gate_up_proj_bias", tuple(f"{experts}.{n}.bias" for n in pair), axis=1, strided=True),
+        Rename(f"{experts}.down_proj", f"{experts}.down_proj.weight"),
+        Rename(f"{experts}.down_proj_bias", f"{experts}.down_proj.bias"),
+        *(Transpose(f"{experts}.{n}.weight") for n in _GATED),
+    )
+
+
 _LAGUNA = (
     *_experts(),
     Rename("{p*}.mlp.gate.weight", "{p*}.mlp.gate.proj.weight"),
@@ -195,6 +207,7 @@ CONVERSIONS: dict[str, Build] = {
     "dbrx": _dbrx,
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
+    "gpt_oss": _gpt_oss,
     "laguna": _fixed(*_LAGUNA),
     "exaone_moe": _fixed(
         *_experts(), Rename("{p*}.mlp.e_score_correction_bias", "{p*}.mlp.gate.e_score_correction_bias")

@@ -37,6 +37,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "final_logit_softcapping"): (None,),
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
+    ("olmo", "clip_qkv"): (None,),
 }
 
 
@@ -77,8 +78,7 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         plain = kind != "default" and model_type in _ROPE_PLAIN.split()
         known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
-        exact = kind != "yarn" or (entry.get("truncate", True) and entry.get("attention_factor") is None)
-        if not known or not exact:
+        if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
 
 

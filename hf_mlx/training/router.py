@@ -22,6 +22,7 @@ _PATHS: dict[str, str] = {
         ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe", "mellum"), "mlp.gate"
     ),
     "laguna": "mlp.gate.proj",
+    "gpt_oss": "mlp.router",
     "jamba": "feed_forward.router",
     "lfm2_moe": "feed_forward.gate",
     "afmoe": "mlp.router.gate",

@@ -24,6 +24,7 @@ _INSTANCES: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash"), "norms:use_default_latent_epsilon"),
     "llama4": "norms:norm_queries_with_configured_epsilon",
     "llama4_text": "norms:norm_queries_with_configured_epsilon",
+    "gpt_oss": "activations:clamp_as_configured",
     "jamba": "experts:keep_router_weights",
     "gemma2": "gemma:attend_with_softcap",
     "gemma3_text": "gemma:scale_embeddings_exactly",
@@ -40,7 +41,7 @@ _RECURRENT = frozenset(
 )
 
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
-_CLASSES: dict[str, str] = {}
+_CLASSES: dict[str, str] = {"olmo": "olmo:classes"}
 
 
 def model_classes(model_type: str) -> tuple[type[Any], type] | None:
