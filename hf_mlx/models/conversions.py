@@ -208,6 +208,10 @@ CONVERSIONS: dict[str, Build] = {
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
     "gpt_oss": _gpt_oss,
+    "ernie4_5_moe": _fixed(
+        *_experts(),
+        Rename("{p*}.mlp.moe_statics.e_score_correction_bias", "{p*}.mlp.e_score_correction_bias"),
+    ),
     "laguna": _fixed(*_LAGUNA),
     "exaone_moe": _fixed(
         *_experts(), Rename("{p*}.mlp.e_score_correction_bias", "{p*}.mlp.gate.e_score_correction_bias")

@@ -25,6 +25,7 @@ _INSTANCES: dict[str, str | tuple[str, ...]] = {
     "llama4": "norms:norm_queries_with_configured_epsilon",
     "llama4_text": "norms:norm_queries_with_configured_epsilon",
     "gpt_oss": "activations:clamp_as_configured",
+    "minicpm3": "minicpm:correct",
     "jamba": "experts:keep_router_weights",
     "gemma2": "gemma:attend_with_softcap",
     "gemma3_text": "gemma:scale_embeddings_exactly",
@@ -41,7 +42,7 @@ _RECURRENT = frozenset(
 )
 
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
-_CLASSES: dict[str, str] = {"olmo": "olmo:classes"}
+_CLASSES: dict[str, str] = {"olmo": "olmo:classes", "ernie4_5_moe": "ernie:classes"}
 
 
 def model_classes(model_type: str) -> tuple[type[Any], type] | None:
