@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
-from ..errors import SettingError
 from ..feed import Feed
 from ..processes.world import the_world
 from ..reports.recorder import Recorder
@@ -33,8 +32,6 @@ from ..version import warn_untested
 from .running import Running
 
 logger = logging.getLogger(__name__)
-
-_ATTENTION_ONLY = 'LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]), or strict=False'
 
 
 class TrainerBase(Running):
@@ -113,7 +110,7 @@ class TrainerBase(Running):
         limit_pending_work(self.plan)
         self._clock.end("settings")
         self._read(train_dataset, eval_dataset, processing_class or tokenizer, data_collator, formatting_func)
-        self._enter(peft_config, strict=strict)
+        self._enter(peft_config)
         self._begin(callbacks)
         self._memory.stop("init")
         self._clock.end("callbacks")
@@ -155,7 +152,7 @@ class TrainerBase(Running):
             self.steps = self.data.count_steps(self.train_dataset)
         self._clock.end("data")
 
-    def _enter(self, peft_config: Any, *, strict: bool) -> None:
+    def _enter(self, peft_config: Any) -> None:
         """The model with its adapter, the step and the evaluator; says what is done another way."""
         base = self._base
         self.session, self._model = base.enter(self.args, peft_config, self.processing_class, self.recipe)
@@ -167,8 +164,6 @@ class TrainerBase(Running):
         )
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
-        if strict and adapter is not None and adapter.deviations:
-            raise SettingError(adapter.deviations[0], "with strict=True, what has trl's numbers", _ATTENTION_ONLY)
         for line in (*self.ledger.notices(), *self.session.loaded.notes, *notes):
             # Once for all processes.
             logger.log(logging.WARNING if self.world.is_main else logging.DEBUG, line)
