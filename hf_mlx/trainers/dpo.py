@@ -126,8 +126,8 @@ class MLXDPOTrainer(PairNames):
         check_moving(self.plan)
         super()._read(train_dataset, *others)
 
-    def _enter(self, peft_config: Any, *, strict: bool) -> None:
-        super()._enter(peft_config, strict=strict)
+    def _enter(self, peft_config: Any) -> None:
+        super()._enter(peft_config)
         loss = self._loss
         if loss.disable_dropout:
             for module in self.session.loaded.model.modules():

@@ -128,7 +128,7 @@ class Evaluator:
             for batch in batches:
                 inputs = make_inputs(batch)
                 logits = loss = None
-                sums.count(len(batch.input_ids) // self.objective.unit)
+                sums.count(batch.examples)
                 with naming_shortage(partial(describe_evaluation, *inputs.arrays["input_ids"].shape)):
                     if batch.has_labels:
                         loss = self._add(params, inputs, sums)
