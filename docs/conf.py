@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+from hf_mlx.backends import markdown_measures
 from hf_mlx.cli.main import build_parser
 from hf_mlx.settings.legacy import OLDER_FIELDS, Gone, Renamed
 from hf_mlx.settings.tables import CLASSES, markdown_summary, markdown_table
@@ -32,7 +33,8 @@ def write_generated_pages(app: Sphinx) -> None:
     folder = Path(app.srcdir, "_generated")
     folder.mkdir(exist_ok=True)
     pages = {name: markdown_table(name) for name in CLASSES}
-    pages |= {"summary": markdown_summary(), "commands": commands_help(), "older": older_names()}
+    pages |= {"summary": markdown_summary(), "commands": commands_help(), "backends": markdown_measures()}
+    pages["older"] = older_names()
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import SettingError
+from ..reports.place import VARIABLE
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -33,6 +35,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print plan, ledger, parameters, steps and memory; train nothing"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write the last run's curves, settings and rows as HTML"
+    )
+
+
+def place_report(options: argparse.Namespace) -> None:
+    """A script's output_dir holds what upstream writes there: a report only where one is asked for."""
+    if options.report is not None:
+        os.environ[VARIABLE] = str(options.report.absolute())
+    os.environ.setdefault(VARIABLE, "0")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     script: Path = options.script
     if not script.is_file():
         raise SettingError(f"SCRIPT {script}", "a Python file", "hf-mlx run train.py --your-own flags")
+    place_report(options)
     bystanders = Bystanders(say, strict=options.strict)
 
     def built() -> None:
@@ -95,5 +108,7 @@ def execute(script: Path, talk: Any) -> int:
         # This function's own frame is not part of the script.
         error.__traceback__ = trace.tb_next if trace else None
         sys.excepthook(type(error), error, error.__traceback__)
+        if (together := sys.modules.get("hf_mlx.processes.world")) is not None:
+            together.report_failure(error)
         return 1
     return 0

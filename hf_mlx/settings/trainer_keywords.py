@@ -1,4 +1,4 @@
-"""Keywords of older ``SFTTrainer`` constructors, which are fields of its configuration today."""
+"""Keywords that trainers' constructors took before these settings moved to their configurations."""
 
 from __future__ import annotations
 
@@ -10,26 +10,41 @@ from typing import Any
 from ..errors import SettingError
 from .legacy import drop
 
-# Keywords that SFTTrainer's constructor took before they moved to SFTConfig (tokenizer= until trl 0.12,
-# dataset_text_field= until 0.15, the others until 0.13) -> the field that has their meaning.
-TRAINER_KEYWORDS: Mapping[str, str] = {
-    "tokenizer": "processing_class",
-    "max_seq_length": "max_length",
-    "dataset_text_field": "dataset_text_field",
-    "packing": "packing",
-    "eval_packing": "eval_packing",
-    "dataset_kwargs": "dataset_kwargs",
-    "dataset_num_proc": "dataset_num_proc",
-    "neftune_noise_alpha": "neftune_noise_alpha",
-    "model_init_kwargs": "model_init_kwargs",
+_TOKENIZER = {"tokenizer": "processing_class"}
+
+
+def _same(names: str) -> dict[str, str]:
+    return {name: name for name in names.split()}
+
+
+# Trainer -> keyword -> the field that has its meaning: trl 0.7 to 0.12, transformers 4.
+TRAINER_KEYWORDS: Mapping[str, Mapping[str, str]] = {
+    "Trainer": _TOKENIZER,
+    "SFTTrainer": _TOKENIZER
+    | {"max_seq_length": "max_length"}
+    | _same("dataset_text_field packing eval_packing dataset_kwargs dataset_num_proc")
+    | _same("neftune_noise_alpha model_init_kwargs"),
+    "DPOTrainer": _TOKENIZER
+    | _same("beta label_smoothing loss_type max_length truncation_mode disable_dropout precompute_ref_log_probs")
+    | _same("dataset_num_proc model_init_kwargs"),
 }
-_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
+# Gone from the configurations as well.
+_GONE_KEYWORDS: Mapping[str, frozenset[str]] = {
+    "Trainer": frozenset(),
+    "SFTTrainer": frozenset(_same("dataset_batch_size num_of_sequences chars_per_token infinite")),
+    "DPOTrainer": frozenset(
+        _same("max_prompt_length max_target_length max_completion_length label_pad_token_id padding_value")
+        | _same("is_encoder_decoder generate_during_eval reference_free force_use_ref_model ref_model_init_kwargs")
+        | _same("model_adapter_name ref_adapter_name")
+    ),
+}
+_CONFIGS = {"Trainer": "TrainingArguments", "SFTTrainer": "SFTConfig", "DPOTrainer": "DPOConfig"}
 
 
 def merge_trainer_keywords(
-    values: Mapping[str, Any], keywords: Mapping[str, Any], *, stacklevel: int = 3
+    values: Mapping[str, Any], keywords: Mapping[str, Any], trainer: str = "SFTTrainer", *, stacklevel: int = 3
 ) -> tuple[dict[str, Any], Any]:
-    """Lay SFTTrainer's older constructor keywords over the configuration, with a DeprecationWarning each.
+    """Lay a trainer's older constructor keywords over the configuration, with a DeprecationWarning each.
 
     A keyword that is None was not given. One that is given wins over the configuration, as it did in TRL.
 
@@ -37,25 +52,27 @@ def merge_trainer_keywords(
         values: Fields that are set already; ``{}`` to get the fields of the keywords alone, which is what
             :func:`~hf_mlx.settings.resolve.resolve_plan` takes as ``overrides``.
         keywords: What the constructor received beyond its own parameters.
+        trainer: ``SFTTrainer``, ``DPOTrainer`` or ``Trainer``.
         stacklevel: Of the warnings; 3 blames the caller of the function that calls this one.
 
     Returns:
         The merged fields, and the tokenizer, or None.
 
     Raises:
-        SettingError: A keyword that SFTTrainer never had, or one that is gone and asked for something.
+        SettingError: A keyword that this trainer never had, or one that is gone and asked for something.
     """
+    known, gone = TRAINER_KEYWORDS[trainer], _GONE_KEYWORDS[trainer]
     merged, tokenizer = dict(values), None
     for name, value in keywords.items():
-        if name in _DROPPED_KEYWORDS:
+        if name in gone:
             drop(name, value)
-        elif name not in TRAINER_KEYWORDS:
-            raise _unknown_keyword(name, value)
-        if value is None or name in _DROPPED_KEYWORDS:
+        elif name not in known:
+            raise _unknown_keyword(name, value, trainer)
+        if value is None or name in gone:
             continue
-        field = TRAINER_KEYWORDS[name]
-        place = "processing_class=" if name == "tokenizer" else f"SFTConfig({field}=...)"
-        warnings.warn(f"{name}= of SFTTrainer is deprecated; write {place}", DeprecationWarning, stacklevel=stacklevel)
+        field = known[name]
+        place = "processing_class=" if name == "tokenizer" else f"{_CONFIGS[trainer]}({field}=...)"
+        warnings.warn(f"{name}= of {trainer} is deprecated; write {place}", DeprecationWarning, stacklevel=stacklevel)
         if name == "tokenizer":
             tokenizer = value
         else:
@@ -63,10 +80,11 @@ def merge_trainer_keywords(
     return merged, tokenizer
 
 
-def _unknown_keyword(name: str, value: Any) -> SettingError:
-    close = difflib.get_close_matches(name, TRAINER_KEYWORDS, n=1)
+def _unknown_keyword(name: str, value: Any, trainer: str) -> SettingError:
+    known = TRAINER_KEYWORDS[trainer]
+    close = difflib.get_close_matches(name, known, n=1)
     return SettingError(
         f"{name}={value!r}",
-        f"{name} is a parameter of SFTTrainer, of this release or an older one ({', '.join(TRAINER_KEYWORDS)})",
-        f"write {close[0]}=..." if close else f"remove {name}=, or set it on SFTConfig",
+        f"{name} is a parameter of {trainer}, of this release or an older one ({', '.join(known)})",
+        f"write {close[0]}=..." if close else f"remove {name}=, or set it on {_CONFIGS[trainer]}",
     )

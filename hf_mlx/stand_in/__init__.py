@@ -24,6 +24,7 @@ from .notebooks import Shell, compile_script
 from .older import offer_older_names
 from .parsers import translate_parsers
 from .talk import Talk, say
+from .together import join_processes
 from .tokenizers import keep_tokenizers
 from .trainers import derive_trainer
 
@@ -44,6 +45,7 @@ def install(
         Where to wait for the script's imports, and what is said about them.
     """
     imports, talk = Imports(), Talk()
+    join_processes(imports)
     for row in STAND_INS:
         translate = functools.partial(translate_keywords, talk=talk, trainer=row.name, older=row.older_keywords)
         derive = functools.partial(

@@ -32,9 +32,9 @@ class StandIn(NamedTuple):
 
     def load(self) -> type:
         """The class that trains it here."""
-        from ..blas import load_openblas
+        from ..backends import prepare_backend
 
-        load_openblas()
+        prepare_backend()
         module, _, name = self.trainer.partition(":")
         return getattr(import_module(f"hf_mlx.{module}"), name)
 

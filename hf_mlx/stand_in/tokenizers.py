@@ -110,7 +110,7 @@ def _tensor_class() -> type:
     class IdTensor(_Both, torch.Tensor):
         """Ids in a tensor; what is computed from it is a plain one."""
 
-        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+        __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
         def __getitem__(self, key: Any) -> Any:
             return self.mapping[key] if isinstance(key, str) else torch.Tensor.__getitem__(self, key)
