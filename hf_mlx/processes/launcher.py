@@ -32,12 +32,16 @@ class Launched:
     local_rank: int
 
 
-def read_launcher(environ: Mapping[str, str] = os.environ) -> Launched | None:
+def read_launcher(environ: Mapping[str, str] | None = None) -> Launched | None:
     """What ``mlx.launch`` or ``mpirun`` has set; None for a process that was started by itself.
+
+    Args:
+        environ: None reads the process's own.
 
     Raises:
         SettingError: ``torchrun`` or ``accelerate launch`` started it with others, which MLX knows nothing of.
     """
+    environ = os.environ if environ is None else environ
     if "OMPI_COMM_WORLD_RANK" in environ and "MLX_RANK" not in environ:
         size = int(environ.get("OMPI_COMM_WORLD_SIZE", "1"))
         if size == 1:
