@@ -146,8 +146,12 @@ class World:
         return made
 
     @contextmanager
-    def waiting(self, what: str = "") -> Iterator[None]:
+    def waiting(self, what: str = "", *, computes: bool = False) -> Iterator[None]:
         """A block that waits for other processes, and says which one has ended where it would wait for ever.
+
+        Args:
+            what: What for, for messages.
+            computes: It has work of its own beside.
 
         Raises:
             TrainingError: Another process has ended.
@@ -155,7 +159,7 @@ class World:
         if self.watch is None:
             yield
             return
-        with self.watch.waiting(what):
+        with self.watch.waiting(what, computes=computes):
             try:
                 yield
             except RuntimeError as error:
