@@ -25,6 +25,7 @@ from .recipes.recipe import Recipe
 from .settings.clipping import GradClip
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
+from .training.blocked_attention import attend_in_blocks
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
@@ -36,6 +37,7 @@ from .training.means import Progress
 from .training.native_loss import NativeLoss
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
+from .training.padding_row import hold_padding_row
 from .training.step import Step
 from .training.weighting import ByTokens
 
@@ -78,8 +80,10 @@ class Session:
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         loaded.read_weights()
+        hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
         self._objective = recipe.make_objective(loaded, names, plan, self.routers)
@@ -111,11 +115,15 @@ class Session:
         """The objective, of a trainer whose rows are texts: the others refuse a loss of the logits."""
         return cast(TokenObjective, self._objective)
 
+    def retrace(self) -> None:
+        """Forget what was traced."""
+        self.step.retrace()
+        self.evaluator = self._make_evaluator()
+
     def adopt_native_loss(self, loss: NativeLoss) -> None:
         """Minimise a loss of the script's own that MLX compiles with the rest of the step."""
         self.native_loss = self._objective.native = loss  # pyright: ignore[reportAttributeAccessIssue]
-        self.step.retrace()
-        self.evaluator = self._make_evaluator()
+        self.retrace()
 
     def adopt_loss(self, loss: HostLoss | None) -> None:
         """Train and evaluate by a loss of the script's from here on; None goes back to the compiled one."""
@@ -154,8 +162,7 @@ class Session:
             self.restored |= {name: arrays[name] for name in changed}
             self.loaded.model.update(tree_unflatten([(name, cast[name]) for name in changed]))
             # Frozen weights are constants of a trace.
-            self.step.retrace()
-            self.evaluator = self._make_evaluator()
+            self.retrace()
 
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, which differs in how the run is batched, optimised, scheduled and clipped."""

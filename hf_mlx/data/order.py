@@ -57,7 +57,15 @@ def count_steps(n_rows: int | None, plan: BatchPlan) -> Steps:
 
 
 def count_batched_steps(batches: int, plan: BatchPlan) -> Steps:
-    """The same from the number of micro-batches of an epoch."""
+    """The same from the number of micro-batches of an epoch.
+
+    Raises:
+        DataError: There is none.
+    """
+    if batches == 0:
+        raise DataError(
+            "a training loader of 0 batches", "at least one batch an epoch", "look at its batch_size and drop_last"
+        )
     accumulate = plan.gradient_accumulation_steps
     updates = max(math.ceil(batches / accumulate), 1)
     if plan.max_steps > 0:

@@ -17,7 +17,6 @@ from ..errors import TrainingError
 from ..feed import Feed, Loader
 from ..processes.world import World
 from ..session import Session
-from ..training.handed import HandedStep
 from ..training.inputs import Inputs
 from ..training.memory import show_bytes
 from ..training.schedules.contract import Schedule
@@ -73,7 +72,6 @@ class Loop:
         self.schedule = schedule
         self._rates = rates
         self._gradients = gradients
-        self._handed: HandedStep | None = None
         self.plan = session.plan
         self.compute = choose_computation(session.step, self.plan, host.model.config)
         self.first_step = host.state.global_step
@@ -246,9 +244,8 @@ class Loop:
     def _optimize_shown(self, window: list[Inputs], gradients: GradientLoan) -> StepMetrics:
         """The step in two halves: callbacks see the gradients in between, and may write them."""
         step = self.session.step
-        handed = self._handed = self._handed or HandedStep(step)
         self.compute.accumulate(window, len(window))
-        grads = handed.collect()
+        grads, sums = step.collect()
         gradients.lend(grads)
         try:
             fire(self.host, "on_pre_optimizer_step")
@@ -256,7 +253,7 @@ class Loop:
             written = gradients.take()
         rate = self._take_rate()
         self._place.boundary = None
-        return handed.apply({**grads, **written}, step.updates + 1, rate)
+        return step.apply({**grads, **written}, sums, step.updates + 1, rate)
 
     def _take_rate(self) -> float:
         """The learning rate of the step, which a callback may have set."""

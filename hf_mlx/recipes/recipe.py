@@ -64,6 +64,21 @@ class RowTable(Protocol):
 
 
 @dataclass(frozen=True)
+class Paper:
+    """Where a method was introduced.
+
+    Attributes:
+        title: Its title.
+        number: On https://huggingface.co/papers.
+        citation: BibTeX.
+    """
+
+    title: str
+    number: str
+    citation: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What makes one trainer: its settings, its rows, what it minimises and what it is called.
 
@@ -80,6 +95,7 @@ class Recipe:
         never_called: Methods of the upstream trainer that no step would call, with what to write instead.
         tags: Of the model card.
         method: What the card says it was trained with.
+        paper: Where the method was introduced, or None.
         writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
         trains_together: Whether several processes train it with upstream's numbers.
     """
@@ -95,5 +111,6 @@ class Recipe:
     never_called: Mapping[str, str]
     tags: tuple[str, ...]
     method: str
+    paper: Paper | None = None
     writes_router_settings: bool = True
     trains_together: bool = False

@@ -118,6 +118,8 @@ class PairLossPlan:
         disable_dropout: The adapter's dropout is off while training.
         precompute: The reference's log-probabilities are computed once, before training.
         precompute_batch_size: Pairs at once then; None is the batch size of the set.
+        sync_steps: Steps after which the reference is moved towards the policy; None leaves it where it is.
+        mixup_alpha: The policy's share then.
     """
 
     losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
@@ -132,6 +134,8 @@ class PairLossPlan:
     disable_dropout: bool = True
     precompute: bool = False
     precompute_batch_size: int | None = None
+    sync_steps: int | None = None
+    mixup_alpha: float = 0.6
 
     @property
     def sorts(self) -> bool:

@@ -46,7 +46,7 @@ def resolve_plan(
         strict: Also refuse what is done another way with other numbers.
         quantization_config: TRL's constructor keyword of that name.
         overrides: Fields that keywords of the trainer set over ``args``; see
-            :func:`~hf_mlx.settings.legacy.merge_trainer_keywords`.
+            :func:`~hf_mlx.settings.trainer_keywords.merge_trainer_keywords`.
         table: The configuration class of the trainer in question.
         processes: How many train together.
 
@@ -56,7 +56,7 @@ def resolve_plan(
     Raises:
         SettingError: A field is refused, has a value out of range, or contradicts another one.
     """
-    overrides = dict(overrides or {}) | _quantize(args, quantization_config)
+    overrides = read_values(overrides or {}) | _quantize(args, quantization_config)
     ledger = explain(args, peft_config, overrides=overrides, table=table, processes=processes)
     ledger.raise_refused(strict=strict)
     values = complete_arguments(args, overrides, table)

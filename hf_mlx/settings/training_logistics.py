@@ -43,6 +43,11 @@ def _asks_nothing(value: object) -> bool:
     return not any(value.values()) if isinstance(value, dict) else not value
 
 
+def _names_known(value: object) -> bool:
+    """Words of ``include_for_metrics``; None asks for nothing."""
+    return value is None or (isinstance(value, (list, tuple)) and set(map(str, value)) <= {"inputs", "loss"})
+
+
 LOGGING = (
     _strategy("logging_strategy", "steps", *_INTERVALS),
     honour("logging_steps", 500, "below 1: a share of the run"),
@@ -81,31 +86,21 @@ EVALUATION = (
     honour("per_device_eval_batch_size", 8, "rows in an evaluation batch"),
     honour("eval_on_start", False, "evaluates before step 1"),
     adapt("prediction_loss_only", False, "keeps no logits, so compute_metrics is not called"),
-    refuse(
-        "eval_do_concat_batches",
-        True,
-        "False hands compute_metrics a list per batch, which is not implemented",
-        write="eval_do_concat_batches=True",
-    ),
+    honour("eval_do_concat_batches", True, "False hands compute_metrics lists of one array a batch"),
     ignore("eval_use_gather_object", False, _ONE_PROCESS),
     ignore("eval_accumulation_steps", None, "moves predictions off the GPU; memory is unified here"),
-    refuse(
+    cases(
         "include_for_metrics",
         [],
-        "hands compute_metrics inputs or losses, which is not implemented",
-        write="include_for_metrics=[]",
+        given("inputs and loss", lambda value, values: _names_known(value), honoured("compute_metrics gets them, too")),
+        otherwise(refused("names something else than inputs and loss", write='include_for_metrics=["inputs", "loss"]')),
     ),
-    refuse(
-        "batch_eval_metrics",
-        False,
-        "calls compute_metrics once a batch, which is not implemented",
-        write="batch_eval_metrics=False",
-    ),
+    honour("batch_eval_metrics", False, "calls compute_metrics once a batch, with compute_result=True for the last"),
     cases(
         "label_names",
         None,
         given("['labels']", lambda value, values: value in (None, [], ["labels"]), honoured("the SFT column")),
-        otherwise(refused("SFT has one label column", write='label_names=["labels"]')),
+        otherwise(refused("a causal model has one label column", write='label_names=["labels"]')),
     ),
     adapt("remove_unused_columns", True, "the collator takes the columns it needs and leaves the others"),
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..processes.world import World
+from .trackers import prepare_trackers
 from .writes import follow_events
 
 
@@ -29,6 +30,9 @@ def make_handler(
 
     Returns:
         The handler and a fresh ``TrainerControl``.
+
+    Raises:
+        SettingError: A tracker is asked for what no step here can show it.
     """
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, TrainerControl
@@ -36,6 +40,7 @@ def make_handler(
     chosen = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
     handler = CallbackHandler(chosen, model, tokenizer, None, None)
     handler.add_callback(PrinterCallback if args.disable_tqdm else progress_callback())
+    prepare_trackers(handler)
     follow_events(handler, before, after)
     return handler, TrainerControl()
 

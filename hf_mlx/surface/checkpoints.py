@@ -135,6 +135,7 @@ class Checkpoints:
             step.optimizer.torch.load_state_dict(loaded.own_optimizer)
         if loaded.updates is not None:
             step.updates = loaded.updates
+        trainer._read_checkpoint(folder)
         logger.info(f"Resuming from {folder} at step {state.global_step}.")
         return loaded.boundary
 
@@ -153,9 +154,7 @@ class Checkpoints:
         trainer = self._trainer
         callbacks = collect_states(trainer.callback_handler, trainer.control)
 
-        def write(folder: Path) -> None:
-            trainer.save_model(str(folder), _internal_call=True)
-
+        write = trainer._write_checkpoint
         if self.world.is_alone:
             return self.store.save(trainer.state, boundary, schedule, callbacks, write)
         packed = self.world.gather_object(boundary.random.pack(), "the random states of a checkpoint")

@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..feed import Feed, Loader
 from ..session import Session
 from ..training.evaluation import EvalSums
-from . import reporting
+from .predictions import Predictions
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Evaluation:
         *,
         compute_metrics: Callable | None,
         preprocess_logits: Callable | None,
+        args: Any,
         keep_logits: bool,
         in_train: bool,
         on_batch: Callable[[], None],
@@ -55,6 +56,7 @@ class Evaluation:
             prefix: Of every metric's name.
             compute_metrics: Called with a ``transformers.EvalPrediction``; None reports the loss alone.
             preprocess_logits: Called with the logits and labels of each batch.
+            args: Read for what ``compute_metrics`` is called with.
             keep_logits: Return predictions and labels even without ``compute_metrics``.
             in_train: Whether ``train()`` is running (``bf16_full_eval`` then has no effect, as upstream).
             on_batch: Called after each batch.
@@ -62,38 +64,49 @@ class Evaluation:
         Returns:
             ``transformers.trainer_utils.EvalLoopOutput``.
         """
-        from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, denumpify_detensorize
+        from transformers.trainer_utils import EvalLoopOutput
 
         plan, session = self._session.plan, self._session
-        wanted = keep_logits or compute_metrics is not None
         world = session.world
-        sink = reporting.PredictionSink(preprocess_logits, world) if wanted else None
-        make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
-        with session.evaluation(in_train=in_train) as (evaluator, params):
-            sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
-        kept = None
+        own = loader if isinstance(loader, OwnLoader) else None
+        is_prepared = own is None or own.is_prepared
+        drops = plan.batch.drop_last if own is None else own.drops_last
+        # What accelerate's gather_for_metrics leaves of a last batch that is not full.
+        is_cut = rows is not None and is_prepared and not drops
+        remainder = rows % (size if own is None else own.batch_size) if rows is not None and is_cut else 0
+        sink = None
+        if keep_logits or compute_metrics is not None:
+            options: dict[str, Any] = {"size": size, "remainder": remainder, "ends": is_prepared, "keeps": keep_logits}
+            if not world.is_alone:
+                options |= {"world": world, "rows": rows if is_cut else None}
+            sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
+            if compute_metrics is not None:
+                self._before_metrics()
+        make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
+
+        def end_batch() -> None:
+            on_batch()
+            if sink is not None:
+                sink.end_batch()
+
+        with session.evaluation(in_train=in_train) as (evaluator, params):
+            batches = loader if sink is None else sink.watch(loader)
+            sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
         if not world.is_alone:
             sums = self._gather(sums, loader)
-            if rows is not None and not plan.batch.drop_last:
-                kept = rows
         session.progress.mode, self._sums = "eval", sums
-        predictions, labels = (None, None) if sink is None else sink.arrays(kept)
-        metrics: dict[str, Any] = {}
-        if compute_metrics is not None and predictions is not None:
-            self._before_metrics()
-            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
-            metrics.update(cast(Any, denumpify_detensorize(computed)))
-        is_cut = not plan.batch.drop_last
-        if isinstance(loader, OwnLoader):
-            size, is_cut = loader.batch_size, loader.is_prepared
+        predictions, labels, metrics = (None, None, {}) if sink is None else sink.finish()
         if sums.losses:
-            counted = rows if is_cut else None
-            if not world.is_alone and counted is not None:
-                counted = _repeated_rows(counted, loader, len(sums.losses), size)
-            metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=counted)
-        else:
+            counted = None
+            if not world.is_alone and rows is not None and is_cut:
+                counted = _repeated_rows(rows, loader, len(sums.losses), size)
+            elif remainder:
+                counted = (len(sums.losses) - 1) * size + min(remainder, size)
+            measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, counted=counted)
+            metrics[f"{prefix}_loss"] = measured
+        elif not sums.batches:
             logger.warning(
                 f"{prefix}: no batch of per_device_eval_batch_size={size} rows in {rows} rows with "
                 f"dataloader_drop_last=True, so nothing was measured and there is no {prefix}_loss (as under TRL)"
@@ -101,8 +114,7 @@ class Evaluation:
         # In upstream's order: what has the prefix already comes first.
         bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
-        count = rows if rows is not None else len(sums.losses) * size
-        return EvalLoopOutput(cast(Any, predictions), labels, metrics, count)
+        return EvalLoopOutput(cast(Any, predictions), labels, metrics, rows if rows is not None else sums.rows)
 
     def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
         session, world = self._session, self._session.world

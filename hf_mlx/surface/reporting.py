@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..intake import LARGE, Intake, lies
-from ..models.torch_arrays import like_torch, to_numpy
 from ..processes.world import World
 from ..settings.plan import TrainPlan
 
@@ -102,63 +97,3 @@ def describe_plan(plan: TrainPlan) -> dict[str, Any]:
     if plan.lora is not None:
         settings["lora"] = f"r={plan.lora.r}, lora_alpha={plan.lora.lora_alpha}"
     return settings
-
-
-class PredictionSink:
-    """Collects logits and labels of an evaluation, padded with -100 to one length, as ``compute_metrics`` gets them.
-
-    Args:
-        preprocess: ``preprocess_logits_for_metrics``: called with logits (B, T, V) and labels (B, T), as torch tensors
-            where torch is installed.
-        world: The processes that evaluate together.
-    """
-
-    def __init__(self, preprocess: Callable[[Any, Any], Any] | None = None, world: World | None = None) -> None:
-        self._preprocess = preprocess
-        self._world = None if world is None or world.is_alone else world
-        self._predictions: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
-
-    def __call__(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        if self._world is not None:
-            # As accelerate's pad_across_processes, before the script sees them.
-            widths = self._world.gather("a batch of predictions", np.array([logits.shape[1], labels.shape[1]]))
-            logits, labels = (_widen(a, int(w)) for a, w in zip((logits, labels), widths.max(axis=0), strict=True))
-        if self._preprocess is not None:
-            logits = to_numpy(self._preprocess(like_torch(logits), like_torch(labels)))
-        self._predictions.append(logits)
-        self._labels.append(labels)
-
-    def arrays(self, rows: int | None = None) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """Predictions and labels of all rows; None where no batch was seen, as upstream.
-
-        Args:
-            rows: Of the set, where several processes repeat some to have as many each.
-        """
-        if not self._predictions:
-            return None, None
-        if self._world is None:
-            return _pad_concatenate(self._predictions), _pad_concatenate(self._labels)
-        made = (_gather_rows(parts, self._world) for parts in (self._predictions, self._labels))
-        predictions, labels = (_pad_concatenate(parts)[:rows] for parts in made)
-        return predictions, labels
-
-
-def _gather_rows(parts: list[np.ndarray], world: World) -> list[np.ndarray]:
-    """The batches of all processes: of a round by rank, one round after the other."""
-    buffer = io.BytesIO()
-    np.savez(buffer, *parts)
-    gathered = [np.load(io.BytesIO(data)) for data in world.gather_bytes(buffer.getvalue(), "predictions")]
-    return [archive[f"arr_{number}"] for number in range(len(parts)) for archive in gathered]
-
-
-def _widen(array: np.ndarray, width: int) -> np.ndarray:
-    pads = [(0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
-    return np.pad(array, pads, constant_values=-100)
-
-
-def _pad_concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    if parts[0].ndim < 2:
-        return np.concatenate(parts)
-    length = max(part.shape[1] for part in parts)
-    return np.concatenate([_widen(part, length) for part in parts])

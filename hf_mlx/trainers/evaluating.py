@@ -56,7 +56,7 @@ class Evaluating(Publishing):
 
         Returns:
             ``transformers.trainer_utils.PredictionOutput``; predictions are (rows, length, vocabulary) float32,
-            padded with -100.
+            padded with -100. Rows without labels are predicted, with no loss.
         """
         from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -83,7 +83,8 @@ class Evaluating(Publishing):
             prefix,
             compute_metrics=None if self.args.prediction_loss_only else self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
-            keep_logits=keep_logits,
+            args=self.args,
+            keep_logits=keep_logits and not self.args.prediction_loss_only,
             in_train=self.is_in_train,
             on_batch=self._on_prediction_step,
         )

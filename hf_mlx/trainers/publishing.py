@@ -10,6 +10,7 @@ from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
 from ..surface.hub import write_card
+from ..surface.trackers import tracker_links
 from .records import Records
 
 
@@ -38,6 +39,23 @@ class Publishing(Records):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
+    def _write_checkpoint(self, folder: Path) -> None:
+        """The part of a checkpoint that others load."""
+        self.save_model(str(folder), _internal_call=True)
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        """What a trainer itself has put there."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Scripts call transformers' own method with weights that they have collected themselves.
+        if state_dict is None:
+            self.save_model(output_dir, _internal_call=True)
+            return
+        folder = check_output_dir(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
     @property
     def hub_model_id(self) -> str | None:
         """``owner/name`` on the hub, once the repository exists."""
@@ -63,6 +81,15 @@ class Publishing(Records):
             tags: Further tags.
             **front_matter: Further metadata, such as ``language`` or ``license``.
         """
+        self._write_card(model_name, dataset_name, tags, front_matter)
+
+    def _write_card(
+        self,
+        model_name: str | None,
+        dataset_name: str | None,
+        tags: str | list[str] | None,
+        front_matter: dict[str, Any],
+    ) -> None:
         if not self.world.is_main:
             return
         base = getattr(self.model.config, "_name_or_path", None)
@@ -73,8 +100,10 @@ class Publishing(Records):
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=tags,
+            links=tracker_links(),
             trainer_tags=self.recipe.tags,
             method=self.recipe.method,
+            paper=self.recipe.paper,
             adapter=self.session.adapter is not None,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,

@@ -8,6 +8,7 @@ from ..checkpoints.files import check_output_dir, disk_errors
 from ..checkpoints.inspection import STATE
 from ..checkpoints.trainer_state import write_trainer_state
 from ..surface import reporting
+from ..surface.trackers import prepare_trackers
 from .names import Names
 
 
@@ -27,6 +28,7 @@ class Records(Names):
             if start_time is not None:
                 tokens = self.state.num_input_tokens_seen - self._tokens_before
                 logs.update(speed_metrics("train", start_time, num_tokens=tokens))
+        self._recorder.note(len(self.state.log_history), self.session.progress.num_tokens)
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
@@ -58,6 +60,7 @@ class Records(Names):
     def add_callback(self, callback: Any) -> None:
         """Add a callback class or instance."""
         self.callback_handler.add_callback(callback)
+        prepare_trackers(self.callback_handler)
 
     def pop_callback(self, callback: Any) -> Any:
         """Remove a callback and return it."""

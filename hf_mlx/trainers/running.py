@@ -20,6 +20,7 @@ from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
 from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
+from ..surface.report import write_report
 from ..surface.requests import no_rows
 from ..surface.together import check_alike, check_epochs, join_step
 from ..training.command_buffers import wait_for_memory
@@ -90,6 +91,7 @@ class Running(Evaluating):
         handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader, loader)
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
+        self._recorder.start(self.session.progress.num_tokens)
         try:
             with (
                 wait_for_memory(self.plan, lambda: estimate_memory(self).total),
@@ -107,6 +109,7 @@ class Running(Evaluating):
             # The user's object gets what there is; the reason for stopping is what must be seen.
             with suppress(HFMLXError):
                 self._base.write_back()
+            write_report(self, error)
             if not self.world.is_alone and isinstance(error, RuntimeError) and is_lost(error):
                 raise self.world.lost(f"step {self.state.global_step + 1}") from error
             raise
@@ -127,6 +130,7 @@ class Running(Evaluating):
         self.control = handler.on_train_end(self.args, self.state, self.control)
         self.hub.finish()
         self.is_in_train = False
+        write_report(self)
         return TrainOutput(self.state.global_step, result["train_loss"], metrics)
 
     def save_checkpoint(self) -> None:
