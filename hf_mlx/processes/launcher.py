@@ -55,6 +55,8 @@ def read_launcher(environ: Mapping[str, str] | None = None) -> Launched | None:
     if environ.get("MLX_HOSTFILE"):
         nodes = json.loads(Path(environ["MLX_HOSTFILE"]).read_text())
         hosts = [addresses[0].rpartition(":")[0] for addresses in nodes]
+        if len(hosts) == 1:
+            return None
         return Launched("ring", rank, len(hosts), hosts[0], hosts[:rank].count(hosts[rank]))
     if environ.get("MLX_JACCL_COORDINATOR"):
         devices = environ.get("MLX_IBV_DEVICES")

@@ -91,7 +91,8 @@ class World:
         return tables[:, 2 : 2 + int(tables[self.rank, 1])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
-        own = mx.array(array)[None]
+        # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
+        own = mx.array(array[None])
         gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
         mx.async_eval(gathered)
         return gathered
