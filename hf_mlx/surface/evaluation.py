@@ -65,19 +65,19 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             sums = evaluator.run(params, loader, make_inputs, on_batch=on_batch, logits_to=sink)
         session.progress.mode, self._sums = "eval", sums
-        predictions, labels = (None, None) if sink is None else sink.arrays()
-        metrics: dict[str, Any] = {}
-        if compute_metrics is not None and predictions is not None:
-            self._before_metrics()
-            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
-            metrics.update(cast(Any, denumpify_detensorize(computed)))
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         is_cut = not plan.batch.drop_last
         if isinstance(loader, OwnLoader):
             size, is_cut = loader.batch_size, loader.is_prepared
+        kept = rows if is_cut else None
+        predictions, labels = (None, None) if sink is None else sink.arrays(kept % size if kept and size else 0)
+        metrics: dict[str, Any] = {}
+        if compute_metrics is not None and predictions is not None:
+            self._before_metrics()
+            computed: Any = compute_metrics(EvalPrediction(predictions=predictions, label_ids=cast(Any, labels)))
+            metrics.update(cast(Any, denumpify_detensorize(computed)))
         if sums.losses:
-            kept = rows if is_cut else None
             metrics[f"{prefix}_loss"] = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, rows=kept)
         else:
             logger.warning(

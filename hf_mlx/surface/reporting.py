@@ -115,10 +115,17 @@ class PredictionSink:
         self._predictions.append(logits)
         self._labels.append(labels)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """Predictions and labels of all rows; None where no batch was seen, as upstream."""
+    def arrays(self, last: int = 0) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
+        """Predictions and labels of all rows; None where no batch was seen, as upstream.
+
+        Args:
+            last: Rows of the dataset in a last batch that is short. No more of that batch's are kept, as
+                ``Accelerator.gather_for_metrics`` has it: of pairs, the chosen answers.
+        """
         if not self._predictions:
             return None, None
+        if last:
+            self._predictions[-1], self._labels[-1] = self._predictions[-1][:last], self._labels[-1][:last]
         return _pad_concatenate(self._predictions), _pad_concatenate(self._labels)
 
 
