@@ -69,7 +69,7 @@ def check(index: int, folder: Any) -> None:
 
     (theirs, _), (ours, _) = run_both(lambda: load(folder, lora), settings, keywords)
     assert_same_log(untimed(theirs), untimed(ours), relative=RELATIVE)
-    assert len(ours) >= 3
+    assert len(ours) >= 2
 
 
 @pytest.mark.parametrize("index", range(SAMPLE))

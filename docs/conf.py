@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+from hf_mlx.backends import markdown_measures
 from hf_mlx.cli.main import build_parser
 from hf_mlx.settings.tables import CLASSES, markdown_summary, markdown_table
 
@@ -30,7 +31,7 @@ def write_generated_pages(app: Sphinx) -> None:
     folder = Path(app.srcdir, "_generated")
     folder.mkdir(exist_ok=True)
     pages = {name: markdown_table(name) for name in CLASSES}
-    pages |= {"summary": markdown_summary(), "commands": commands_help()}
+    pages |= {"summary": markdown_summary(), "commands": commands_help(), "backends": markdown_measures()}
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,13 @@ from .adapter import Adapter
 from .attach import install_layers, make_adapter
 from .blueprint import draw_blueprint
 from .files import write_files, write_text
+from .layers import layer_dims
 from .matching import minimal_names
 from .mlx_lm_check import check_in_mlx_lm
 from .origin import resolve_origin
-from .sites import list_sites
+from .parts import LoRALatent, LoRARouter, Rows
+from .per_expert import join_a, join_b
+from .sites import Site, list_sites
 from .source import CONFIG, check_finite, inside
 from .targets import Target
 
@@ -105,28 +109,52 @@ def read_mlx_lm(folder: Path, config: Mapping[str, Any], loaded: LoadedModel, *,
     tensors = _read(folder)
     found = {path.rpartition(".")[0] for path in tensors}
     sites = {site.mlx_path: site for site in list_sites(loaded)}
-    unknown = sorted(found - set(sites))
+    unknown = sorted(found - {path for site in sites.values() for path in _paths(site)})
     if unknown:
         raise AdapterError(
             f"{folder}: {unknown[0]} ({len(unknown)} such module(s))",
             f"modules of {loaded.path}",
             "the base it was trained on: hf-mlx export ADAPTER OUTPUT --base OWNER/MODEL",
         )
-    hf_paths = [site.hf_path for path, site in sites.items() if path in found]
+    named = [site.hf_path for path, site in sites.items() if path in found and site.kind != "experts"]
+    others = [site.hf_path for site in sites.values() if site.kind != "experts"]
+    stacks = _stacks(folder, found, sites.values())
     plan = LoraPlan(
         r=rank,
         lora_alpha=scale * rank,
         lora_dropout=dropout,
-        target_modules=tuple(minimal_names(hf_paths, (site.hf_path for site in sites.values()))),
+        target_modules=tuple(minimal_names(named, others)),
+        target_parameters=tuple(site.hf_path for site in stacks) or None,
+        rank_pattern={re.escape(site.hf_path): rank * len(site.modules) for site in stacks if site.parts},
+        alpha_pattern={re.escape(site.hf_path): scale * rank * len(site.modules) for site in stacks if site.parts},
         use_dora=config.get("fine_tune_type") == "dora",
         task_type="CAUSAL_LM",
     )
     blueprint = draw_blueprint(loaded, plan)
+    plan = blueprint.plan
     values = _values(folder, tensors, blueprint.targets, sites, plan)
     install_layers(loaded, plan, blueprint, compute_dtype)
     loaded.model.update(tree_unflatten(list(values.items())))
     mx.eval(loaded.model.trainable_parameters())
     return make_adapter(loaded, plan, blueprint)
+
+
+def _stacks(folder: Path, found: set[str], sites: Iterable[Site]) -> list[Site]:
+    """The stacks of experts whose every part was adapted; PEFT has one pair for gate and up projection."""
+    chosen = [site for site in sites if site.kind == "experts" and not found.isdisjoint(_paths(site))]
+    for site in chosen:
+        lost = [path for path in _paths(site) if path not in found]
+        if lost:
+            raise AdapterError(
+                f"{folder}: experts adapted in part, without {lost[0]}",
+                "gate and up projection together: PEFT holds them as one matrix",
+                "train it with both among mlx-lm's keys",
+            )
+    return chosen
+
+
+def _paths(site: Site) -> list[str]:
+    return [site.mlx_path, *(path for path, _ in site.parts)]
 
 
 def _refuse_what_has_no_place(adapter: Adapter, folder: Path) -> None:
@@ -149,20 +177,36 @@ def _tensors(adapter: Adapter, rank: int, scale: float) -> dict[str, mx.array]:
     modules = dict(adapter.loaded.model.named_modules())
     tensors: dict[str, mx.array] = {}
     for target in adapter.targets:
-        layer: Any = modules[target.mlx_path]
-        embedding = target.kind == "embedding"
-        a = layer.lora_embedding_A if embedding else layer.lora_A
-        b = layer.lora_embedding_B if embedding else layer.lora_B
-        if target.scale != scale:
-            b = b * (target.scale / scale)
-        a, b = _filled(a, -2, rank), _filled(b, -1, rank)
-        # mlx-lm keeps an expert's matrices as PEFT does, and all others transposed.
-        if target.kind != "experts":
-            a, b = mx.contiguous(a.T), mx.contiguous(b.T)
-        tensors |= {f"{target.mlx_path}.lora_a": a, f"{target.mlx_path}.lora_b": b}
-        if "lora_magnitude_vector" in layer:
-            tensors[f"{target.mlx_path}.m"] = layer.lora_magnitude_vector
+        for path, a, b in _pairs(target, modules):
+            if target.scale != scale:
+                b = b * (target.scale / scale)
+            a, b = _filled(a, -2, rank), _filled(b, -1, rank)
+            # mlx-lm keeps an expert's matrices as they are multiplied, and all others transposed.
+            if target.kind != "experts":
+                a, b = mx.contiguous(a.T), mx.contiguous(b.T)
+            tensors |= {f"{path}.lora_a": a, f"{path}.lora_b": b}
+            if "lora_magnitude_vector" in modules[path]:
+                tensors[f"{path}.m"] = modules[path].lora_magnitude_vector
     return tensors
+
+
+def _pairs(target: Target, modules: Mapping[str, Any]) -> Iterator[tuple[str, mx.array, mx.array]]:
+    """(MLX path, A, B) of each layer that a target is made of."""
+    layer = modules[target.mlx_path]
+    if isinstance(layer, (LoRARouter, LoRALatent)):
+        raise AdapterError(
+            f"an adapter that trained {target.hf_path}, a {type(layer.base_layer).__name__} in mlx-lm",
+            "layers that mlx-lm's tuner adapts: Linear, Embedding and experts",
+            "a merged model, which mlx-lm loads as it is: hf-mlx merge ADAPTER FOLDER",
+        )
+    if target.kind == "embedding":
+        yield target.mlx_path, layer.lora_embedding_A, layer.lora_embedding_B
+    for path in target.paths if target.kind != "embedding" else ():
+        rows = getattr(modules[path], "_rows", Rows())
+        if target.kind == "experts":
+            yield path, *layer.factors(rows)
+        else:
+            yield path, layer.lora_A, rows(layer.lora_B)
 
 
 def _filled(matrix: mx.array, axis: int, rank: int) -> mx.array:
@@ -177,7 +221,7 @@ def _keys(adapter: Adapter) -> tuple[list[str], int]:
     modules = {path: module for path, module in model.named_modules()}
     prefixes = {id(module): path for path, module in modules.items()}
     layers = [prefixes[id(layer)] for layer in model.layers]
-    chosen = {target.mlx_path for target in adapter.targets}
+    chosen = {path for target in adapter.targets for path in target.paths}
     inside_layers = {path: layer for path in chosen for layer in layers if path.startswith(f"{layer}.")}
     names = {path.removeprefix(f"{layer}.") for path, layer in inside_layers.items()}
     first = min((layers.index(layer) for layer in inside_layers.values()), default=0)
@@ -238,39 +282,50 @@ def _values(
     sites: Mapping[str, Any],
     plan: LoraPlan,
 ) -> dict[str, mx.array]:
-    from .layers import layer_dims
-
     values: dict[str, mx.array] = {}
+    read = 0
     for target in targets:
-        inputs, outputs = layer_dims(sites[target.mlx_path].module)
-        names = {"lora_a": (inputs, plan.r), "lora_b": (plan.r, outputs)}
+        site = sites[target.mlx_path]
+        read += len(target.paths) * (3 if plan.use_dora else 2)
         if target.kind == "experts":
-            experts = sites[target.mlx_path].module.num_experts
-            names = {"lora_a": (experts, plan.r, inputs), "lora_b": (experts, outputs, plan.r)}
+            pairs = [
+                [
+                    _tensor(folder, tensors, f"{path}.lora_a", (site.experts, plan.r, layer_dims(module)[0])),
+                    _tensor(folder, tensors, f"{path}.lora_b", (site.experts, layer_dims(module)[1], plan.r)),
+                ]
+                for path, module in zip(target.paths, site.modules, strict=True)
+            ]
+            values[f"{target.mlx_path}.lora_A"] = join_a([a for a, _ in pairs])
+            values[f"{target.mlx_path}.lora_B"] = join_b([b for _, b in pairs])
+            continue
+        inputs, outputs = layer_dims(site.module)
+        names = {"lora_a": (inputs, plan.r), "lora_b": (plan.r, outputs)}
         names |= {"m": (outputs,)} if plan.use_dora else {}
         for leaf, shape in names.items():
-            key = f"{target.mlx_path}.{leaf}"
-            held = tuple(tensors[key].shape) if key in tensors else None
-            if held != shape:
-                raise AdapterError(
-                    f"{folder / WEIGHTS}: {key} {'is not there' if held is None else f'of shape {held}'}",
-                    f"shape {shape}, which the base and {CONFIG} call for",
-                    "the base it was trained on, with its own adapter_config.json",
-                )
-            value = tensors[key].astype(mx.float32)
-            turned = leaf != "m" and target.kind != "experts"
+            value = _tensor(folder, tensors, f"{target.mlx_path}.{leaf}", shape)
             values[f"{target.mlx_path}.{_OURS[target.kind == 'embedding'][leaf]}"] = (
-                mx.contiguous(value.T) if turned else value
+                mx.contiguous(value.T) if leaf != "m" else value
             )
-    if len(values) != len(tensors):
-        known = {f"{t.mlx_path}.{leaf}" for t in targets for leaf in _LEAVES[: 3 if plan.use_dora else 2]}
+    if read != len(tensors):
+        known = {f"{path}.{leaf}" for t in targets for path in t.paths for leaf in _LEAVES}
         left = sorted(set(tensors) - known)
         raise AdapterError(
             f"{folder / WEIGHTS}: {len(tensors)} tensors{f', {left[0]} among them' if left else ''}",
-            f"the {len(values)} that {CONFIG} and the base call for",
+            f"the {read} that {CONFIG} and the base call for",
             "the base it was trained on, with its own adapter_config.json",
         )
     return values
+
+
+def _tensor(folder: Path, tensors: Mapping[str, mx.array], key: str, shape: tuple[int, ...]) -> mx.array:
+    held = tuple(tensors[key].shape) if key in tensors else None
+    if held != shape:
+        raise AdapterError(
+            f"{folder / WEIGHTS}: {key} {'is not there' if held is None else f'of shape {held}'}",
+            f"shape {shape}, which the base and {CONFIG} call for",
+            "the base it was trained on, with its own adapter_config.json",
+        )
+    return tensors[key].astype(mx.float32)
 
 
 _OURS = (

@@ -31,6 +31,11 @@ class PairBatch(Batch):
     answers: np.ndarray = None  # pyright: ignore[reportAssignmentType]
     reference: np.ndarray | None = None
 
+    @property
+    def examples(self) -> int:
+        """Pairs."""
+        return len(self.input_ids) // 2
+
 
 def collate_pairs(
     rows: Sequence[Mapping[str, Any]],

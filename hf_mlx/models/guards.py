@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import ModelError
 from .activations import check_activation
 from .bitsandbytes import is_four_bit
+from .config import FILES
+from .weights import Checkpoint
 
 Config = dict[str, Any]
 
@@ -15,12 +17,13 @@ Config = dict[str, Any]
 _ROPE_PLAIN = """
     cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
     phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
-    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 olmo_hybrid
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 ernie4_5_moe olmo_hybrid
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3"),
     "mellum": ("linear",),
+    "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
@@ -37,6 +40,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "final_logit_softcapping"): (None,),
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
+    ("olmo", "clip_qkv"): (None,),
 }
 
 
@@ -66,6 +70,23 @@ def check_config(config: Config, folder: Path) -> None:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
 
 
+def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse a config of more layers than there are tensors, before a loop makes them.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    for part in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "n_layer", "n_layers"):
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > len(checkpoint.tensors):
+                raise FILES.refuse(
+                    folder / "config.json",
+                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
+                    "the config that was saved with these weights",
+                )
+
+
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # Gemma 3's windowed layers always get a plain rotary embedding.
@@ -77,8 +98,7 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         plain = kind != "default" and model_type in _ROPE_PLAIN.split()
         known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
-        exact = kind != "yarn" or (entry.get("truncate", True) and entry.get("attention_factor") is None)
-        if not known or not exact:
+        if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
 
 

@@ -116,4 +116,5 @@ LM = Recipe(
     tags=("generated_from_trainer", "hf-mlx"),
     method="transformers' Trainer",
     writes_router_settings=False,
+    trains_together=True,
 )

@@ -101,6 +101,7 @@ class Recipe:
         method: What the card says it was trained with.
         paper: Where the method was introduced, or None.
         writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
+        trains_together: Whether several processes train it with upstream's numbers.
     """
 
     name: str
@@ -116,3 +117,4 @@ class Recipe:
     method: str
     paper: Paper | None = None
     writes_router_settings: bool = True
+    trains_together: bool = False

@@ -109,4 +109,5 @@ SFT = Recipe(
     never_called=NEVER_CALLED,
     tags=("generated_from_trainer", "sft", "trl", "hf-mlx"),
     method="SFT",
+    trains_together=True,
 )

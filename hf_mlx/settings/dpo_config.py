@@ -144,6 +144,8 @@ DPO_CONFIG: tuple[Rule, ...] = (
         "would cast the policy and not its reference",
         write="bf16_full_eval=False",
     ),
+    refuse("batch_eval_metrics", False, "calls compute_metrics once a batch", write="batch_eval_metrics=False"),
+    refuse("include_for_metrics", [], "hands compute_metrics the pairs' inputs", write="include_for_metrics=[]"),
     cases(
         "train_sampling_strategy",
         "random",

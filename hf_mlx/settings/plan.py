@@ -40,7 +40,11 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows are ordered, batched and accumulated; all counts are in rows, micro-batches or steps."""
+    """How rows are ordered, batched and accumulated; all counts are in rows, micro-batches or steps.
+
+    ``processes`` is how many share the work; ``split_batches`` deals each batch to all of them, and ``average_tokens``
+    divides by the tokens of all, each as accelerate and transformers mean it.
+    """
 
     train_batch_size: int = 8
     eval_batch_size: int = 8
@@ -53,6 +57,14 @@ class BatchPlan:
     sampling: Sampling = "random"
     seedable_sampler: bool = True
     length_column_name: str = "length"
+    processes: int = 1
+    split_batches: bool = False
+    average_tokens: bool = True
+
+    @property
+    def own_batch_size(self) -> int:
+        """Rows of a full micro-batch of one process."""
+        return self.train_batch_size // self.processes if self.split_batches else self.train_batch_size
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,13 @@ _CHATML = (
 )
 
 
+SIMPLE_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{message['role'].capitalize() + ': ' + message['content'] + '\n\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SIMPLE_SFT_CHAT_TEMPLATE = "{% for message in messages %}{{' ' + message['content']}}{% endfor %}{{ eos_token }}"
+
+
 @dataclass
 class ChatMlSpecialTokens:
     """ChatML's tokens and template, as ``trl.models.utils`` had them."""
@@ -223,19 +230,38 @@ def get_formatting_func_from_dataset(dataset: Any, tokenizer: Any) -> Callable |
     columns = dataset.column_names or []
     for name in ("messages", "conversations"):
         if name in columns:
+            return conversations_formatting_function(tokenizer, name)
+    return instructions_formatting_function(tokenizer) if {"prompt", "completion"} <= set(columns) else None
 
-            def chat(row: Any, name: str = name) -> str:
-                return tokenizer.apply_chat_template(row[name], tokenize=False)
 
-            return chat
-    if {"prompt", "completion"} <= set(columns):
+def conversations_formatting_function(tokenizer: Any, messages_field: str, tools: list | None = None) -> Callable:
+    """A function that writes the messages of a row, or a list of texts for a batch of them.
 
-        def instruction(row: Any) -> str:
-            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            return tokenizer.apply_chat_template(turns, tokenize=False)
+    Source: trl 0.26.
+    """
 
-        return instruction
-    return None
+    def write(row: Any) -> Any:
+        found = row[messages_field]
+        if isinstance(found[0], list):
+            return [tokenizer.apply_chat_template(messages, tokenize=False, tools=tools) for messages in found]
+        return tokenizer.apply_chat_template(found, tokenize=False, tools=tools)
+
+    return write
+
+
+def instructions_formatting_function(tokenizer: Any) -> Callable:
+    """Likewise for rows of prompt and completion."""
+
+    def turns(prompt: str, completion: str) -> str:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def write(row: Any) -> Any:
+        if isinstance(row["prompt"], list):
+            return [turns(*pair) for pair in zip(row["prompt"], row["completion"], strict=True)]
+        return turns(row["prompt"], row["completion"])
+
+    return write
 
 
 class AdamW(torch.optim.AdamW):

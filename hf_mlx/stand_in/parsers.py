@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .arguments import keep_logging_dir
 from .imports import Imports
 from .talk import Talk
 
@@ -58,6 +60,7 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from ..settings.legacy import translate_arguments
 
     found, notes = translate_arguments(values)
+    keep_logging_dir(values)
     for old, new in _MODEL_FIELDS.items():
         if old in found and new not in found:
             found[new] = found.pop(old)
@@ -94,6 +97,18 @@ def _translate_flags(module: Any, talk: Talk) -> None:
         return original(self, current if notes else args, *more, **kwargs)
 
     cls.parse_args_into_dataclasses = parse_args_into_dataclasses
+    read: Callable = cls.parse_dict
+
+    @functools.wraps(read)
+    def parse_dict(self: Any, args: Mapping[str, Any], *more: Any, **kwargs: Any) -> Any:
+        known = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+        older = {name: value for name, value in args.items() if name not in known and _is_older(name)}
+        current, notes = _translate(older)
+        for note in notes:
+            talk.once(note)
+        return read(self, {name: args[name] for name in args if name not in older} | current, *more, **kwargs)
+
+    cls.parse_dict = parse_dict
 
 
 def _translate_file(module: Any, talk: Talk) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ def derive_trainer(
     strict: bool = False,
     dry_run: bool = False,
     on_built: Callable[[], None] = lambda: None,
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> type:
     """A trainer of this library under upstream's name.
 
@@ -26,18 +28,30 @@ def derive_trainer(
         strict: Default of the trainer's own ``strict``.
         dry_run: ``train()`` prints what would happen and ends the script with status 0.
         on_built: Called when one has been constructed.
+        translate: Makes today's keyword arguments of those that the script wrote.
     """
+    parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **{"strict": strict} | kwargs)  # type: ignore[misc]
+        twice = set(positional[: len(args)]) & kwargs.keys()
+        if twice or len(args) > len(positional):
+            # Its own TypeError.
+            base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        given = translate(dict(zip(positional, args, strict=False)) | kwargs)
+        base.__init__(self, **{"strict": strict} | given)  # type: ignore[misc]
         on_built()
         say(self.ledger.as_text(changed_only=True))
 
+    # Scripts look for the keywords of the release that is installed.
+    construct.__signature__ = inspect.signature(upstream.__init__)  # type: ignore[attr-defined]
+
     def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
-        model = args[0] if args else kwargs.get("model")
         # What a script derives from this class can only be this class.
-        if cls is made and hasattr(base, "trains") and not base.trains(model):
-            return upstream(*args, **kwargs)
+        if cls is made and hasattr(base, "trains"):
+            given = translate(dict(zip(positional, args, strict=False)) | kwargs)
+            if not base.trains(given.get("model")) or getattr(given.get("args"), "predict_with_generate", False):
+                return upstream(**given)
         return object.__new__(cls)
 
     def describe(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,8 +13,8 @@ from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..recipes.recipe import Paper
 
-# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
+# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine, and the report, which shows rows.
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*", "report.html"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 
@@ -130,6 +130,7 @@ def write_card(
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
     settings: Mapping[str, Any] | None = None,
+    links: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md: the metadata of TRL's card, how to use the model, how it was trained.
@@ -146,9 +147,13 @@ def write_card(
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
         settings: Hyperparameters to list.
+        links: Trackers that show the run, and where.
         extra: Further front matter (language, license, …).
     """
-    given = [tags] if isinstance(tags, str) else list(tags or [])
+    given, links = [tags] if isinstance(tags, str) else list(tags or []), links or {}
+    if "Trackio" in links:
+        # The hub shows the run on the model's page.
+        given = [*(tag for tag in given if not tag.startswith("trackio:")), f"trackio:{links['Trackio']}"]
     front: dict[str, Any] = {
         "base_model": base_model,
         "datasets": dataset_name,
@@ -169,13 +174,14 @@ def write_card(
         introduced = f", a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.number})"
         cited = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n"
     table = "\n".join(f"- {key}: {value}" for key, value in (settings or {}).items())
+    shown = "".join(f"[Visualize in {name}]({url})\n\n" for name, url in links.items())
     text = (
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# {model_name}\n\nA fine-tuned version of {f'`{base_model}`' if base_model else 'its base model'}"
         f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx"
         f"{introduced}.\n\n"
         f"## Use\n\n```python\n{use}```\n\n"
-        f"## Training\n\n{table}\n\n### Framework versions\n\n{_versions()}\n{cited}"
+        f"## Training\n\n{shown}{table}\n\n### Framework versions\n\n{_versions()}\n{cited}"
     )
     path = Path(folder) / "README.md"
     with disk_errors(path, CheckpointError):

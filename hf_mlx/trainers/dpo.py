@@ -9,15 +9,15 @@ from typing import Any
 
 from ..adapters.dropout import KeyedDropout
 from ..checkpoints.trees import read_tree, write_tree
-from ..errors import MissingDependency, SettingError
+from ..errors import SettingError
 from ..intake import lies
 from ..recipes.dpo import DPO
-from ..settings.plan import PairLossPlan
 from ..surface.references import check_moving, check_reference, check_rows, choose_reference, keep_adapter, precompute
 from ..surface.sync import sync_callback
 from ..training.pairs import PairObjective, Reference
 from ..training.reference import StartCopy, move_towards
-from .base import TrainerBase
+from .pair_names import PairNames
+from .refused import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MOVED = "hf_mlx_reference"
 
 
-class MLXDPOTrainer(TrainerBase):
+class MLXDPOTrainer(PairNames):
     """Direct preference optimization on MLX with the interface of ``trl.DPOTrainer``.
 
     The reference is the policy as it was: without its adapter where ``peft_config`` made one, with a frozen copy of the
@@ -45,13 +45,14 @@ class MLXDPOTrainer(TrainerBase):
         processing_class: Tokenizer; None loads the model's own.
         compute_metrics: Called with a ``transformers.EvalPrediction`` of logits and token ids.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
-        optimizers: Must stay ``(None, None)``: optimizer and schedule are chosen by name in ``args``.
+        optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
+            ``(None, None)`` makes those that ``args`` names, inside the compiled step.
         quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
         peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
         max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
         finetune_last_n_layers: Put adapters on the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
-        **keywords: ``tokenizer``, the older name of ``processing_class``.
+        **keywords: TRL's older constructor keywords (``tokenizer``, ``beta``, ``max_length``, …), deprecated.
 
     Attributes:
         plan: The frozen :class:`~hf_mlx.settings.plan.TrainPlan`.
@@ -67,7 +68,7 @@ class MLXDPOTrainer(TrainerBase):
 
     def __init__(
         self,
-        model: Any = None,
+        model: Any,
         ref_model: Any = None,
         args: Any = None,
         data_collator: Callable | None = None,
@@ -97,9 +98,7 @@ class MLXDPOTrainer(TrainerBase):
             compute_metrics,
             callbacks,
             optimizers,
-            None,
             peft_config=peft_config,
-            formatting_func=None,
             quantization_config=quantization_config,
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
@@ -107,34 +106,14 @@ class MLXDPOTrainer(TrainerBase):
             **keywords,
         )
 
-    @property
-    def beta(self) -> float:
-        """How far the policy may move from its reference."""
-        return self._loss.beta
+    @refuse("DPOConfig(precompute_ref_log_probs=True): trainer.train_dataset then has the reference's columns")
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """The reference's log-probabilities of a batch."""
 
     @property
     def aux_loss_enabled(self) -> bool:
         """Whether the routers' load is balanced, and ``aux_loss`` logged."""
         return self.session.routers is not None
-
-    @property
-    def data_collator(self) -> Any:
-        """The script's own collator, or the one that trl's trainer would have made for these settings."""
-        if self.data.collator is not None:
-            return self.data.collator
-        try:
-            from trl.trainer.dpo_trainer import DataCollatorForPreference
-        except ImportError as error:
-            raise MissingDependency("trainer.data_collator", "trl, whose collator it is", "pip install trl") from error
-        plan = self.plan.data
-        return DataCollatorForPreference(
-            self.processing_class.pad_token_id, plan.max_length, plan.truncation_mode, plan.pad_to_multiple_of
-        )
-
-    @property
-    def _loss(self) -> PairLossPlan:
-        assert isinstance(self.plan.loss, PairLossPlan)
-        return self.plan.loss
 
     @property
     def _objective(self) -> PairObjective:
@@ -147,8 +126,8 @@ class MLXDPOTrainer(TrainerBase):
         check_moving(self.plan)
         super()._read(train_dataset, *others)
 
-    def _enter(self, peft_config: Any, *, strict: bool) -> None:
-        super()._enter(peft_config, strict=strict)
+    def _enter(self, peft_config: Any) -> None:
+        super()._enter(peft_config)
         loss = self._loss
         if loss.disable_dropout:
             for module in self.session.loaded.model.modules():

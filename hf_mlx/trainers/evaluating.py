@@ -44,7 +44,7 @@ class Evaluating(Publishing):
         named = eval_dataset is None or isinstance(eval_dataset, str)
         own_loader = self._own_eval_loader(eval_dataset if named else dataset)
         output = self._evaluation(dataset, metric_key_prefix, own_loader)
-        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        batches = math.ceil(output.num_samples / (self.plan.batch.eval_batch_size * self.world.size))
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -56,7 +56,7 @@ class Evaluating(Publishing):
 
         Returns:
             ``transformers.trainer_utils.PredictionOutput``; predictions are (rows, length, vocabulary) float32,
-            padded with -100.
+            padded with -100. Rows without labels are predicted, with no loss.
         """
         from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -65,7 +65,7 @@ class Evaluating(Publishing):
         start = time.time()
         dataset = self.data.prepare_eval(test_dataset)
         output = self._evaluation(dataset, metric_key_prefix, self._own_test_loader(dataset), keep_logits=True)
-        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        batches = math.ceil(output.num_samples / (self.plan.batch.eval_batch_size * self.world.size))
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory.stop("test", metrics)
@@ -83,7 +83,8 @@ class Evaluating(Publishing):
             prefix,
             compute_metrics=None if self.args.prediction_loss_only else self.compute_metrics,
             preprocess_logits=self.preprocess_logits_for_metrics,
-            keep_logits=keep_logits,
+            args=self.args,
+            keep_logits=keep_logits and not self.args.prediction_loss_only,
             in_train=self.is_in_train,
             on_batch=self._on_prediction_step,
         )

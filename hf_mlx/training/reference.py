@@ -36,7 +36,8 @@ class AdapterOff:
     def __init__(self, adapter: Adapter, score: Scorer, slots: Slots) -> None:
         self._model, self._score, self._slots = score.model, score, slots
         blueprint = adapter.blueprint
-        self._adapted = [site.mlx_path for site in (*blueprint.targets, *(rows.site for rows in blueprint.rows))]
+        self._adapted = [path for target in blueprint.targets for path in target.paths]
+        self._adapted += [rows.site.mlx_path for rows in blueprint.rows]
         saved = tuple(f"{site.mlx_path}." for site in blueprint.saved)
         start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
         self._start = {name: mx.stop_gradient(value) for name, value in start.items()}
