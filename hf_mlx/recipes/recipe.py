@@ -50,6 +50,10 @@ class RowTable(Protocol):
         """Tokens of every row of what :meth:`view` returned; ``column`` may hold them."""
         ...
 
+    def extent(self, dataset: Any, examples: int, plan: Any) -> tuple[int, int]:
+        """Rows and their width of the largest micro-batch of ``examples`` of a prepared set, as they are computed."""
+        ...
+
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: Any, *, padding_free: bool) -> Any:
         """Prepared rows as a batch."""
         ...

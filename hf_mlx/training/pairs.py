@@ -40,6 +40,11 @@ PAIR_METRICS = (
 class Reference(Protocol):
     """The frozen policy that the trained one is held to."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Of arrays that the policy does not hold."""
+        ...
+
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         """Log-probabilities of the scored tokens; the caller stops their gradient.
 
@@ -174,6 +179,11 @@ class PairObjective:
     def rows_together(self, arrays: Arrays) -> int:
         """Rows of a pair: its answers, and those of its prompt where that is computed once."""
         return rows_together(arrays)
+
+    @property
+    def reference_bytes(self) -> int | None:
+        """What the reference holds beside the policy's arrays; None where no reference is computed."""
+        return None if self.reference is None or self.plan.precompute else self.reference.held_bytes
 
     @property
     def shares_prompts(self) -> bool:
