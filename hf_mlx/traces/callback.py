@@ -54,7 +54,7 @@ class TraceCallback(TrainerCallback):
         self._detach: Callable[[], None] | None = None
         self._follows = False
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         self._writes = state.is_world_process_zero
         if not self._writes:
             return
