@@ -88,7 +88,10 @@ class Running(Evaluating):
         handler.optimizer = self.optimizer if view is None else view
         shown = self.lr_scheduler if view is None else SchedulerView(schedule, lambda: loop.steps_done)
         handler.lr_scheduler = shown
-        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader, loader)
+        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader)
+        for callback in handler.callbacks:
+            if hasattr(callback, "follow_batches"):
+                callback.follow_batches(loader)
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
         self._recorder.start(self.session.progress.num_tokens)
