@@ -47,7 +47,7 @@ def derive_trainer(
         return object.__new__(cls)
 
     def derived(cls: type, **kwargs: Any) -> None:
-        super(made, cls).__init_subclass__(**kwargs)
+        super(made, cls).__init_subclass__(**kwargs)  # pyright: ignore[reportArgumentType]
         if hasattr(base, "trains") and is_library(sys._getframe(1)):
             derive_from(cls, made, upstream)
 

@@ -25,6 +25,7 @@ from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
+from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
 from .running import Running
 
@@ -39,6 +40,7 @@ class TrainerBase(Running):
     The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
+    @in_its_words
     def __init__(
         self,
         model: Any,

@@ -11,6 +11,7 @@ from ..errors import MissingDependency, SettingError
 from ..settings.changes import Asked
 from ..surface.assignments import check_assignment, started
 from ..surface.requests import check_evaluation
+from ..surface.wording import in_its_words
 from .own import Own
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ class Live(Own):
     _asked: Asked
     _is_built: bool = False
 
+    @in_its_words
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._is_built:
             super().__setattr__(name, value)

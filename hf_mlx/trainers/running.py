@@ -20,6 +20,7 @@ from ..surface.estimate import estimate_memory
 from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.requests import no_rows
+from ..surface.wording import in_its_words
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
+    @in_its_words
     @alone_in_output_dir
     def train(
         self,

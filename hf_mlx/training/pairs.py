@@ -15,6 +15,7 @@ from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..settings.plan import PairLossPlan
+from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_token_logps, token_logps
 from .loss import IGNORED
 from .objective import HeadBlocks, Slots
@@ -156,7 +157,7 @@ class PairObjective:
         """The reference's summed log-probability of each row's answer, (R,) float32."""
         return self._reference(params, arrays)
 
-    def divisor(self, valid: int) -> int:
+    def divisor(self, inputs: Inputs) -> int:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 
