@@ -23,6 +23,7 @@ from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.report import write_report
 from ..surface.requests import no_rows
 from ..surface.together import check_alike, check_epochs, join_step
+from ..surface.wording import in_its_words
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
+    @in_its_words
     @alone_in_output_dir
     def train(
         self,
