@@ -62,6 +62,8 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
 
 def apply(model: Any, config: Config) -> None:
     """Gives each block of ``model`` its own window (in tokens, the current one included)."""
+    if config["model_type"] in _PERIODIC:
+        _let_all_slide(model)
     rule = WINDOWS.get(config["model_type"])
     if rule is None:
         return
@@ -69,6 +71,32 @@ def apply(model: Any, config: Config) -> None:
         if window is not None:
             block.__class__ = _windowed(type(block))
             block.sliding_window = window
+
+
+# Types whose code looks for a full-attention layer at the end of the first period.
+_PERIODIC = ("cohere2", "gemma3", "gemma3_text")
+
+
+def _let_all_slide(model: Any) -> None:
+    """A model with fewer layers than its period, which all slide: mlx-lm would look beyond its last layer."""
+    for _, module in model.named_modules():
+        if "embed_tokens" not in module or "layers" not in module:
+            continue
+        owner: Any = module if hasattr(module, "sliding_window_pattern") else module.args
+        period = owner.sliding_window_pattern
+        if period > len(module.layers):
+            module.__class__ = _padded(type(module), period)
+
+
+@cache
+def _padded(inner: type[Any], period: int) -> type[Any]:
+    class Padded(inner):
+        def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> mx.array:
+            held = cache or [None] * len(self.layers)
+            return super().__call__(inputs, [*held, *[None] * (period - len(held))], *args, **options)
+
+    Padded.__name__ = f"Padded{inner.__name__}"
+    return Padded
 
 
 @cache
