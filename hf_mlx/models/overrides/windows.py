@@ -62,8 +62,7 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
 
 def apply(model: Any, config: Config) -> None:
     """Gives each block of ``model`` its own window (in tokens, the current one included)."""
-    if config["model_type"] in _PERIODIC:
-        _let_all_slide(model)
+    _pad_caches(model)
     rule = WINDOWS.get(config["model_type"])
     if rule is None:
         return
@@ -73,19 +72,24 @@ def apply(model: Any, config: Config) -> None:
             block.sliding_window = window
 
 
-# Types whose code looks for a full-attention layer at the end of the first period.
-_PERIODIC = ("cohere2", "gemma3", "gemma3_text")
+# Attributes in which mlx-lm keeps the first layer of a kind, which it asks for the mask of all of that kind.
+_FIRST_OF_A_KIND = """
+    fa_idx swa_idx ga_idx full_idx ssm_idx attn_idx conv_idx _fa_idx _lin_idx _first_full _first_sliding
+"""
 
 
-def _let_all_slide(model: Any) -> None:
-    """A model with fewer layers than its period, which all slide: mlx-lm would look beyond its last layer."""
+def _pad_caches(model: Any) -> None:
+    """A model with fewer layers than its period has none of a kind: mlx-lm would look beyond its last layer."""
     for _, module in model.named_modules():
-        if "embed_tokens" not in module or "layers" not in module:
+        if "layers" not in module:
             continue
-        owner: Any = module if hasattr(module, "sliding_window_pattern") else module.args
-        period = owner.sliding_window_pattern
-        if period > len(module.layers):
-            module.__class__ = _padded(type(module), period)
+        firsts = [getattr(module, name, None) for name in _FIRST_OF_A_KIND.split()]
+        period = getattr(module, "sliding_window_pattern", None)
+        period = getattr(getattr(module, "args", None), "sliding_window_pattern", None) if period is None else period
+        needed = [first + 1 for first in firsts if isinstance(first, int)]
+        needed += [period] if isinstance(period, int) else []
+        if max(needed, default=0) > len(module.layers):
+            module.__class__ = _padded(type(module), max(needed))
 
 
 @cache
