@@ -19,7 +19,7 @@ VALUES = {
     "include_inputs_for_metrics": True, "push_to_hub_organization": "o", "logging_dir": "logs", "adafactor": True,
     "dispatch_batches": False, "split_batches": True, "rpo_alpha": 0.5, "overwrite_output_dir": True,
     "use_mps_device": False, "dataset_batch_size": 500, "num_of_sequences": 64, "chars_per_token": 2.5,
-    "infinite": True, "use_logits_to_keep": True,
+    "infinite": True, "use_logits_to_keep": True, "use_num_logits_to_keep": True, "use_liger_loss": True,
 }  # fmt: skip
 # The field of today that has the meaning, and its value; a field that is renamed keeps the value.
 MEANINGS = {
@@ -41,12 +41,16 @@ ASKING = {
     "tpu_metrics_debug": True, "mp_parameters": "x", "ray_scope": "all", "use_legacy_prediction_loop": True,
     "reference_free": True, "max_prompt_length": 8, "max_completion_length": 8, "max_target_length": 8,
     "label_pad_token_id": 0, "padding_value": 0, "is_encoder_decoder": True, "generate_during_eval": True,
+    "tp_size": 2,
     "model_adapter_name": "a", "ref_adapter_name": "b", "force_use_ref_model": True, "base_model_attribute_name": "m",
     "ref_model_init_kwargs": {"dtype": "float32"}, "tools": [1],
 }  # fmt: skip
 # Fields that only DPOConfig had.
-PREFERENCE = {name for name, field in OLDER_FIELDS.items() if field.left in ("trl 0.14", "trl 0.15", "trl 0.26")}
-PREFERENCE |= {name for name, field in OLDER_FIELDS.items() if field.left == "trl 0.29"}
+PREFERENCE = {
+    name
+    for name, field in OLDER_FIELDS.items()
+    if field.left in ("trl 0.14", "trl 0.15", "trl 0.17", "trl 0.26", "trl 0.28", "trl 0.29")
+}
 
 SCRIPT = """
 import importlib, json, os, sys

@@ -73,7 +73,12 @@ def derive_trainer(
         print(describe_run(self))
         raise SystemExit(0)
 
+    def set_tokenizer(self: Any, tokenizer: Any) -> None:
+        self.processing_class = tokenizer
+
     members: dict[str, Any] = {
+        # Its name until transformers 5.0.
+        "tokenizer": property(lambda self: self.processing_class, set_tokenizer),
         "__doc__": base.__doc__, "__init__": construct, "__module__": base.__module__, "__new__": choose,
         "upstream": upstream, "__init_subclass__": classmethod(derived),
     }  # fmt: skip
