@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx.utils import tree_flatten
+
 from ..adapters.export import write_adapter
 from ..adapters.merge import merge_and_unload
 from ..errors import AdapterError, SettingError
@@ -44,7 +46,9 @@ class Files(Modules):
             SettingError: A keyword that is not honoured here.
         """
         repo, token = kwargs.pop("repo_id", None), kwargs.pop("token", None)
-        check_keywords(kwargs)
+        model = self.loaded.model
+        written: Any = model.parameters() if self.adapter is None else model.trainable_parameters()
+        check_keywords(kwargs, sum(value.nbytes for _, value in tree_flatten(written)))
         self.settle()
         if state_dict is not None:
             self._check_own(state_dict)
