@@ -9,6 +9,7 @@ from ..checkpoints.files import check_output_dir, saved_folder
 from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
+from ..surface.facade_files import check_state
 from ..surface.hub import write_card
 from ..surface.trackers import tracker_links
 from .records import Records
@@ -32,6 +33,13 @@ class Publishing(Records):
                 pickle_object(self.args, temporary / ARGUMENTS)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What older scripts save with: :meth:`save_model`, of weights that are checked to be the model's own."""
+        self._base.write_back()
+        if state_dict is not None:
+            check_state(self._model, state_dict)
+        self.save_model(output_dir, _internal_call=True)
 
     @property
     def hub_model_id(self) -> str | None:
