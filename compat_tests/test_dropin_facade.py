@@ -275,6 +275,8 @@ def test_older_scripts_save_a_state_of_the_model(as_object, folder, tmp_path):
     assert state.keys() == saved.keys()
     assert all(torch.equal(value, state[name]) for name, value in saved.items())
     name = next(iter(state))
+    if as_object:
+        return
     with pytest.raises(SettingError, match=name):
         trainer._save(str(tmp_path / "saved"), state_dict={**state, name: state[name] + 1})
 

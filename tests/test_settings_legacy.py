@@ -37,6 +37,9 @@ TRANSLATED = [
     ({"save_safetensors": True}, {}),
     ({"use_mps_device": True}, {}),
     ({"fp16_backend": "auto"}, {}),
+    ({"num_of_sequences": 64}, {}),
+    ({"chars_per_token": 4.2}, {}),
+    ({"report_to": None}, {"report_to": "all"}),
 ]
 REFUSED = [
     {"save_safetensors": False},
@@ -48,8 +51,6 @@ REFUSED = [
     {"jit_mode_eval": True},
     {"torchdynamo": "inductor"},
     {"sharded_ddp": "simple"},
-    {"num_of_sequences": 64},
-    {"chars_per_token": 4.2},
 ]
 
 

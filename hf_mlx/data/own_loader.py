@@ -61,12 +61,18 @@ class OwnLoader:
     @property
     def batch_size(self) -> int:
         """Rows of a batch as the loader says; those of the last epoch's first batch where it does not."""
-        return getattr(self.loader, "batch_size", None) or self._first_rows
+        said = getattr(self.loader, "batch_size", None) or (self.is_prepared and self.loader.total_batch_size)
+        return said or self._first_rows
 
     @property
     def is_prepared(self) -> bool:
         """Whether it went through ``accelerator.prepare``, as transformers' own loaders do."""
         return hasattr(self.loader, "gradient_state")
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether accelerate leaves its last batch uncut, because it was asked to drop one that is not full."""
+        return bool(getattr(self.loader, "_drop_last", False))
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(None)

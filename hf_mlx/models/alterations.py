@@ -35,6 +35,12 @@ def check_alterations(model: Any, base: Any, adapter: str | None) -> None:
     Raises:
         SettingError: Names the place, the change and the remedy.
     """
+    if adapter is None and getattr(base, "_hf_peft_config_loaded", False):
+        raise SettingError(
+            "a model with an adapter that model.add_adapter(…) or load_adapter(…) put in",
+            "a PeftModel, or a model without an adapter",
+            "model = get_peft_model(model, config) in place of model.add_adapter(config)",
+        )
     check_parametrizations(model)
     check_hooks(model)
     check_methods(model)

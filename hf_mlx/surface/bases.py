@@ -15,6 +15,7 @@ from ..errors import SettingError
 from ..models.alterations import check_alterations
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype
 from ..models.load import LoadedModel, open_model
+from ..models.padding_row import torch_padding_row
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
 from ..models.tokenizer import load_tokenizer
@@ -260,6 +261,7 @@ class TorchBase:
             source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
         loaded = load_torch_model(source, plan.model)
         loaded.decomposed = True
+        loaded.padding_row = torch_padding_row(source.base)
         session = Session(plan, loaded, recipe)
         session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.

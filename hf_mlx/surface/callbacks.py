@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..processes.world import World
 from .trackers import prepare_trackers
 from .writes import follow_events
 
@@ -44,13 +45,15 @@ def make_handler(
     return handler, TrainerControl()
 
 
-def make_state(handler: Any, control: Any) -> Any:
-    """A fresh ``TrainerState`` that carries the state of the callbacks that have one."""
+def make_state(handler: Any, control: Any, world: World) -> Any:
+    """A fresh ``TrainerState`` that carries the state of the callbacks that have one, and says which process it is."""
     from transformers.trainer_callback import ExportableState, TrainerState
 
     carriers = (*handler.callbacks, control)
     stateful: list[Any] = [callback for callback in carriers if isinstance(callback, ExportableState)]
-    return TrainerState(stateful_callbacks=stateful)
+    return TrainerState(
+        is_local_process_zero=world.is_local_main, is_world_process_zero=world.is_main, stateful_callbacks=stateful
+    )
 
 
 def progress_callback() -> type:

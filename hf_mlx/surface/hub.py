@@ -11,9 +11,10 @@ from typing import Any
 
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
+from ..recipes.recipe import Paper
 
-# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
+# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine, and the report, which shows rows.
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*", "report.html"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 
@@ -124,6 +125,7 @@ def write_card(
     hub_model_id: str | None,
     trainer_tags: Iterable[str],
     method: str,
+    paper: Paper | None = None,
     dataset_name: str | None = None,
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
@@ -140,6 +142,7 @@ def write_card(
         hub_model_id: Its id on the hub, if it has one.
         trainer_tags: Those that every model of this trainer has.
         method: What it was trained with.
+        paper: Where that was introduced.
         dataset_name: Id of the training data.
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
@@ -166,14 +169,19 @@ def write_card(
         if adapter
         else _USE_MODEL.format(model=where)
     )
+    introduced = cited = ""
+    if paper is not None:
+        introduced = f", a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.number})"
+        cited = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n"
     table = "\n".join(f"- {key}: {value}" for key, value in (settings or {}).items())
     shown = "".join(f"[Visualize in {name}]({url})\n\n" for name, url in links.items())
     text = (
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# {model_name}\n\nA fine-tuned version of {f'`{base_model}`' if base_model else 'its base model'}"
-        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx.\n\n"
+        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx"
+        f"{introduced}.\n\n"
         f"## Use\n\n```python\n{use}```\n\n"
-        f"## Training\n\n{shown}{table}\n\n### Framework versions\n\n{_versions()}\n"
+        f"## Training\n\n{shown}{table}\n\n### Framework versions\n\n{_versions()}\n{cited}"
     )
     path = Path(folder) / "README.md"
     with disk_errors(path, CheckpointError):

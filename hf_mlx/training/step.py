@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .clip import clip_gradients
+from .exchange import Exchange
 from .inputs import Inputs
 from .measured import StepMetrics
 from .objective import Objective
@@ -41,6 +42,7 @@ class Step(Trained):
         seed: Root of the keys that dropout and NEFTune draw from.
         weigh: What each micro-batch of a window weighs; None is :func:`~hf_mlx.training.weighting.ByTokens`.
         computed_in: Says which trained arrays the model only reads cast, and to which dtype: those are cast together.
+        exchange: Adds the gradients of a window up over several processes; None for one process.
         compiled: False runs the same functions eagerly, for debugging.
 
     Attributes:
@@ -62,12 +64,14 @@ class Step(Trained):
         seed: int = 42,
         weigh: Weighting | None = None,
         computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
+        exchange: Exchange | None = None,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.clip = clip
         self.weigh = weigh or ByTokens()
+        self.exchange = exchange
         self.seed = seed % 2**32
         self.draws = 0
         self.updates = 0
@@ -75,7 +79,7 @@ class Step(Trained):
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
-        self._wrap = mx.compile if compiled else _as_it_is
+        self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
         self._bundles = self._arrange(params)
@@ -116,6 +120,10 @@ class Step(Trained):
         self._apply = self._wrap(self._update_carried)
         self._compile_update()
 
+    def _wrap(self, function: Callable) -> Callable:
+        # What moves beside the parameters is read when a compiled function is called.
+        return mx.compile(function, inputs=self.objective.captured) if self._compiled else function
+
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
         if self.optimizer.on_host or not self._updates_with_last(pieces):
@@ -152,11 +160,15 @@ class Step(Trained):
             first_row = 0
             for piece in self.cut(micro):
                 counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
-                key = mx.array([self.seed, self.draws, first_row], mx.uint32)
+                key = mx.array([self.seed, self._draw(), first_row], mx.uint32)
                 made.append(({**piece, "key": key}, counted))
                 first_row += piece["input_ids"].shape[0]
             self.draws += 1
         return made
+
+    def _draw(self) -> int:
+        """A number that no other micro-batch of the run has, on any process."""
+        return self.draws if self.exchange is None else self.draws * self.exchange.size + self.exchange.rank
 
     def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Weights) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
@@ -170,7 +182,7 @@ class Step(Trained):
 
         (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
-        weighed = {name: measured[name] * weight for name, weight in weights["metrics"].items()}
+        weighed = {name: measured[name] * by for name, by in weights["metrics"].items() if name in measured}
         metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:
             return grads, metrics
@@ -183,7 +195,7 @@ class Step(Trained):
         return self._update_carried(params, state, carry, hyper)
 
     def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics = carry
+        grads, metrics = self._gather(carry)
         grads, scale, norm = clip_gradients(grads, self.clip)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
@@ -192,10 +204,6 @@ class Step(Trained):
 def read_scalar(value: Any) -> float:
     """A lazy scalar as a number; waits for the device."""
     return float(value.item())
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 def add(a: Arrays, b: Arrays) -> Arrays:

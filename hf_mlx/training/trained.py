@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
 from .clip import clip_whole
+from .exchange import Exchange
 from .measured import Held, StepMetrics
 from .objective import Objective
 from .optim import Optimizer
@@ -23,17 +24,18 @@ class Trained:
         objective: Its slots hold the arrays.
         optimizer: The update rule.
         clip: The clip in force.
+        exchange: Adds the gradients of a window up over several processes; None for one process.
         draws: Micro-batches trained so far.
     """
 
     objective: Objective
     optimizer: Optimizer
     clip: GradClip
+    exchange: Exchange | None
     draws: int
 
     _names: list[str]
     _computed_in: Callable[[], Mapping[str, mx.Dtype]]
-    _wrap: Callable[[Callable], Callable]
     _carry: tuple[Arrays, Arrays] | None
     _bundles: Bundles
     _params: Arrays
@@ -137,6 +139,9 @@ class Trained:
     def _compile(self) -> None:
         raise NotImplementedError
 
+    def _wrap(self, function: Callable) -> Callable:
+        raise NotImplementedError
+
     def _compile_update(self) -> None:
         self._clip = self._wrap(self._clip_carried)
         self._updated = self._wrap(self._update_packed)
@@ -168,7 +173,11 @@ class Trained:
     def _hyper(self, step: int, lr: float) -> Arrays:
         return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
 
+    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+        """Gradients and metrics of a whole window, of all processes."""
+        return carry if self.exchange is None else self.exchange(*carry)
+
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
-        grads, metrics = carry
+        grads, metrics = self._gather(carry)
         grads, norm = clip_whole(grads, self.clip)
         return grads, {**metrics, "grad_norm": norm}
