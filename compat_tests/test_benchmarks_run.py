@@ -31,3 +31,17 @@ def test_a_step_beside_the_peers(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
     assert [row[2] for row in rows] == ["hf_mlx", "mlx-lm", "mlx-lm", "trl"]
     assert chart.stat().st_size > 10_000
+
+
+def test_a_step_of_pre_training_beside_transformers(tmp_path):
+    kept = tmp_path / "out" / "trainer.json"
+    words = ["--shapes", "1x16", "--steps", "3", "--warm-up", "1", "--json", kept]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "trainer_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(kept.read_text())["results"]
+    assert [result["peer"] for result in results] == ["hf_mlx", "transformers"]
+    assert all(result["seconds"] > 0 and result["peak"] > 0 and result["tokens"] == 16 for result in results)
+    assert results[0]["losses"] == pytest.approx(results[1]["losses"], rel=1e-4)
+    assert len(results[0]["losses"]) == 1

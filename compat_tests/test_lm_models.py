@@ -66,21 +66,25 @@ def keywords(**more):
     return {"train_dataset": rows, "eval_dataset": held, **more}
 
 
+MODELS = {
+    "gpt2": (gpt2, {}),
+    "experts": (qwen, {}),
+    "experts, LoRA": (adapted, {}),
+    "mixtral": (mixtral, {}),
+    "gpt2, smoothed": (gpt2, {"label_smoothing_factor": 0.1}),
+    "experts, smoothed": (qwen, {"label_smoothing_factor": 0.1}),
+    "routers unasked": (lambda: qwen(output_router_logits=False), {}),
+}
+SAMPLE = 4
+
+
 @pytest.mark.parametrize(
-    ("make", "settings"),
-    [
-        (gpt2, {}),
-        (gpt2, {"label_smoothing_factor": 0.1}),
-        (qwen, {}),
-        (qwen, {"label_smoothing_factor": 0.1}),
-        (adapted, {}),
-        (mixtral, {}),
-        (lambda: qwen(output_router_logits=False), {}),
-    ],
-    ids=["gpt2", "gpt2, smoothed", "experts", "experts, smoothed", "experts, LoRA", "mixtral", "routers unasked"],
+    "name",
+    [*list(MODELS)[:SAMPLE], *(pytest.param(name, marks=pytest.mark.wide) for name in list(MODELS)[SAMPLE:])],
 )
-def test_the_curve_of_other_models(make, settings):
+def test_the_curve_of_other_models(name):
     """GPT-2's loss is divided by first labels too, in evaluation as well; the routers' loss is the model's own."""
+    make, settings = MODELS[name]
     (theirs, _), (ours, _) = run_both(make, SETTINGS | settings, keywords)
     assert_same_log(untimed(theirs), untimed(ours), relative=RELATIVE)
     assert len(ours) == 7
