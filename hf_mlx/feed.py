@@ -14,15 +14,17 @@ from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
 from .data.masked import check_labelled
-from .data.order import Steps, count_batched_steps, count_steps, epoch_order, group_by_length
+from .data.order import Share, Steps, count_batched_steps, count_steps, epoch_order, group_by_length
 from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
 from .data.shapes import Shapes
 from .data.tables import Tables
 from .errors import DataError, SettingError
+from .processes.world import the_world
 from .recipes.collation import Collation
 from .recipes.recipe import Recipe
 from .settings.plan import TrainPlan
+from .settings.run_plan import check_split
 from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Feed:
         tables: Ids and positions that the model can embed; ids may be more than the tokenizer knows.
 
     Attributes:
+        share: The part of every set that this process reads; None for one process, which reads all.
         collation: Rows to batches, by the user's collator where there is one.
         share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
         columns: Those of a row that a collator gets when ``remove_unused_columns`` is on.
@@ -72,17 +75,11 @@ class Feed:
         self.columns: tuple[str, ...] = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
-        self.share_rows = False
-        self._has_own_loader = False
-        self.collation = Collation(
-            self._rows,
-            self._guard,
-            tokenizer,
-            plan.data,
-            collator=collator,
-            columns=self.columns,
-            keep_columns=keep_columns,
-        )
+        world, batch = the_world(), plan.batch
+        self.share = None if world.is_alone else Share(world.rank, world.size, batch.split_batches)
+        self.share_rows = self._has_own_loader = False
+        own: dict[str, Any] = {"collator": collator, "columns": self.columns, "keep_columns": keep_columns}
+        self.collation = Collation(self._rows, self._guard, tokenizer, plan.data, **own)
 
     def prepare_train(self, dataset: Any) -> Any:
         """``dataset`` as the upstream trainer's ``train_dataset``."""
@@ -218,21 +215,27 @@ class Feed:
         def order(epoch: int) -> Any:
             return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
 
-        return make_loader(dataset, plan.train_batch_size, self.collate, order=order, drop_last=plan.drop_last)
+        return self._load(dataset, plan.train_batch_size, order)
+
+    def _load(self, dataset: Any, batch_size: int, order: Callable[[int], Any] | None) -> RowLoader | StreamLoader:
+        """This process's micro-batches of a set."""
+        drop_last = self.plan.batch.drop_last
+        return make_loader(dataset, batch_size, self.collate, order=order, drop_last=drop_last, share=self.share)
 
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
         plan, dataset = self.plan.batch, self._view(dataset)
+        check_split(plan, "eval", plan.eval_batch_size)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
-            return make_loader(dataset, plan.eval_batch_size, self.collate, drop_last=plan.drop_last)
+            return self._load(dataset, plan.eval_batch_size, None)
         lengths = self._row_lengths(dataset)
         seed = plan.seed if plan.data_seed is None else plan.data_seed
 
         def order(_: int) -> Any:
             return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
 
-        return make_loader(dataset, plan.eval_batch_size, self.collate, order=order, drop_last=plan.drop_last)
+        return self._load(dataset, plan.eval_batch_size, order)
 
     def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
         """``batch`` as device arrays, in one of the run's shapes.
@@ -250,13 +253,12 @@ class Feed:
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
         those of a stream, nor of a user's collator, which may draw random numbers.
         """
-        fill_id, limit = self._guard.fill_id, self._limit
+        fill_id, limit, keeps = self._guard.fill_id, self._limit, self.collation.keeps_batches
         batches = loader.batches(epoch, skip=skip)
-        if not self.collation.keeps_batches:
-            batches = map(check_labelled, batches)
-        shapes = None if self.collation.keeps_batches else self.shapes
+        batches = batches if keeps else map(check_labelled, batches)
+        shapes = None if keeps else self.shapes
         laid = ((batch, self._rows.lay_out(batch, fill_id, shapes, limit=limit)) for batch in batches)
-        if self.collation.keeps_batches:
+        if keeps:
             return ((batch, replace(inputs, batch=batch)) for batch, inputs in laid)
         if self.collator is not None or not isinstance(loader, RowLoader):
             return laid
@@ -277,6 +279,8 @@ class Feed:
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
         assert isinstance(loader, RowLoader)
+        # Every process sees the same sample, and so chooses the same shapes.
+        loader.share, loader.batch_size = None, self.plan.batch.own_batch_size
         return fit_shapes(loader.sample(SAMPLE), share=self.share_rows, limit=self._limit)
 
     def count_steps(self, dataset: Any) -> Steps:

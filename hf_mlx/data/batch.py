@@ -38,6 +38,11 @@ class Batch:
     has_labels: bool = True
 
     @property
+    def examples(self) -> int:
+        """Rows of the dataset that it was made of."""
+        return len(self.input_ids)
+
+    @property
     def num_items(self) -> int:
         """Targets that count, which is what HF divides the summed loss by."""
         return int((self.labels[:, 1:] != IGNORE).sum())

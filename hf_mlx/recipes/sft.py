@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.batch import Batch
 from ..data.collate import collate, convert_batch
-from ..data.order import count_tokens
+from ..data.order import count_tokens, longest_row
 from ..data.prepare import Prepared, prepare, prepare_eval, prepare_tokenizer
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
@@ -47,6 +47,9 @@ class SFTRows:
         if keep_columns and column in dataset.column_names:
             return list(dataset[column])
         return count_tokens(dataset)
+
+    def extent(self, dataset: Any, examples: int, plan: DataPlan) -> tuple[int, int]:
+        return examples, longest_row(dataset, plan.max_length or 1024)
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> Batch:
         if not padding_free:
@@ -107,4 +110,5 @@ SFT = Recipe(
     never_called=NEVER_CALLED,
     tags=("generated_from_trainer", "sft", "trl", "hf-mlx"),
     method="SFT",
+    trains_together=True,
 )

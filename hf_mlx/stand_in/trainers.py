@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ def derive_trainer(
     strict: bool = False,
     dry_run: bool = False,
     on_built: Callable[[], None] = lambda: None,
+    translate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> type:
     """A trainer of this library under upstream's name.
 
@@ -29,20 +31,34 @@ def derive_trainer(
         strict: Default of the trainer's own ``strict``.
         dry_run: ``train()`` prints what would happen and ends the script with status 0.
         on_built: Called when one has been constructed.
+        translate: Makes today's keyword arguments of those that the script wrote.
     """
+    parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+    positional = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
 
     def construct(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, *args, **{"strict": strict} | kwargs)  # type: ignore[misc]
+        twice = set(positional[: len(args)]) & kwargs.keys()
+        if twice or len(args) > len(positional):
+            # Its own TypeError.
+            base.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        given = translate(dict(zip(positional, args, strict=False)) | kwargs)
+        base.__init__(self, **{"strict": strict} | given)  # type: ignore[misc]
         built.add(type(self))
         on_built()
         say(self.ledger.as_text(changed_only=True))
 
+    # Scripts look for the keywords of the release that is installed.
+    construct.__signature__ = inspect.signature(upstream.__init__)  # type: ignore[attr-defined]
+
     def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
-        model = args[0] if args else kwargs.get("model")
-        if not hasattr(base, "trains") or base.trains(model) or cls in built:
+        given = dict(zip(positional, args, strict=False)) | kwargs
+        here = base.trains(given.get("model")) if hasattr(base, "trains") else True
+        if here and not (cls is made and getattr(given.get("args"), "predict_with_generate", False)):
             return object.__new__(cls)
         if cls is made:
-            return upstream(*args, **kwargs)
+            return upstream(**translate(given))
+        if cls in built:
+            return object.__new__(cls)
         derive_from(cls, made, upstream)
         return object.__new__(cls)
 
@@ -57,7 +73,12 @@ def derive_trainer(
         print(describe_run(self))
         raise SystemExit(0)
 
+    def set_tokenizer(self: Any, tokenizer: Any) -> None:
+        self.processing_class = tokenizer
+
     members: dict[str, Any] = {
+        # Its name until transformers 5.0.
+        "tokenizer": property(lambda self: self.processing_class, set_tokenizer),
         "__doc__": base.__doc__, "__init__": construct, "__module__": base.__module__, "__new__": choose,
         "upstream": upstream, "__init_subclass__": classmethod(derived),
     }  # fmt: skip

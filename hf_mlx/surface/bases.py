@@ -180,7 +180,7 @@ class NamedBase:
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded, recipe)
         self._session = session
-        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
+        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
         self._model.settle = lambda: self.take_over("")
         return session, self._model
 
@@ -188,6 +188,7 @@ class NamedBase:
         self.take_over("")
 
     def take_over(self, event: str) -> None:
+        self._model.check_modules(event)
         take_over_loans(self._session, self._model.lent, event)
 
     def parameters(self, paths: Iterable[str]) -> list[Any]:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
+from ..errors import DataError
 from ..feed import Feed, Loader
 from ..session import Session
 from ..training.evaluation import EvalSums
@@ -23,12 +25,16 @@ class Evaluation:
         session: Model, parameters and counters.
         data: Turns batches into device arrays.
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
+        counts_items: The upstream trainer divides a batch by the tokens that all processes evaluate at the same time.
     """
 
-    def __init__(self, session: Session, data: Feed, *, before_metrics: Callable[[], None]) -> None:
+    def __init__(
+        self, session: Session, data: Feed, *, before_metrics: Callable[[], None], counts_items: bool = False
+    ) -> None:
         self._session = session
         self._data = data
         self._before_metrics = before_metrics
+        self._counts_items = counts_items
         self._sums: EvalSums | None = None
 
     def __call__(
@@ -61,6 +67,7 @@ class Evaluation:
         from transformers.trainer_utils import EvalLoopOutput
 
         plan, session = self._session.plan, self._session
+        world = session.world
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         own = loader if isinstance(loader, OwnLoader) else None
@@ -72,6 +79,8 @@ class Evaluation:
         sink = None
         if keep_logits or compute_metrics is not None:
             options: dict[str, Any] = {"size": size, "remainder": remainder, "ends": is_prepared, "keeps": keep_logits}
+            if not world.is_alone:
+                options |= {"world": world, "rows": rows if is_cut else None}
             sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
             if compute_metrics is not None:
                 self._before_metrics()
@@ -85,10 +94,17 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             batches = loader if sink is None else sink.watch(loader)
             sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+        if not world.is_alone:
+            sums = self._gather(sums, loader)
         session.progress.mode, self._sums = "eval", sums
         predictions, labels, metrics = (None, None, {}) if sink is None else sink.finish()
         if sums.losses:
-            measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, last=remainder)
+            counted = None
+            if not world.is_alone and rows is not None and is_cut:
+                counted = _repeated_rows(rows, loader, len(sums.losses), size)
+            elif remainder:
+                counted = (len(sums.losses) - 1) * size + min(remainder, size)
+            measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, counted=counted)
             metrics[f"{prefix}_loss"] = measured
         elif not sums.batches:
             logger.warning(
@@ -99,6 +115,23 @@ class Evaluation:
         bare = [key for key in metrics if not key.startswith(f"{prefix}_")]
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, rows if rows is not None else sums.rows)
+
+    def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
+        session, world = self._session, self._session.world
+        parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
+        counts = [len(part.losses) for part in parts]
+        if len(set(counts)) > 1:
+            raise DataError(
+                f"an evaluation stream of {counts} batches on ranks 0 to {world.size - 1}, whose shards are unlike",
+                "the same number on all processes (upstream waits for ever)",
+                "rows.to_iterable_dataset(num_shards=1), which is dealt in rounds, or a Dataset",
+            )
+        kept = world.size
+        if isinstance(loader, RowLoader) and sums.losses:
+            kept = loader.kept(len(loader) - 1)
+        by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
+        coefficient = session.step.objective.aux_coefficient
+        return EvalSums.gathered(parts, kept, by_all=by_all, aux_coefficient=coefficient)
 
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
@@ -112,3 +145,12 @@ class Evaluation:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
+
+
+def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
+    """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
+    if not isinstance(loader, RowLoader) or loader.share is None:
+        return rows
+    rest = rows % loader.share.round_rows(loader.batch_size)
+    repeated = batches * batch_size
+    return repeated - loader.share.processes * batch_size + rest if rest else repeated

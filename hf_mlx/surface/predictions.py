@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from ..data.batch import Batch
+from ..errors import SettingError
 from ..models.torch_arrays import like_torch, to_numpy
+from ..processes.world import World
 from .own_loss import read_inputs
 
 
@@ -26,6 +28,11 @@ class Predictions:
         size: What the loss of each batch counts for: ``per_device_eval_batch_size``.
         remainder: Rows of a last batch that is not full, to which what comes of it is cut; 0 where it is not known.
         ends: Whether the last batch is known for the last.
+        world: The processes that evaluate together; None for one.
+        rows: Of the set, where several processes repeat some to have as many each.
+
+    Raises:
+        SettingError: Several processes cannot compute metrics from what is asked for.
     """
 
     def __init__(
@@ -38,7 +45,12 @@ class Predictions:
         size: int,
         remainder: int,
         ends: bool,
+        world: World | None = None,
+        rows: int | None = None,
     ) -> None:
+        if world is not None:
+            _check_processes(args)
+        self._world, self._rows = world, rows
         self._compute, self._preprocess = compute, preprocess
         self._by_batch = bool(args.batch_eval_metrics)
         self._keeps = keeps or not self._by_batch
@@ -61,16 +73,23 @@ class Predictions:
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray | None, batch: Batch, loss: float | None) -> None:
         """Take one batch; ``labels`` and ``loss`` are None where it has no labels."""
+        if self._world is not None:
+            # As accelerate's pad_across_processes, before the script sees them.
+            own = np.array([logits.shape[1], 0 if labels is None else labels.shape[1]])
+            widths = self._world.gather("a batch of predictions", own).max(axis=0)
+            logits = _widen(logits, int(widths[0]))
+            labels = None if labels is None else _widen(labels, int(widths[1]))
         given: Any = like_torch(logits)
         known = None if labels is None else like_torch(labels.astype(np.int64))
         if self._preprocess is not None:
             given = self._preprocess(given, known)
-        cut = self._remainder if self._is_last and 0 < len(batch.input_ids) <= self._remainder else None
+        is_cut = self._world is None and self._is_last and 0 < batch.examples <= self._remainder
+        cut = self._remainder if is_cut else None
         if cut is not None:
             # accelerate leaves what cannot be cut as it is.
             with suppress(IndexError, TypeError):
                 given = _map(lambda array: array[:cut], given)
-        losses = None if loss is None else np.full(cut or self._size, loss, np.float32)
+        losses = None if loss is None else np.full(min(cut or self._size, self._size), loss, np.float32)
         self._batch = {"predictions": given, "labels": known, "losses": losses, "batch": batch}
         if not self._keeps:
             return
@@ -99,6 +118,8 @@ class Predictions:
         return predictions, labels, _plain(self._metrics if self._metrics is not None else {})
 
     def _join(self, parts: list[Any]) -> Any:
+        if parts and self._world is not None:
+            return _concatenate(_gather_rows(parts, self._world))[: self._rows]
         if not parts or not self._joins:
             return parts or None
         return _concatenate(parts)
@@ -106,6 +127,40 @@ class Predictions:
 
 # What include_for_metrics calls the fields of an EvalPrediction.
 _WORDS = {"inputs": "inputs", "losses": "loss"}
+
+
+def _check_processes(args: Any) -> None:
+    asked = {
+        "batch_eval_metrics": bool(args.batch_eval_metrics),
+        "include_for_metrics": bool(args.include_for_metrics),
+        "eval_do_concat_batches=False": not args.eval_do_concat_batches,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        raise SettingError(
+            f"{name} on several processes",
+            "metrics are computed there from all predictions and labels at once",
+            f"leave {name.split('=')[0]} out, or evaluate on one process",
+        )
+
+
+def _gather_rows(parts: list[Any], world: World) -> list[np.ndarray]:
+    """The batches of all processes: of a round by rank, one round after the other."""
+    if not all(isinstance(part, np.ndarray) for part in parts):
+        raise SettingError(
+            "several arrays from preprocess_logits_for_metrics, on several processes",
+            "it returns one array of a batch there",
+            "return one array, or evaluate on one process",
+        )
+    buffer = io.BytesIO()
+    np.savez(buffer, *parts)
+    gathered = [np.load(io.BytesIO(data)) for data in world.gather_bytes(buffer.getvalue(), "predictions")]
+    return [archive[f"arr_{number}"] for number in range(len(parts)) for archive in gathered]
+
+
+def _widen(array: np.ndarray, width: int) -> np.ndarray:
+    """Padded with -100 to (B, width, …)."""
+    pads = [(0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+    return np.pad(array, pads, constant_values=-100)
 
 
 def _prediction(predictions: Any, labels: Any, inputs: Any, losses: Any) -> Any:
@@ -140,7 +195,4 @@ def _concatenate(parts: list[Any]) -> Any:
     if parts[0].ndim < 2:
         return np.concatenate(parts)
     length = max(part.shape[1] for part in parts)
-    pad = partial(np.pad, constant_values=-100)
-    return np.concatenate(
-        [pad(part, [(0, 0), (0, length - part.shape[1]), *[(0, 0)] * (part.ndim - 2)]) for part in parts]
-    )
+    return np.concatenate([_widen(part, length) for part in parts])

@@ -10,6 +10,7 @@ from typing import Any
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..intake import LARGE, Intake, lies
+from ..processes.world import World
 from ..settings.plan import TrainPlan
 
 _FILES = Intake(CheckpointError, "move the file elsewhere, and the metrics are written into a new one")
@@ -36,10 +37,16 @@ def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return formatted
 
 
-def set_log_level(name: str) -> None:
-    """Set transformers' verbosity to ``args.log_level``, as ``Trainer.__init__`` does; "passive" leaves it alone."""
+def set_log_level(args: Any, world: World) -> None:
+    """Set transformers' verbosity as ``Trainer.__init__`` does.
+
+    By ``args.log_level``, and by ``args.log_level_replica`` on all processes but the first; "passive" leaves it alone
+    (transformers 5.23 ``TrainingArguments.get_process_log_level``).
+    """
     from transformers.utils import logging
 
+    is_first = world.is_local_main if args.log_on_each_node else world.is_main
+    name = args.log_level if is_first else args.log_level_replica
     if name != "passive":
         logging.set_verbosity(logging.log_levels[name])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,9 +26,9 @@ class EvalSums:
     """What an evaluation measured, batch by batch.
 
     Attributes:
-        losses: Token-mean loss of each batch.
-        tokens: Scored tokens of each batch.
-        metrics: By name, what the objective measured of each batch.
+        losses: Token-mean loss of each batch; of several processes those of a round one after the other.
+        tokens: Scored tokens of each batch, likewise.
+        metrics: By name, what the objective measured of each batch, or round of batches.
         batches: How many were seen; those without labels have no loss.
         rows: Of all batches.
     """
@@ -44,17 +44,47 @@ class EvalSums:
         self.batches += 1
         self.rows += rows
 
-    def loss(self, *, finite_only: bool, batch_size: int, last: int | None = None) -> float:
+    @classmethod
+    def gathered(cls, parts: Sequence[EvalSums], kept: int, *, by_all: bool, aux_coefficient: float) -> EvalSums:
+        """What several processes measured, as upstream gathers it.
+
+        Args:
+            parts: By rank, as many batches each.
+            kept: Of how many processes the metrics of the last round count.
+            by_all: A batch is divided by the tokens of all processes and multiplied by their number, as transformers
+                5.23 ``Trainer.prediction_step`` has it.
+            aux_coefficient: What the routers' loss is multiplied by in the losses.
+        """
+        ranks, rounds = len(parts), min(len(part.losses) for part in parts)
+        made = cls(batches=sum(part.batches for part in parts), rows=sum(part.rows for part in parts))
+        for number in range(rounds):
+            shares = [1.0] * ranks
+            if by_all:
+                tokens = max(sum(part.tokens[number] for part in parts), 1)
+                shares = [part.tokens[number] * ranks / tokens for part in parts]
+            for part, share in zip(parts, shares, strict=True):
+                aux = aux_coefficient * part.metrics.get("aux_loss", [0.0] * rounds)[number]
+                made.losses.append((part.losses[number] - aux) * share + aux * (ranks if by_all else 1))
+            made.tokens += [part.tokens[number] for part in parts]
+            counted = parts[: kept if number == rounds - 1 else ranks]
+            weights = np.array([part.tokens[number] for part in counted], np.float64)
+            for name in parts[0].metrics:
+                values = np.array([part.metrics[name][number] for part in counted])
+                by_token = (values * weights).sum() / max(weights.sum(), 1)
+                mean = by_token if name in TOKEN_METRICS else values.mean()
+                made.metrics.setdefault(name, []).append(float(mean))
+        return made
+
+    def loss(self, *, finite_only: bool, batch_size: int, counted: int | None = None) -> float:
         """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.
 
         Args:
             finite_only: Leave NaN and infinite batches out, unless all are.
-            batch_size: ``per_device_eval_batch_size``, which each batch counts for, whatever its own size.
-            last: What the last batch counts for; None is ``batch_size``.
+            batch_size: ``per_device_eval_batch_size``: each loss is repeated so often, whatever its batch's own size.
+            counted: How many of these count, from the first; None is all.
         """
-        weights = np.full(len(self.losses), batch_size, np.float64)
-        weights[-1:] = last or batch_size
-        return _mean(np.asarray(self.losses, np.float64), weights, finite_only)
+        repeated = np.repeat(np.asarray(self.losses, np.float64), batch_size)[:counted]
+        return _mean(repeated, np.ones_like(repeated), finite_only)
 
     def token_loss(self, *, finite_only: bool) -> float:
         """Mean over all scored tokens."""
@@ -78,7 +108,7 @@ class Evaluator:
 
     def __init__(self, objective: Objective, *, compiled: bool = True) -> None:
         self.objective = objective
-        self._measure = mx.compile(self._sums) if compiled else self._sums
+        self._measure = mx.compile(self._sums, inputs=objective.captured) if compiled else self._sums
 
     def run(
         self,
@@ -98,7 +128,7 @@ class Evaluator:
             for batch in batches:
                 inputs = make_inputs(batch)
                 logits = loss = None
-                sums.count(len(batch.input_ids) // self.objective.unit)
+                sums.count(batch.examples)
                 with naming_shortage(partial(describe_evaluation, *inputs.arrays["input_ids"].shape)):
                     if batch.has_labels:
                         loss = self._add(params, inputs, sums)

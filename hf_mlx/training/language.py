@@ -13,7 +13,7 @@ from .inputs import Inputs
 from .objective import TokenObjective
 from .optimizers.contract import Arrays
 from .router import Routers
-from .weighting import ByTokens, Weights
+from .weighting import ByTokens, Weights, count_processes, divides_together
 
 
 class LanguageObjective(TokenObjective):
@@ -47,5 +47,9 @@ class ByTrainer(ByTokens):
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         """The factors of each micro-batch of ``window``."""
-        share = mx.array(1.0 if self.accepts_loss_kwargs else 1 / len(window))
+        divisor = 1 if self.accepts_loss_kwargs else len(window)
+        if not (self.accepts_loss_kwargs and divides_together(window)):
+            # What is not multiplied by their number upstream, torch's DDP averages over the processes.
+            divisor *= count_processes(window)
+        share = mx.array(1 / divisor)
         return [{**weights, "metrics": {}, "aux_loss": share} for weights in super().__call__(window)]

@@ -68,7 +68,6 @@ class Objective(Protocol):
         head: The vocabulary projection; None where the model's code does not divide there.
         metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
         aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
-        unit: Rows that a cut leaves together.
         whole: A micro-batch is not cut at all.
     """
 
@@ -78,12 +77,20 @@ class Objective(Protocol):
     head: Head | None
     metrics: tuple[str, ...]
     aux_coefficient: float
-    unit: int
     whole: bool
+
+    @property
+    def captured(self) -> Arrays | None:
+        """Arrays that a compiled function reads anew at each call, beside its arguments; None where there are none."""
+        ...
 
     @property
     def plan(self) -> LossPlan | PairLossPlan:
         """Which loss."""
+        ...
+
+    def rows_together(self, arrays: Arrays) -> int:
+        """Rows that a cut of these arrays leaves together."""
         ...
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
@@ -118,7 +125,7 @@ class TokenObjective:
         unseen: What the torch model returns beside its logits, and this one does not.
     """
 
-    unit = 1
+    captured: Arrays | None = None
     native: NativeLoss | None = None
     unseen: tuple[str, ...] = ()
 
@@ -156,6 +163,10 @@ class TokenObjective:
             loss, metrics = _named(self._sums(params, arrays))
         counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
         return loss, {**metrics, "aux_loss": self.routers.balance(logits, arrays.get("keys", counted))}
+
+    def rows_together(self, arrays: Arrays) -> int:
+        """1: rows do not depend on each other."""
+        return 1
 
     def divisor(self, inputs: Inputs) -> int:
         """The scored tokens, at least one."""
