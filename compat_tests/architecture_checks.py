@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from architecture_zoo import make_ids
 from mlx.utils import tree_flatten
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from hf_mlx.models.heads import split_head
 from hf_mlx.models.load import LoadedModel, load_model
@@ -42,14 +44,28 @@ def load_quietly(folder: Path, plan: ModelPlan | None = None) -> LoadedModel:
         return load_model(folder, plan or ModelPlan())
 
 
-def compare(model: torch.nn.Module, folder: Path, packs: bool = False, ids: torch.Tensor | None = None) -> Comparison:
-    """Saves ``model`` into ``folder``, loads it here and compares logits, gradients, names and the head."""
+def compare(
+    model: torch.nn.Module,
+    folder: Path,
+    packs: bool = False,
+    ids: torch.Tensor | None = None,
+    exact: bool = False,
+) -> Comparison:
+    """Saves ``model`` into ``folder``, loads it here and compares logits, gradients, names and the head.
+
+    Gradients are compared with torch's own in fp32, or, ``exact``, with those that torch computes in float64.
+    """
     model.save_pretrained(folder / "model")
     loaded = load_quietly(folder / "model")
     stored = read_tensors(folder / "model")
     ids = make_ids() if ids is None else ids
     inputs = mx.array(ids.numpy())
+    double = copy.deepcopy(model).double() if exact else None
     logits, loss, gradients = torch_pass(model, ids, folder / "gradients")
+    if double is not None:
+        double.set_experts_implementation("eager")  # the grouped product has no float64
+        with _Doubled():
+            gradients = torch_pass(double, ids, folder / "exact")[2]
     ours = loaded.model(inputs)
     exported = loaded.names.export_weights(dict(tree_flatten(loaded.model.parameters())))
     our_loss, our_gradients = mlx_pass(loaded, inputs)
@@ -65,6 +81,18 @@ def compare(model: torch.nn.Module, folder: Path, packs: bool = False, ids: torc
         head_splits=_head_splits(loaded, inputs),
         packed=_packed_difference(loaded, inputs) if packs else None,
     )
+
+
+class _Doubled(TorchFunctionMode):
+    """Whatever a model casts to float32 is float64 inside."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide = {torch.float32: torch.float64}
+        args = tuple(wide[a] if isinstance(a, torch.dtype) and a in wide else a for a in args)
+        named = {k: wide[v] if isinstance(v, torch.dtype) and v in wide else v for k, v in (kwargs or {}).items()}
+        return func(*args, **named)
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -118,7 +146,7 @@ def _worst_gradient(ours: dict, theirs: dict, loaded: LoadedModel) -> tuple[floa
             continue
         # A tensor whose gradient is a hundredth of the model's largest is judged on that scale.
         scale = max(float(theirs[name].abs().max()), 1e-2 * largest)
-        difference = float(np.abs(np.array(gradient) - theirs[name].float().numpy()).max()) / scale
+        difference = float(np.abs(np.array(gradient) - theirs[name].double().numpy()).max()) / scale
         worst = max(worst, (difference, name))
     return worst
 

@@ -1,4 +1,6 @@
-"""Tiny transformers models, one for each model type: every parameter perturbed, rope_theta off its default."""
+"""Tiny transformers models, one for each model type: every parameter perturbed, rope_theta and epsilons off their
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +24,8 @@ _COMMON: dict[str, Any] = {
     "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "attention_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "hidden_dropout": 0.0,
+    "rms_norm_eps": 1e-3, "layer_norm_eps": 1e-3, "layer_norm_epsilon": 1e-3, "norm_eps": 1e-3, "norm_epsilon": 1e-3,
+    "mixer_rms_eps": 2e-3,
     "residual_dropout": 0.0, "embedding_dropout": 0.0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
 }  # fmt: skip
 
@@ -59,6 +63,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": _LATENT,
     "glm_moe_dsa": _INDEXED,
     "gpt_neox": {"intermediate_size": 256},
+    "gpt_oss": {**_HEAD, **_WINDOW, "swiglu_limit": 0.4, "swiglu_alpha": 1.5},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention", "mamba", "attention"], "shared_intermediate_size": 48,
@@ -150,6 +155,11 @@ def make_config(model_type: str, **changes: Any) -> Any:
     for rope in _ropes(getattr(config, "rope_parameters", None)):
         rope["rope_theta"] *= 0.37
     return config
+
+
+def config_keys(model_type: str) -> set[str]:
+    """What the (text) config class of a type declares."""
+    return _keys(CONFIG_MAPPING[_MULTIMODAL.get(model_type, (model_type, None))[0]])
 
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> torch.nn.Module:

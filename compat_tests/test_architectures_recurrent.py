@@ -7,10 +7,10 @@ import torch
 from architecture_checks import compare
 from architecture_zoo import VOCAB, make_model
 
-# fp32 with another order of summation, relative to the largest value. A gradient sums over all tokens what largely
-# cancels (A_log: four numbers of 300 tokens); what is wrong in kind shows at 1e-3 and above, as in the matrix.
+# fp32 with another order of summation, relative to the largest value. Gradients are held to the same bound against
+# those that torch computes in float64: in fp32 torch's own are up to 5e-5 off (A_log: four numbers that sum over 300
+# tokens what largely cancels).
 TOLERANCE = 2e-5
-GRADIENTS = 1e-4
 TOKENS = 150
 
 SAMPLE = ("qwen3_5_text", "kimi_linear", "mamba", "mamba2")
@@ -34,9 +34,9 @@ def test_several_chunks_are_what_transformers_computes(model_type, options, tmp_
     model = make_model(model_type, max_position_embeddings=256, **options)
     ids = torch.randint(3, VOCAB, (2, TOKENS), generator=torch.Generator().manual_seed(5))
 
-    found = compare(model, tmp_path, ids=ids)
+    found = compare(model, tmp_path, ids=ids, exact=True)
 
     assert found.logits < TOLERANCE
     assert found.loss < TOLERANCE
-    assert found.gradient < GRADIENTS, found.worst_tensor
+    assert found.gradient < TOLERANCE, found.worst_tensor
     assert found.tensors > 20

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,7 @@ class Adapter:
     Attributes:
         plan: The LoraConfig as plain values.
         loaded: The model, its config and its names.
+        idle: Tensors of layers that MLX does not compute, by PEFT key.
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
         folder: Where it was read from; None for one that was made here.
@@ -59,6 +60,7 @@ class Adapter:
     plan: LoraPlan
     loaded: LoadedModel
     blueprint: Blueprint
+    idle: dict[str, mx.array] = field(default_factory=dict)
     conv1d: bool = False
     folder: Path | None = None
 
@@ -70,7 +72,7 @@ class Adapter:
     def trainable(self) -> dict[str, mx.array]:
         """Trainable arrays by flat MLX path, in the order of PEFT's ``named_parameters()``."""
         flat = dict(tree_flatten(self.loaded.model.trainable_parameters()))
-        paths = {name: self._hf_module(split_parameter(name)[0]) for name in flat}
+        paths = {name: self._hf_path(split_parameter(name)[0]) for name in flat}
         key = order_key(self.loaded.model_type, (site.hf_path for site in self.blueprint.sites))
 
         def position(name: str) -> tuple:
@@ -86,10 +88,9 @@ class Adapter:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is to be said once about this adapter, :attr:`deviations` included."""
-        idle = idle_patterns(self.plan, (target.hf_path for target in self.targets))
-        lines = [*self.deviations]
-        lines += [f"{entry} matches no adapted module and has no effect, as in PEFT" for entry in idle]
+        """What is to be said once about this adapter."""
+        idle = idle_patterns(self.plan, (target.parameter for target in self.targets))
+        lines = [f"{entry} matches no adapted module and has no effect, as in PEFT" for entry in idle]
         if is_spelled(self.plan.modules_to_save or ()):
             lines.append(
                 "modules_to_save is a string, which PEFT reads letter by letter: trained in full are "
@@ -103,29 +104,15 @@ class Adapter:
             "(AutoModelForCausalLM builds a text-only model, which PEFT would leave as it is)",
         )
 
-    @property
-    def deviations(self) -> tuple[str, ...]:
-        """What starts, and so trains, with other numbers than in PEFT, one line each."""
-        if not any(target.kind == "experts" for target in self.targets):
-            return ()
-        return (
-            "target_modules names experts: each expert gets LoRA matrices of its own here, where PEFT on "
-            "transformers 5 draws one stack for all; the saved adapter means the same in PEFT, but the curve "
-            "differs from trl's",
-        )
-
     def hf_name(self, mlx_param: str) -> str:
-        """The PEFT key of one trainable parameter.
-
-        Stacked experts are one array here and one tensor an expert in PEFT: ``experts.*.`` stands for all.
-        """
+        """The PEFT key of one trainable parameter."""
         module, leaf = split_parameter(mlx_param)
-        path = self._hf_module(module)
-        if any(t.kind == "experts" and t.mlx_path == module for t in self.targets):
-            path = path.replace(".experts.0.", ".experts.*.")
+        target = next((t for t in self.targets if t.mlx_path == module), None)
+        path = target.key if target and leaf.startswith("lora_") else self._hf_path(module)
         if leaf.startswith("base_layer.") and any(rows.site.mlx_path == module for rows in self.blueprint.rows):
             path = f"{path}.token_adapter"
         return f"{PREFIX}{path}.{PEFT_LEAVES.get(leaf, leaf)}"
 
-    def _hf_module(self, mlx_path: str) -> str:
-        return self.loaded.names.to_hf_modules(mlx_path)[0]
+    def _hf_path(self, mlx_path: str) -> str:
+        target = next((target for target in self.targets if target.mlx_path == mlx_path), None)
+        return target.hf_path if target else self.loaded.names.to_hf_modules(mlx_path)[0]

@@ -10,16 +10,20 @@ import mlx.core as mx
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .decomposed import check_decomposed
-from .defaults import CONV1D_TYPES, RENAMED_MODULES, UNWRAPPED_MODULES
-from .experts import check_selector
-from .layers import LoRAEmbedding, LoRALinear, LoRASwitchLinear
-from .matching import Selector, is_all_linear, is_excluded, is_matched, minimal_names
+from .defaults import CONV1D_TYPES, RENAMED_MODULES
+from .experts import rewrite_names
+from .idle import Tower
+from .layers import LoRAEmbedding, LoRALinear
+from .matching import Selector, is_all_linear, minimal_names
+from .parts import LoRARouter, LoRASwitchLinear
 from .sites import HEADS, Site, is_tied, layer_count, list_sites
 from .targets import Target, resolve_selector, select_targets
 from .token_rows import TokenRows, TrainableTokens, choose_rows
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
+
+_LAYERS = (LoRALinear, LoRAEmbedding, LoRASwitchLinear, LoRARouter, TrainableTokens)
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,31 @@ class Blueprint:
 
     Attributes:
         sites: Every module of the model, in HF order.
-        targets: Those that get LoRA layers, in HF order.
+        wrapped: Those that PEFT wraps, in the order in which it does.
         saved: Those trained in full.
         biased: Those whose bias is trained.
         rows: Single rows of embedding and head that are trained.
+        plan: The LoraConfig, names as PEFT rewrites them.
         selector: ``target_modules`` as it is to be written to adapter_config.json.
     """
 
     sites: tuple[Site, ...]
-    targets: tuple[Target, ...]
+    wrapped: tuple[Target, ...]
     saved: tuple[Site, ...]
     biased: tuple[Site, ...]
     selector: Selector
+    plan: LoraPlan
     rows: tuple[TokenRows, ...] = ()
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Those that get LoRA layers."""
+        return tuple(target for target in self.wrapped if not target.idle)
+
+    @property
+    def idle(self) -> tuple[Target, ...]:
+        """Those whose pair is only drawn and saved."""
+        return tuple(target for target in self.wrapped if target.idle)
 
 
 def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | None = None) -> Blueprint:
@@ -49,55 +65,30 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
     Raises:
         AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
     """
-    if plan.target_parameters:
-        raise AdapterError(
-            f"target_parameters={list(plan.target_parameters)!r}",
-            "modules: PEFT's layout for single parameters is not written here",
-            'experts by name: LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"])',
-        )
     sites = list_sites(loaded)
-    if any(isinstance(site.module, (LoRALinear, LoRAEmbedding, LoRASwitchLinear, TrainableTokens)) for site in sites):
+    if any(isinstance(site.module, _LAYERS) for site in sites):
         raise AdapterError(
             "a model that already carries an adapter", "a plain base model", "load the base again, or merge first"
         )
-    check_selector(sites, plan, resolve_selector(plan, loaded.model_type), loaded.model_type)
-    _check_paths(loaded, plan)
+    plan = rewrite_names(sites, plan, loaded.model_type)
     tied = is_tied(loaded)
     layers = _last_layers(loaded, last_n_layers)
-    targets = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers)
+    tower = Tower(loaded, sites)
+    wrapped = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers, tower=tower)
+    targets = [target for target in wrapped if not target.idle]
     check_decomposed(plan, sites, targets, conv1d=loaded.model_type in CONV1D_TYPES)
     for target in targets:
         _check_embedding(target, plan)
     saved = _saved_sites(sites, plan, loaded.model_type, targets, tied=tied)
     return Blueprint(
         sites=tuple(sites),
-        targets=tuple(targets),
+        wrapped=tuple(wrapped),
         saved=tuple(saved),
         biased=tuple(_biased_sites(sites, targets, saved, plan)),
-        selector=_written_selector(sites, plan, loaded.model_type, targets, restricted=layers is not None),
+        selector=_written_selector(sites, plan, loaded.model_type, wrapped, tower, restricted=layers is not None),
+        plan=plan,
         rows=tuple(choose_rows(sites, plan, targets, saved, tied=tied)),
     )
-
-
-def _check_paths(loaded: LoadedModel, plan: LoraPlan) -> None:
-    selector = resolve_selector(plan, loaded.model_type)
-    absent = (name.removesuffix(".weight") for name in loaded.names.untouched if name.endswith(".weight"))
-    touched = sorted(path for path in absent if _reaches(plan, selector, path))
-    if touched:
-        towers = sorted({next(part for part in path.split(".") if part != "model") for path in touched})
-        towers += UNWRAPPED_MODULES.get(loaded.model_type, ())
-        raise AdapterError(
-            f"target_modules matches {touched[0]}, which MLX does not load",
-            "modules of the language model (PEFT would adapt the other ones, too)",
-            f'LoraConfig(..., exclude_modules=r".*({"|".join(towers)}).*")',
-        )
-
-
-def _reaches(plan: LoraPlan, selector: Selector, path: str) -> bool:
-    if is_all_linear(selector):
-        return not is_excluded(plan, path)
-    parts = path.split(".")
-    return any(is_matched(plan, selector, ".".join(parts[: end + 1])) for end in range(len(parts)))
 
 
 def _check_embedding(target: Target, plan: LoraPlan) -> None:
@@ -129,7 +120,7 @@ def _saved_sites(
     spelled = is_spelled(names)
     for name in names:
         # PEFT compares with str.endswith, dot or no dot (peft.utils.other._set_trainable).
-        matched = [site for site in sites if site.hf_path.endswith(name)]
+        matched = [site for site in sites if site.kind != "experts" and site.hf_path.endswith(name)]
         if not matched and not spelled:
             leaves = sorted({site.hf_path.rsplit(".", 1)[-1] for site in sites} - {str(i) for i in range(1000)})
             raise AdapterError(
@@ -184,7 +175,7 @@ def _check_saved(
         problem = "which has another name in the torch model", "modules of one name"
     elif any("scales" in s.module for s in below):
         problem = "which is quantised", "modules in floating point, since all their weights are trained"
-    elif any(s.kind == "experts" or s.shared for s in below):
+    elif any(s.kind == "experts" or s.parts for s in below):
         problem = "which holds experts or parts of a fused layer", "modules with one tensor on each side"
     elif any(t.mlx_path in paths for t in targets):
         problem = "which target_modules adapts too", "each module in one of the two"
@@ -214,10 +205,18 @@ def _biased_sites(sites: list[Site], targets: list[Target], saved: list[Site], p
         biased = [site for site in biased if site.mlx_path in adapted]
     for site in biased:
         in_saved = bool(below_saved) and f"{site.mlx_path}.".startswith(below_saved)
-        if in_saved or "scales" in site.module:
+        problem = (
+            "in modules_to_save"
+            if in_saved
+            else "quantised"
+            if "scales" in site.module
+            else "held in parts"
+            if site.parts or site.kind == "experts"
+            else None
+        )
+        if problem:
             raise AdapterError(
-                f'bias="{plan.bias}" with the bias of {site.hf_path}, which is '
-                + ("in modules_to_save" if in_saved else "quantised"),
+                f'bias="{plan.bias}" with the bias of {site.hf_path}, which is {problem}',
                 "biases of plain layers outside modules_to_save",
                 'LoraConfig(..., bias="none")',
             )
@@ -225,12 +224,12 @@ def _biased_sites(sites: list[Site], targets: list[Target], saved: list[Site], p
 
 
 def _written_selector(
-    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], *, restricted: bool
+    sites: list[Site], plan: LoraPlan, model_type: str, targets: list[Target], tower: Tower, *, restricted: bool
 ) -> Selector:
     """``target_modules`` for adapter_config.json: as given where PEFT reads it the same, else written out."""
     selector = resolve_selector(plan, model_type)
     if not is_all_linear(selector) and not restricted:
         return selector
-    if any(target.kind == "experts" for target in targets):
-        return tuple(dict.fromkeys(target.hf_path.rsplit(".", 1)[-1] for target in targets))
-    return tuple(minimal_names([t.hf_path for t in targets], [s.hf_path for s in sites]))
+    modules = [t.hf_path for t in targets if t.kind in ("linear", "embedding")]
+    others = [s.hf_path for s in sites if s.kind != "experts"]
+    return tuple(minimal_names(modules, [*others, *tower.order, *tower.others]))

@@ -28,7 +28,6 @@ _UNUSED: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "monteclora_config": None,
     "qalora_group_size": 16,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -65,6 +64,7 @@ def config_to_json(adapter: Adapter, base: str, revision: str | None) -> dict[st
         "rank_pattern": _order_free(adapter, plan.rank_pattern),
         "revision": plan.revision or revision,
         "target_modules": _names(selector),
+        "target_parameters": _names(plan.target_parameters),
         "task_type": plan.task_type,
         "trainable_token_indices": _indices_to_json(plan.trainable_token_indices),
         "use_dora": plan.use_dora,
@@ -128,6 +128,7 @@ _TYPES: dict[str, Any] = {
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
     "target_modules": (list, str),
+    "target_parameters": list,
     "exclude_modules": (list, str),
     "rank_pattern": dict,
     "alpha_pattern": dict,
@@ -207,7 +208,7 @@ def _order_free(adapter: Adapter, patterns: Mapping[str, Any]) -> dict[str, Any]
     The first match counts, but PEFT sorts the keys of adapter_config.json: patterns that overlap would come back
     with another meaning, so those are written out module by module.
     """
-    paths = [target.hf_path for target in adapter.targets]
+    paths = [target.parameter for target in adapter.targets]
     reordered = dict(sorted(patterns.items()))
     if all(pattern_value(patterns, path, None) == pattern_value(reordered, path, None) for path in paths):
         return dict(patterns)

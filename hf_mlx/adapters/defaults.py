@@ -33,18 +33,27 @@ EXPERT_NAMES: dict[str, tuple[str, str, str]] = {
     **dict.fromkeys(_GATE_UP_DOWN_TYPES.split(), _GATE_UP_DOWN),
 }
 
+# Types whose gate and up projection take turns in the rows of the fused parameter.
+INTERLEAVED_TYPES = ("gpt_oss",)
+
+# Types whose stacks PEFT reads the wrong way round (no ``is_transposed`` on the class): A meets the outputs there.
+TURNED_TYPES = ("llama4", "llama4_text")
+
 # The names that PEFT turns into parameters: those of the experts, and of LongCat's, whose keys do not come back here.
 REWRITTEN_NAMES: dict[str, tuple[str, ...]] = {**EXPERT_NAMES, "longcat_flash": _GATE_UP_DOWN}
 
 # Linear layers whose own forward PEFT's wrapper does not serve: Llama 4's router gives back two tensors.
 UNWRAPPED_MODULES: dict[str, tuple[str, ...]] = dict.fromkeys(("llama4", "llama4_text"), ("router",))
 
-# Modules of state-space layers whose weight torch reads directly, past any adapter around it. PEFT refuses the
-# first two itself (``_check_lora_target_modules_mamba``); dt_proj it wraps to no effect.
-_STATE_SPACE = ("out_proj", "conv1d", "dt_proj")
-BYPASSED_MODULES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _STATE_SPACE),
-    "jamba": ("dt_proj",),
+# Modules of state-space layers that PEFT refuses (``_check_lora_target_modules_mamba``).
+BYPASSED_MODULES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
+)
+
+# Modules whose weight torch reads past the adapter that PEFT puts around it: its pair never gets a gradient.
+IDLE_MODULES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("jamba", "mamba", "falcon_mamba"), ("dt_proj",)),
+    "longcat_flash": ("classifier",),
 }
 
 # Model types whose linear layers are transformers' Conv1D, stored (in, out).

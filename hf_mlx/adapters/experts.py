@@ -1,146 +1,163 @@
-"""What ``target_modules`` means on mixtures of experts whose layers PEFT 0.21 rewrites.
+"""Parameters that LoRA adapts: experts, which transformers 5 stacks, and their routers.
 
-transformers 5 holds the experts of a block as two parameters and the router's weight as a third. PEFT turns the
-names that these had before into ``target_parameters``, wherever in the model such a name stands.
-Source: ``peft.utils.transformers_weight_conversion._convert_peft_config_moe``.
+On the mixtures that were modules before, PEFT turns the names that the experts and the router had into
+``target_parameters``, wherever in the model such a name stands.
+Source: ``peft.utils.transformers_weight_conversion._convert_peft_config_moe`` and
+``peft.tuners.tuners_utils.BaseTuner._inject_parameters`` (peft 0.21).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
+
+import mlx.core as mx
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .defaults import BYPASSED_MODULES, EXPERT_NAMES, REWRITTEN_NAMES
-from .matching import Selector, is_all_linear, is_matched
+from .defaults import BYPASSED_MODULES, REWRITTEN_NAMES, TURNED_TYPES
+from .matching import is_all_linear, is_matched
 from .sites import HEADS, Site
 
 _ROUTER = "gate"
+_PAIR = "gate_up_proj"
 
 
-def check_selector(sites: Iterable[Site], plan: LoraPlan, selector: Selector, model_type: str) -> None:
-    """Refuse what PEFT rewrites into parameters that have no layer of the same kind here.
+def rewrite_names(sites: Iterable[Site], plan: LoraPlan, model_type: str) -> LoraPlan:
+    """``plan`` as PEFT changes it on mixtures: names of experts and routers become ``target_parameters``.
+
+    Gate and up projection are one parameter, with both their ranks: a pattern gives it twice the rank and alpha. A
+    regex stands for the last names of all that it matches, in whichever layer. Any other type's plan stays as it is.
 
     Raises:
-        AdapterError: ``"all-linear"``, a regex that reaches a rewritten name, or experts that MLX holds otherwise.
+        AdapterError: One of gate and up projection without the other.
     """
-    sites = list(sites)
-    if model_type not in REWRITTEN_NAMES:
-        return
-    remedy = f"LoraConfig(..., target_modules={plain_names(sites, model_type)!r})"
-    if is_all_linear(selector):
+    selector = plan.target_modules
+    if model_type not in REWRITTEN_NAMES or selector is None:
+        return plan
+    names = _leaf_names(list(sites), plan, selector, model_type) if isinstance(selector, str) else selector
+    if not names:
+        return plan
+    parameters = {name: _PAIR for name in REWRITTEN_NAMES[model_type][:2]}
+    parameters |= {REWRITTEN_NAMES[model_type][2]: "down_proj", _ROUTER: "gate.weight"}
+    found = {name: next((old for old in parameters if f".{name}".endswith(f".{old}")), None) for name in names}
+    reached = {old for old in found.values() if old}
+    missing = {old for old in parameters if parameters[old] == _PAIR} - reached
+    if len(missing) == 1:
+        present = next(old for old in reached if parameters[old] == _PAIR)
         raise AdapterError(
-            f'target_modules="all-linear" on a {model_type} model, where PEFT adapts the routers and the fused experts '
-            "(gate_up_proj, down_proj) as parameters",
-            "layers that are Linear on both sides, by name",
-            remedy,
+            f"target_modules with {present!r} but not {min(missing)!r}",
+            f"both: PEFT holds them as one matrix, {_PAIR}",
+            f"LoraConfig(target_modules=[..., {', '.join(map(repr, REWRITTEN_NAMES[model_type]))}])",
         )
-    reached = _rewritten(_leaf_names(sites, plan, selector, model_type), model_type)
-    names, pair = REWRITTEN_NAMES[model_type], set(REWRITTEN_NAMES[model_type][:2])
-    if isinstance(selector, str) and reached - {_ROUTER}:
-        raise AdapterError(
-            f"target_modules={selector!r}, which matches {sorted(reached)}: PEFT makes all experts of such a pattern",
-            "a pattern without the experts' names, or a list",
-            remedy,
-        )
-    if reached and (model_type not in EXPERT_NAMES or _has_own_router(sites, reached)):
-        raise AdapterError(
-            f"target_modules with {sorted(reached)} on a {model_type} model, which PEFT adapts as parameters and MLX "
-            "holds in another form",
-            "layers that are Linear on both sides, by name",
-            remedy,
-        )
-    if reached & pair and not pair <= reached:
-        raise AdapterError(
-            f"target_modules with {sorted(reached & pair)} but not {sorted(pair - reached)}",
-            f"both of {sorted(pair)}: PEFT holds them as one matrix",
-            f"LoraConfig(target_modules=[..., {', '.join(map(repr, names))}])",
-        )
+    patterns = {} if missing else {rf".*\.{_PAIR}": 2}
+    return dataclasses.replace(
+        plan,
+        target_modules=tuple(name for name, old in found.items() if old is None),
+        target_parameters=tuple(
+            dict.fromkeys([*(plan.target_parameters or ()), *sorted(parameters[old] for old in reached)])
+        ),
+        rank_pattern={**plan.rank_pattern, **{key: times * plan.r for key, times in patterns.items()}},
+        alpha_pattern={**plan.alpha_pattern, **{key: times * plan.lora_alpha for key, times in patterns.items()}},
+    )
 
 
-def choose_sites(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> list[Site]:
-    """The modules that PEFT adapts on a type whose names it rewrites: modules first, then parameters.
+def choose_parameters(
+    sites: list[Site], plan: LoraPlan, modules: list[Site], model_type: str, *, restricted: bool
+) -> list[tuple[Site, str]]:
+    """What ``target_parameters`` reaches, with the module under which PEFT keeps each pair.
 
-    A regex stands for the last names of all that it matches, in whichever layer: PEFT reduces it to these.
+    PEFT nests the wrappers of one module's parameters, the first parameter innermost.
+
+    Args:
+        sites: Every module and stack of the model, in HF order.
+        plan: As :func:`rewrite_names` gives it.
+        modules: What ``target_modules`` reaches.
+        model_type: The HF config's model type.
+        restricted: Only some decoder blocks are to be adapted.
+
+    Raises:
+        AdapterError: A setting that PEFT has no room for on parameters, or a parameter that cannot carry LoRA here.
     """
-    names = _leaf_names(sites, plan, selector, model_type)
-    moved = _rewritten(names, model_type)
-    kept = tuple(name for name in names if not _moves(name, model_type))
-    modules, parameters = [], []
-    for site in sites:
-        leaf = site.hf_path.rsplit(".", 1)[-1]
-        if leaf in moved and _is_parameter(site):
-            parameters.append(site)
-        elif site.kind != "experts" and is_matched(plan, kept, site.hf_path):
-            modules.append(site)
-    # PEFT wraps (and draws first values for) all modules before any parameter.
-    return modules + parameters
+    wanted = plan.target_parameters or ()
+    reached = (s for s in sites if any(f".{s.parameter}".endswith(f".{name}") for name in wanted))
+    # A module of MLX's own around a router has the router's path, and no weight.
+    chosen = [site for site in reached if isinstance(site.module.get("weight"), mx.array)]
+    if not chosen:
+        # Names that PEFT makes of its own may match nothing; of those that a script gives it warns.
+        if wanted and model_type not in REWRITTEN_NAMES:
+            stacks = [site.parameter.split(".", 3)[-1] for site in sites if site.kind in ("experts", "router")]
+            raise AdapterError(
+                f"target_parameters={list(wanted)!r}, which match no parameter of the model",
+                f"names among {', '.join(dict.fromkeys(stacks)) or 'the weights of its Linear layers'}",
+                'LoraConfig(target_modules="all-linear")',
+            )
+        return []
+    _check_settings(plan, restricted=restricted)
+    twice = next((site for site in chosen if site in modules), None)
+    if twice is not None:
+        raise AdapterError(
+            f"target_parameters matches {twice.parameter}, whose module target_modules adapts too",
+            "each layer in one of the two",
+            f'LoraConfig(..., exclude_modules=["{twice.hf_path.rsplit(".", 1)[-1]}"])',
+        )
+    for site in chosen:
+        if site.kind not in ("linear", "experts", "router"):
+            raise AdapterError(
+                f"target_parameters matches {site.parameter}, of a {type(site.module).__name__}",
+                "weights of Linear layers, of routers, and stacks of experts",
+                "leave it out of target_parameters",
+            )
+        if site.kind == "experts" and model_type in TURNED_TYPES:
+            raise AdapterError(
+                f"target_parameters matches {site.parameter} of a {model_type} model",
+                "stacks that PEFT reads the right way round (here it gives A the outputs, and B the inputs)",
+                'LoraConfig(target_modules="all-linear", exclude_modules=["router"])',
+            )
+    holders = [site.parameter.rpartition(".")[0] for site in chosen]
+    outer = [holders[i + 1 :].count(holder) for i, holder in enumerate(holders)]
+    return [(site, holder + ".base_layer" * n) for site, holder, n in zip(chosen, holders, outer, strict=True)]
 
 
 def plain_names(sites: Iterable[Site], model_type: str) -> list[str]:
     """Last names of the layers that are Linear on both sides and that PEFT leaves where they are."""
     sites = list(sites)
-    barred = {*BYPASSED_MODULES.get(model_type, ()), *HEADS}
-    plain = {s.hf_path.rsplit(".", 1)[-1]: None for s in sites if s.kind == "linear" and not s.shared}
-    other = {s.hf_path.rsplit(".", 1)[-1] for s in sites if s.kind != "linear" or s.shared}
-    return [name for name in plain if name not in barred | other and not _moves(name, model_type)]
+    barred = {*BYPASSED_MODULES.get(model_type, ()), *HEADS, *REWRITTEN_NAMES.get(model_type, ()), _ROUTER}
+    plain = {s.hf_path.rsplit(".", 1)[-1]: None for s in sites if s.kind == "linear"}
+    other = {s.hf_path.rsplit(".", 1)[-1] for s in sites if s.kind != "linear"}
+    return [name for name in plain if name not in barred | other]
 
 
-def check_parameters(plan: LoraPlan, model_type: str, chosen: list[Site], *, restricted: bool) -> None:
-    """Refuse settings that PEFT has no room for where it adapts parameters: experts and their routers.
-
-    Raises:
-        AdapterError: A setting of single layers.
-    """
-    if model_type not in REWRITTEN_NAMES or not any(_is_parameter(site) for site in chosen):
-        return
-    # One rank and one alpha for a parameter of all layers, and no room for the rest.
+def _check_settings(plan: LoraPlan, *, restricted: bool) -> None:
+    # PEFT raises on the first four; a decoder block cannot be said of a parameter.
     settings = {
         "lora_dropout": plan.lora_dropout,
         "use_dora": plan.use_dora,
         "lora_bias": plan.lora_bias,
-        "use_rslora": plan.use_rslora,
-        "rank_pattern": plan.rank_pattern,
-        "alpha_pattern": plan.alpha_pattern,
-        "exclude_modules": plan.exclude_modules,
-        "layers_to_transform": plan.layers_to_transform,
+        "fan_in_fan_out": plan.fan_in_fan_out,
+        "init_lora_weights": plan.init_lora_weights if isinstance(plan.init_lora_weights, str) else None,
     }
+    if plan.init_lora_weights == "gaussian":
+        del settings["init_lora_weights"]
     wrong = next((f"{name}={value!r}" for name, value in settings.items() if value), None)
     if restricted:
         wrong = "finetune_last_n_layers"
     if wrong:
         raise AdapterError(
-            f"{wrong} with experts or their router among target_modules",
+            f"{wrong} with experts or their router among the targets, which PEFT adapts as parameters",
             "none of it: PEFT cannot express it for parameters",
             'leave it out, or LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])',
         )
 
 
-def _leaf_names(sites: list[Site], plan: LoraPlan, selector: Selector, model_type: str) -> tuple[str, ...]:
-    if not isinstance(selector, str):
-        return selector
-    found = {site.hf_path.rsplit(".", 1)[-1] for site in sites if is_matched(plan, selector, site.hf_path)}
-    # PEFT asks for each expert's name under the block that holds all of them, without an index.
-    blocks = {site.hf_path.rsplit(".", 2)[0] for site in sites if site.kind == "experts"}
-    for name in REWRITTEN_NAMES[model_type]:
-        if any(is_matched(plan, selector, f"{block}.{name}") for block in blocks):
-            found.add(name)
-    return tuple(sorted(found))
-
-
-def _is_parameter(site: Site) -> bool:
-    return site.kind == "experts" or site.hf_path.rsplit(".", 1)[-1] == _ROUTER
-
-
-def _has_own_router(sites: list[Site], reached: set[str]) -> bool:
-    routers = [site for site in sites if site.hf_path.rsplit(".", 1)[-1] == _ROUTER]
-    return _ROUTER in reached and any(site.kind != "linear" for site in routers)
-
-
-def _moves(name: str, model_type: str) -> bool:
-    return any(name == old or name.endswith(f".{old}") for old in (_ROUTER, *REWRITTEN_NAMES[model_type]))
-
-
-def _rewritten(names: Iterable[str], model_type: str) -> set[str]:
+def _leaf_names(sites: list[Site], plan: LoraPlan, selector: str, model_type: str) -> tuple[str, ...]:
+    """The last names that PEFT resolves a string to, where it rewrites any."""
     old = (_ROUTER, *REWRITTEN_NAMES[model_type])
-    return {o for o in old for name in names if name == o or name.endswith(f".{o}")}
+    if is_all_linear(selector):
+        linear = (s.hf_path for s in sites if s.kind == "linear" and s.hf_path.rsplit(".", 1)[-1] not in HEADS)
+        return tuple(dict.fromkeys([*(path.rsplit(".", 1)[-1] for path in linear), *old]))
+    found = {site.hf_path.rsplit(".", 1)[-1] for site in sites if is_matched(plan, selector, site.hf_path)}
+    # PEFT asks for each expert's name under the module that holds the stack, without an index.
+    stacks = {site.hf_path.rpartition(".")[0] for site in sites if site.kind == "experts"}
+    found |= {name for name in old[1:] if any(is_matched(plan, selector, f"{stack}.{name}") for stack in stacks)}
+    return tuple(sorted(found))

@@ -114,14 +114,18 @@ def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
         slots = {key: slot for key, slot in carried.items() if slot.mlx_path} | slots
     held = dict(tree_flatten(adapter.loaded.model.parameters()))
     untold = sorted(set(adapter.trainable()) - {slot.mlx_path for slot in slots.values()})
-    absent = sorted(key for key, slot in slots.items() if slot.mlx_path not in held)
+    absent = sorted(key for key, slot in slots.items() if not slot.idle and slot.mlx_path not in held)
+    absent += sorted(adapter.idle.keys() ^ {key for key, slot in slots.items() if slot.idle})
     if untold or absent:
         raise AdapterError(
             f"trained but unknown to PEFT: {untold[:3]}; expected by PEFT but not there: {absent[:3]}",
             "exactly the tensors that adapter_config.json calls for",
             "this is a fault of hf_mlx, please report it with the LoraConfig",
         )
-    tensors = {key: _to_stored(adapter.loaded, slot, held[slot.mlx_path]) for key, slot in slots.items()}
+    tensors = {
+        key: adapter.idle[key] if slot.idle else _to_stored(adapter.loaded, slot, held[slot.mlx_path])
+        for key, slot in slots.items()
+    }
     # Arrays may still be reads of the file that is about to be replaced.
     mx.eval(tensors)
     _check(tensors, slots)
@@ -129,8 +133,6 @@ def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
 
 
 def _to_stored(loaded: LoadedModel, slot: Slot, value: mx.array) -> mx.array:
-    if slot.expert is not None:
-        return mx.contiguous(value[slot.expert])
     if slot.as_stored:
         plain = slot.mlx_path.replace(".base_layer.", ".")
         return next(iter(loaded.names.export_weights({plain: value}).values()))

@@ -14,7 +14,8 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..models.blockwise import BlockLinear
-from ..models.products import gather_mm, matmul
+from ..models.padding_row import without_gradient
+from ..models.products import matmul
 from .dropout import KeyedDropout
 from .low_rank import add_low_rank, scaled
 
@@ -56,6 +57,7 @@ class LoRALinear(nn.Module):
         dropout: Probability of dropping an input of the low-rank path while training.
         bias: Adds the trainable ``lora_B.bias`` of ``LoraConfig(lora_bias=True)``.
         compute_dtype: Dtype of the two matmuls.
+        dims: (in, out) of the torch layer, where ``base_layer`` is a part of it.
 
     Attributes:
         lora_A: (r, in), fp32.
@@ -71,9 +73,10 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         bias: bool = False,
         compute_dtype: mx.Dtype = mx.float32,
+        dims: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        inputs, outputs = layer_dims(base_layer)
+        inputs, outputs = dims or layer_dims(base_layer)
         self.base_layer = base_layer
         self.scale = scale
         self.compute_dtype = compute_dtype
@@ -174,7 +177,10 @@ class LoRAEmbedding(nn.Module):
     Attributes:
         lora_embedding_A: (r, vocabulary), fp32.
         lora_embedding_B: (dim, r), fp32.
+        padding_row: Token whose column of A gets no gradient, or None.
     """
+
+    padding_row: int | None = None
 
     def __init__(self, base_layer: Any, r: int, scale: float, compute_dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -188,7 +194,10 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         base = self.base_layer(x)
         dtype = self.compute_dtype
-        low = matmul(self.lora_embedding_A.T[x].astype(dtype), self.lora_embedding_B.astype(dtype).T)
+        columns = self.lora_embedding_A.T[x]
+        if self.padding_row is not None:
+            columns = without_gradient(columns, x == self.padding_row)
+        low = matmul(columns.astype(dtype), self.lora_embedding_B.astype(dtype).T)
         return (base + scaled(low, self.scale)).astype(base.dtype)
 
     def delta(self) -> mx.array:
@@ -197,42 +206,5 @@ class LoRAEmbedding(nn.Module):
 
     def merged_weight(self) -> mx.array:
         """Base weight with the adapter folded in, (vocabulary, dim), in the base's dtype."""
-        weight = dense_weight(self.base_layer)
-        return (weight + self.delta()).astype(weight.dtype)
-
-
-class LoRASwitchLinear(nn.Module):
-    """One LoRA per expert around mlx-lm's stacked experts (``SwitchLinear``).
-
-    Attributes:
-        lora_A: (experts, r, in), fp32.
-        lora_B: (experts, out, r), fp32.
-    """
-
-    def __init__(self, base_layer: Any, r: int, scale: float, compute_dtype: mx.Dtype = mx.float32) -> None:
-        super().__init__()
-        inputs, outputs = layer_dims(base_layer)
-        self.base_layer = base_layer
-        self.scale = scale
-        self.compute_dtype = compute_dtype
-        self.lora_A = mx.zeros((base_layer.num_experts, r, inputs))
-        self.lora_B = mx.zeros((base_layer.num_experts, outputs, r))
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        base = self.base_layer(x, indices, sorted_indices=sorted_indices)
-        dtype = self.compute_dtype
-        low = x.astype(dtype)
-        for factor in (self.lora_A, self.lora_B):
-            low = gather_mm(
-                low, factor.astype(dtype).swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
-            )
-        return (base + scaled(low, self.scale)).astype(base.dtype)
-
-    def delta(self) -> mx.array:
-        """What merging adds to the stacked weight, (experts, out, in), fp32."""
-        return (self.lora_B @ self.lora_A) * self.scale
-
-    def merged_weight(self) -> mx.array:
-        """Stacked weight with the adapters folded in, (experts, out, in), in the base's dtype."""
         weight = dense_weight(self.base_layer)
         return (weight + self.delta()).astype(weight.dtype)

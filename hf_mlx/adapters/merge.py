@@ -73,7 +73,7 @@ def check_merged(adapter: Adapter, params: Mapping[str, mx.array]) -> None:
     Raises:
         AdapterError: With the tensor's name, and whether the base or the adapter is to blame.
     """
-    adapted = {f"{target.mlx_path}.weight" for target in adapter.targets}
+    adapted = {f"{path}.weight" for target in adapter.targets for path in target.paths}
     for path, value in params.items():
         if not mx.issubdtype(value.dtype, mx.floating) or mx.isfinite(value).all().item():
             continue
@@ -202,11 +202,15 @@ def _requantized(base: Any, weight: mx.array) -> nn.Module:
 
 
 def _in_floating_point(base: Any, weight: mx.array) -> nn.Module:
+    from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     bias = base.get("bias")
     if isinstance(base, QuantizedSwitchLinear):
         plain = SwitchLinear(base.input_dims, base.output_dims, base.num_experts, bias=bias is not None)
+    elif isinstance(base, QuantizedMultiLinear):
+        heads, outputs, inputs = weight.shape
+        plain = MultiLinear(inputs, outputs, heads)
     elif isinstance(base, nn.QuantizedEmbedding):
         plain = nn.Embedding(*weight.shape)
     else:
@@ -232,7 +236,7 @@ def _merged_bias(path: str, layer: LoRALinear) -> mx.array:
 def _layers(adapter: Adapter) -> dict:
     modules = dict(adapter.loaded.model.named_modules())
     rows = [chosen.site.mlx_path for chosen in adapter.blueprint.rows]
-    return {path: modules[path] for path in [*(target.mlx_path for target in adapter.targets), *rows]}
+    return {path: modules[path] for path in [*(p for target in adapter.targets for p in target.paths), *rows]}
 
 
 def _is_quantized(model: nn.Module) -> bool:

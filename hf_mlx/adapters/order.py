@@ -36,19 +36,26 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "starcoder2": ("c_fc", "c_proj"),
     "gpt_neox": ("input_layernorm", "post_attention_layernorm", "attention", "mlp", "query_key_value", "dense"),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), ("out_proj", "in_proj_qkv")),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), ("self_attn", "conv")),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), ("self_attn", "conv", "experts", "gate")),
     "olmo_hybrid": (
         *("self_attn", "mlp", "linear_attn"),
         *("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj", "o_proj"),
     ),
     "kimi_linear": (
         *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "k_proj", "v_proj"),
-        *("forget_gate", "b_proj", "g_a_proj", "g_b_proj", "o_proj"),
+        *("forget_gate", "b_proj", "g_a_proj", "g_b_proj", "o_proj", "experts", "gate"),
     ),
-    "longcat_flash": ("mlp", "self_attn", "mlps"),
+    "longcat_flash": ("mlp", "self_attn", "mlps", "experts", "router"),
+    **dict.fromkeys(
+        (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"),
+            *("glm_moe_dsa", "laguna", "mellum", "mimo_v2_flash", "qwen3_moe", "solar_open"),
+        ),
+        ("experts", "gate"),
+    ),
     "granitemoehybrid": ("shared_mlp", "mamba", "self_attn"),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
-    "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj"),
+    "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"),
 }
 _LAST = ("lm_head", "embed_out", "output")
 

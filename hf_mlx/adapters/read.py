@@ -18,7 +18,8 @@ from .attach import install_layers, make_adapter
 from .blueprint import Blueprint
 from .config import config_from_json
 from .decomposed import KINDS, take_out
-from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
+from .mlx_lm_read import is_mlx_lm, read_mlx_lm
+from .per_expert import find_apart, join_experts
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
 from .tying import keep_tied
@@ -108,7 +109,9 @@ def read_adapter(folder: str | Path, loaded: LoadedModel, *, compute_dtype: mx.D
     values = _to_parameters(loaded, slots, tensors, held)
     loaded.model.update(tree_unflatten(list(values.items())))
     mx.eval([layer.parameters() for layer in layers.values()])
-    return dataclasses.replace(make_adapter(loaded, plan, blueprint), folder=folder)
+    idle = {key: tensors[key].astype(mx.float32) for key, slot in slots.items() if slot.idle}
+    mx.eval(idle)
+    return dataclasses.replace(make_adapter(loaded, plan, blueprint, idle), folder=folder)
 
 
 def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint, dict[str, Slot], dict[str, mx.array]]:
@@ -124,6 +127,12 @@ def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint
     undo = put_carried(loaded, plan, shapes, tensors, folder)
     try:
         blueprint = draw_untied(loaded, plan)
+        plan = blueprint.plan
+        stacks = find_apart(loaded, blueprint, shapes)
+        if stacks:
+            whole = join_experts(stacks, tensors())
+            shapes = {key: tuple(value.shape) for key, value in whole.items()}
+            tensors = cache(lambda: whole)
         slots = list_slots(loaded, plan, blueprint)
         _account(shapes, carried_slots(loaded, blueprint) | slots, slots, folder, loaded)
         return plan, blueprint, slots, tensors()
@@ -166,17 +175,13 @@ def _to_parameters(
     held: Mapping[str, mx.array],
 ) -> dict[str, mx.array]:
     values: dict[str, mx.array] = {}
-    experts: dict[str, dict[int, mx.array]] = {}
     for key, slot in slots.items():
-        if key not in tensors or slot.base:
+        if key not in tensors or slot.base or slot.idle:
             continue
         value = tensors[key].astype(held[slot.mlx_path].dtype)
-        if slot.expert is not None:
-            experts.setdefault(slot.mlx_path, {})[slot.expert] = value
-        elif slot.as_stored:
+        if slot.as_stored:
             plain = slot.mlx_path.replace(".base_layer.", ".")
             values[slot.mlx_path] = loaded.names.import_weights({loaded.names.to_hf_name(plain): value})[plain]
         else:
             values[slot.mlx_path] = value
-    values |= {path: mx.stack([parts[i] for i in range(len(parts))]) for path, parts in experts.items()}
     return values

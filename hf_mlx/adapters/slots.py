@@ -18,6 +18,7 @@ from .adapter import PEFT_LEAVES, PREFIX
 from .blueprint import Blueprint
 from .layers import layer_dims
 from .matching import is_all_linear, is_matched
+from .parts import part_dims
 from .sites import HEADS, Site, is_tied
 from .targets import Target
 
@@ -34,16 +35,16 @@ class Slot:
     Attributes:
         mlx_path: The MLX parameter it belongs to, once the adapter is attached.
         shape: In the file.
-        expert: Its index along the first axis of the MLX parameter, where experts are stacked.
         base: It is a weight of the base that may travel along (embeddings), not a trained one.
+        idle: It belongs to no layer of the MLX model; the adapter keeps it.
         as_stored: It is a base parameter, kept in HF's own name and layout and in the base's dtype.
     """
 
     mlx_path: str
     shape: tuple[int, ...]
-    expert: int | None = None
     base: bool = False
     as_stored: bool = False
+    idle: bool = False
 
     @property
     def plain(self) -> str:
@@ -58,10 +59,12 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
     embeddings = _saves_embeddings(plan, blueprint)
     for target in blueprint.targets:
         site = modules[target.mlx_path]
-        slots |= _expert_slots(loaded, target, site) if target.kind == "experts" else _slots(target, site, plan)
+        slots |= _slots(target, site, plan)
         leaf = target.hf_path.rsplit(".", 1)[-1]
         if embeddings and leaf in _EMBEDDINGS + HEADS and "scales" not in site.module:
             slots |= _base_slots(site)
+    for target in blueprint.idle:
+        slots |= {f"{PREFIX}{target.key}.{leaf}.weight": shape for leaf, shape in _idle_shapes(target).items()}
     for site in blueprint.saved:
         slots |= _saved_slots(loaded, site)
         if plan.ensure_weight_tying and site.kind == "embedding" and is_tied(loaded):
@@ -82,31 +85,30 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
     return slots
 
 
+def _idle_shapes(target: Target) -> dict[str, Slot]:
+    inputs, outputs = target.idle or (0, 0)
+    return {
+        "lora_A": Slot("", (target.r, inputs), idle=True),
+        "lora_B": Slot("", (outputs, target.r), idle=True),
+    }
+
+
 def _slots(target: Target, site: Site, plan: LoraPlan) -> dict[str, Slot]:
-    inputs, outputs = layer_dims(site.module)
+    inputs, outputs = layer_dims(site.module) if target.kind == "embedding" else part_dims(site.modules)
+    stacked = site.experts or 1
     if target.kind == "embedding":
         shapes: dict[str, tuple[int, ...]] = {
             "lora_embedding_A": (target.r, inputs),
             "lora_embedding_B": (outputs, target.r),
         }
     else:
-        shapes = {"lora_A": (target.r, inputs), "lora_B": (outputs, target.r)}
+        shapes = {"lora_A": (target.r * stacked, inputs), "lora_B": (outputs, target.r * stacked)}
         if plan.lora_bias:
             shapes["lora_B_bias"] = (outputs,)
         if plan.use_dora:
             shapes["lora_magnitude_vector"] = (outputs,)
     return {
-        f"{PREFIX}{target.hf_path}.{PEFT_LEAVES[leaf]}": Slot(f"{target.mlx_path}.{leaf}", shape)
-        for leaf, shape in shapes.items()
-    }
-
-
-def _expert_slots(loaded: LoadedModel, target: Target, site: Site) -> dict[str, Slot]:
-    inputs, outputs = layer_dims(site.module)
-    shapes = {"lora_A": (target.r, inputs), "lora_B": (outputs, target.r)}
-    return {
-        f"{PREFIX}{path}.{PEFT_LEAVES[leaf]}": Slot(f"{target.mlx_path}.{leaf}", shape, expert=index)
-        for index, path in enumerate(loaded.names.to_hf_modules(target.mlx_path))
+        f"{PREFIX}{target.key}.{PEFT_LEAVES[leaf]}": Slot(f"{target.mlx_path}.{leaf}", shape)
         for leaf, shape in shapes.items()
     }
 

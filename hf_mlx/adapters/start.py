@@ -16,19 +16,22 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..data.generator import TorchGenerator
+from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .decomposed import KINDS
 from .defaults import DRAWN_ON_LOADING
-from .layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from .idle import IdlePair
+from .layers import DoRALinear, LoRAEmbedding, LoRALinear
+from .parts import LoRARouter, LoRASwitchLinear
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
 
-LoRALayer = LoRALinear | LoRAEmbedding | LoRASwitchLinear
+LoRALayer = LoRALinear | LoRAEmbedding | LoRASwitchLinear | LoRARouter
 _A = math.sqrt(5)  # nn.Linear.reset_parameters and PEFT both call kaiming_uniform_(weight, a=√5)
 
 
-def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int, *, drawn: int = 0) -> None:
+def start_as_peft(layers: Iterable[LoRALayer | IdlePair], plan: LoraPlan, seed: int, *, drawn: int = 0) -> None:
     """Fill the layers with what ``set_seed(seed); get_peft_model(...)`` would.
 
     Args:
@@ -42,10 +45,6 @@ def start_as_peft(layers: Iterable[LoRALayer], plan: LoraPlan, seed: int, *, dra
     for layer in layers:
         if isinstance(layer, LoRAEmbedding):
             _draw_embedding(layer, generator, plan.init_lora_weights)
-        elif isinstance(layer, LoRASwitchLinear):
-            pairs = [_draw_linear(layer, generator, plan) for _ in range(layer.lora_A.shape[0])]
-            layer.lora_A = mx.stack([a for a, _ in pairs])
-            layer.lora_B = mx.stack([b for _, b in pairs])
         else:
             layer.lora_A, layer.lora_B = _draw_linear(layer, generator, plan)
         if isinstance(layer, DoRALinear):
@@ -94,9 +93,12 @@ def _draw_as_mlx_lm(layer: LoRALayer) -> None:
     if isinstance(layer, LoRAEmbedding):
         twin = lora.LoRAEmbedding.from_base(base, **options)
         layer.lora_embedding_A, layer.lora_embedding_B = twin.lora_a.T, twin.lora_b.T
-    elif isinstance(layer, LoRASwitchLinear):
-        twin = lora.LoRASwitchLinear.from_base(base, **options)
-        layer.lora_A, layer.lora_B = twin.lora_a, twin.lora_b
+    elif type(layer) not in (LoRALinear, DoRALinear):
+        raise AdapterError(
+            'start="mlx_lm" on experts, routers or layers that MLX holds in parts',
+            "Linear layers and embeddings: mlx-lm's tuner has other matrices for the rest than PEFT",
+            'start="peft"',
+        )
     else:
         twin = lora.LoRALinear.from_base(base, **options)
         layer.lora_A, layer.lora_B = twin.lora_a.T, twin.lora_b.T
@@ -104,9 +106,11 @@ def _draw_as_mlx_lm(layer: LoRALayer) -> None:
         layer.reset_magnitude()
 
 
-def _draw_linear(layer: LoRALinear | LoRASwitchLinear, generator: TorchGenerator, plan: LoraPlan):
-    rank, inputs = layer.lora_A.shape[-2:]
-    outputs = layer.lora_B.shape[-2]
+def _draw_linear(
+    layer: LoRALinear | LoRASwitchLinear | LoRARouter | IdlePair, generator: TorchGenerator, plan: LoraPlan
+) -> tuple[mx.array, mx.array]:
+    rank, inputs = layer.lora_A.shape
+    outputs = layer.lora_B.shape[0]
     a = generator.kaiming_uniform((rank, inputs), a=_A)
     b = generator.kaiming_uniform((outputs, rank), a=_A)
     bias = None
@@ -115,11 +119,12 @@ def _draw_linear(layer: LoRALinear | LoRASwitchLinear, generator: TorchGenerator
         bias = generator.uniform(outputs, -bound, bound)
     if plan.init_lora_weights is not False:
         if plan.init_lora_weights == "gaussian":
-            a = generator.normal((rank, inputs), std=1 / rank)
+            # A stack of experts is drawn at once, each with the spread of its own rank.
+            a = generator.normal((rank, inputs), std=1 / getattr(layer, "r", rank))
         elif plan.init_lora_weights not in KINDS:
             a = generator.kaiming_uniform((rank, inputs), a=_A)
         b, bias = np.zeros_like(b), None if bias is None else np.zeros_like(bias)
-    if bias is not None:
+    if bias is not None and isinstance(layer, LoRALinear):
         layer.lora_B_bias = mx.array(bias)
     return mx.array(a), mx.array(b)
 

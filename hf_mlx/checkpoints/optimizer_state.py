@@ -69,9 +69,9 @@ def dump_optimizer(
     else:
         stored, owners, sizes = moments, {name: name for name in shapes}, step.params
     order = parameters.order()
-    by_id = order is not None and set(order) == set(owners)
+    by_id = order is not None and set(order) >= set(owners)
     names = list(order) if by_id and order is not None else list(owners)
-    groups = [[n for n in names if (owners[n] in step.optimizer.decay) == decayed] for decayed in (True, False)]
+    groups = _groups(names, owners, step)
     keys = {name: i if by_id else name for i, name in enumerate(n for group in groups for n in group)}
 
     def entry(name: str) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def dump_optimizer(
             values["RMS"] = mx.sqrt(mx.mean(mx.square(sizes[name].astype(mx.float32))))
         return values
 
-    state = {keys[name]: held for name in keys if (held := entry(name)) and updates}
+    state = {keys[name]: held for name in keys if name in owners and (held := entry(name)) and updates}
     initial = {} if base_lr is None else {"initial_lr": base_lr}
     options = group_options(plan, fused=fused)
     param_groups = [
@@ -172,17 +172,23 @@ def _names(groups: list[dict[str, Any]], step: Any, parameters: Parameters, fold
             )
         return {key: key for key in keys}
     order = parameters.order()
-    if order is None or set(order) != set(owners):
+    if order is None or not set(order) >= set(owners):
         raise CheckpointError(
             f"{folder}: an optimizer state by number, for a model whose torch order is not known here",
             "torch and transformers, which know it, and a model whose torch parameters are those of its files",
             'pip install "hf-mlx[hf]", or SFTConfig(save_only_model=True) with only the weights of this checkpoint',
         )
-    ours = [[n for n in order if (owners[n] in step.optimizer.decay) == decayed] for decayed in (True, False)]
+    ours = _groups(order, owners, step)
     counts = [len(group["params"]) for group in groups]
     if counts != [len(group) for group in ours]:
         raise _other_model(folder, f"{counts[0]} + {counts[1]} parameters with and without weight decay")
     return dict(zip(keys, [*ours[0], *ours[1]], strict=True))
+
+
+def _groups(names: list[str], owners: Mapping[str, str], step: Any) -> list[list[str]]:
+    """With and without weight decay; what has no owner is a matrix that gets no gradient in torch."""
+    decayed = {name for name in names if name not in owners or owners[name] in step.optimizer.decay}
+    return [[n for n in names if n in decayed], [n for n in names if n not in decayed]]
 
 
 def _read_updates(state: Mapping[Any, Mapping[str, Any]], folder: Path) -> int | None:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..adapters.adapter import PEFT_LEAVES, PREFIX, Adapter
-from ..adapters.order import order_key
+from ..adapters.adapter import PREFIX, Adapter
 from ..adapters.slots import Slot, list_slots
 from ..errors import CheckpointError, ModelError
 from ..models.load import LoadedModel
+from ..models.skeleton import build_skeleton
 from .torch_files import has_torch
 
 Arrays = Mapping[str, mx.array]
@@ -42,7 +42,10 @@ class Parameters(Protocol):
         ...
 
     def order(self) -> list[str] | None:
-        """Torch's names in ``named_parameters()`` order; None when the torch model itself would have to say."""
+        """Torch's names in ``named_parameters()`` order; None when the torch model itself would have to say.
+
+        Among them may be parameters that torch trains in name only, without an owner.
+        """
         ...
 
 
@@ -55,44 +58,38 @@ class AdapterParameters:
 
     def __init__(self, adapter: Adapter) -> None:
         self._loaded = adapter.loaded
-        trained = adapter.trainable()
+        trained = {path: i for i, path in enumerate(adapter.trainable())}
         slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
-        key = order_key(adapter.loaded.model_type, (site.hf_path for site in adapter.blueprint.sites))
         names = [name for name, slot in slots.items() if slot.mlx_path in trained and not slot.base]
-        self._slots = {name: slots[name] for name in sorted(names, key=lambda name: _position(name, key))}
+        self._slots = {name: slots[name] for name in sorted(names, key=lambda name: trained[slots[name].mlx_path])}
+        self._order = _with_idle(adapter, list(self._slots))
 
     def to_hf(self, arrays: Arrays) -> dict[str, mx.array]:
         return {key: self._stored(slot, arrays) for key, slot in self._slots.items() if slot.mlx_path in arrays}
 
     def from_hf(self, tensors: Arrays) -> dict[str, mx.array]:
         values: dict[str, mx.array] = {}
-        experts: dict[str, dict[int, mx.array]] = {}
         for key, slot in self._slots.items():
             if key not in tensors:
                 continue
-            if slot.expert is not None:
-                experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
-            elif slot.as_stored and tensors[key].size == math.prod(slot.shape):
+            if slot.as_stored and tensors[key].size == math.prod(slot.shape):
                 values[slot.mlx_path] = _import(self._loaded, _plain(slot), tensors[key])
             else:
                 values[slot.mlx_path] = tensors[key]
-        return values | {path: mx.stack([parts[i] for i in sorted(parts)]) for path, parts in experts.items()}
+        return values
 
     def is_plain(self, name: str) -> bool:
         slots = [slot for slot in self._slots.values() if slot.mlx_path == name]
-        # A stack of experts is cut along its first axis, which every reduced state still has.
         return all(not slot.as_stored or _keeps_layout(self._loaded, _plain(slot), slot.shape) for slot in slots)
 
     def owners(self) -> dict[str, str]:
         return {name: slot.mlx_path for name, slot in self._slots.items()}
 
     def order(self) -> list[str]:
-        return list(self._slots)
+        return self._order
 
     def _stored(self, slot: Slot, arrays: Arrays) -> mx.array:
         value = arrays[slot.mlx_path]
-        if slot.expert is not None:
-            return mx.contiguous(value[slot.expert])
         if slot.as_stored and value.size == math.prod(slot.shape):
             return next(iter(self._loaded.names.export_weights({_plain(slot): value}).values()))
         return value
@@ -149,36 +146,30 @@ def live_order(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def build_live_model(config: Mapping[str, Any]) -> Any:
-    """The torch model of a config.json without its weights, on torch's meta device.
-
-    Its parameters come in another order, and sometimes under other names, than the tensors of the files.
+    """:func:`hf_mlx.models.skeleton.build_skeleton`, for the sake of a checkpoint.
 
     Raises:
         CheckpointError: transformers cannot build the model.
     """
-    import torch
-    import transformers
-
     try:
-        built = type(transformers.AutoConfig.for_model(config["model_type"])).from_dict(dict(config))
-        # trl builds the class that the config names.
-        named = getattr(transformers, (built.architectures or [""])[0], None)
-        with torch.device("meta"):
-            return named(built) if named else transformers.AutoModelForCausalLM.from_config(built)
-    except Exception as error:
-        raise CheckpointError(
-            f"a model that transformers cannot build: {type(error).__name__}: {error}",
-            "a config.json that transformers knows",
-            "a newer transformers, or SFTConfig(save_only_model=True)",
-        ) from error
+        return build_skeleton(config)
+    except ModelError as error:
+        raise CheckpointError(error.received, error.required, error.remedy) from error
 
 
-def _position(name: str, key: Any) -> tuple:
-    path = name.removeprefix(PREFIX)
-    for rank, leaf in enumerate([*PEFT_LEAVES.values(), "weight", "bias"]):
-        if path.endswith(f".{leaf}"):
-            return key(path.removesuffix(f".{leaf}")), rank
-    return key(path), len(PEFT_LEAVES)
+def _with_idle(adapter: Adapter, names: list[str]) -> list[str]:
+    """``names`` with the idle pairs where torch's ``named_parameters()`` has them."""
+    before: list[str] = []
+    for target in adapter.blueprint.wrapped:
+        stem = f"{PREFIX}{target.key}.lora_"
+        if not target.idle:
+            following = next((i for i, name in enumerate(names) if name.startswith(stem)), None)
+            if following is not None and before:
+                names[following:following] = before
+                before = []
+        else:
+            before += [f"{stem}A.weight", f"{stem}B.weight"]
+    return [*names, *before]
 
 
 def _plain(slot: Slot) -> str:

@@ -181,6 +181,18 @@ def _nemotron_h(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     return (*experts, _CONV1D)
 
 
+def _gpt_oss(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    experts = "{p*}.experts"
+    pair = ("gate_proj", "up_proj")
+    return (
+        Concat(f"{experts}.gate_up_proj", tuple(f"{experts}.{n}.weight" for n in pair), axis=2, strided=True),
+        Concat(f"{experts}.gate_up_proj_bias", tuple(f"{experts}.{n}.bias" for n in pair), axis=1, strided=True),
+        Rename(f"{experts}.down_proj", f"{experts}.down_proj.weight"),
+        Rename(f"{experts}.down_proj_bias", f"{experts}.down_proj.bias"),
+        *(Transpose(f"{experts}.{n}.weight") for n in _GATED),
+    )
+
+
 _LAGUNA = (
     *_experts(),
     Rename("{p*}.mlp.gate.weight", "{p*}.mlp.gate.proj.weight"),
@@ -195,6 +207,11 @@ CONVERSIONS: dict[str, Build] = {
     "dbrx": _dbrx,
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
+    "gpt_oss": _gpt_oss,
+    "ernie4_5_moe": _fixed(
+        *_experts(),
+        Rename("{p*}.mlp.moe_statics.e_score_correction_bias", "{p*}.mlp.e_score_correction_bias"),
+    ),
     "laguna": _fixed(*_LAGUNA),
     "exaone_moe": _fixed(
         *_experts(), Rename("{p*}.mlp.e_score_correction_bias", "{p*}.mlp.gate.e_score_correction_bias")
@@ -243,7 +260,15 @@ CONVERSIONS: dict[str, Build] = {
 
 # Checkpoint name → path in the live transformers 5.23 model, where the two differ.
 MODULES: dict[str, tuple[Rename, ...]] = {
-    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.gate.{r*}", "{p*}.mlp.gate.{r*}"),)),
+    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid"),
+        (
+            Rename("{p*}.block_sparse_moe.input_linear.weight", "{p*}.block_sparse_moe.experts.gate_up_proj"),
+            Rename("{p*}.block_sparse_moe.output_linear.weight", "{p*}.block_sparse_moe.experts.down_proj"),
+            Rename("{p*}.block_sparse_moe.router.layer.{r*}", "{p*}.block_sparse_moe.router.{r*}"),
+        ),
+    ),
     "gemma3": (
         Rename("language_model.model.{r*}", "model.language_model.{r*}"),
         Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),

@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import ModelError
 from .activations import check_activation
 from .bitsandbytes import is_four_bit
+from .config import FILES
+from .weights import Checkpoint
 
 Config = dict[str, Any]
 
@@ -15,12 +17,13 @@ Config = dict[str, Any]
 _ROPE_PLAIN = """
     cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
     phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
-    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 olmo_hybrid
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 ernie4_5_moe olmo_hybrid
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3"),
     "mellum": ("linear",),
+    "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
@@ -37,7 +40,14 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "final_logit_softcapping"): (None,),
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
+    ("olmo", "clip_qkv"): (None,),
 }
+
+# Types whose weights of the chosen experts mlx-lm divides by their sum only where there are several.
+_LONE_EXPERTS = """
+    afmoe deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa kimi_linear mimo_v2_flash
+    nemotron_h solar_open
+"""
 
 
 def check_config(config: Config, folder: Path) -> None:
@@ -61,9 +71,31 @@ def check_config(config: Config, folder: Path) -> None:
             f"set {', '.join(random)} to 0.0 in config.json, or hand over the model: "
             f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
         )
+    if config["model_type"].startswith("llama4") and text.get("num_hidden_layers", 48) < 4:
+        raise _option(folder, "num_hidden_layers", text["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+    lone = text.get("num_experts_per_tok") == 1 and text.get("norm_topk_prob", text.get("route_norm", True))
+    if lone and config["model_type"] in _LONE_EXPERTS.split():
+        raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
+
+
+def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse a config of more layers than there are tensors, before a loop makes them.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    for part in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "n_layer", "n_layers"):
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > len(checkpoint.tensors):
+                raise FILES.refuse(
+                    folder / "config.json",
+                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
+                    "the config that was saved with these weights",
+                )
 
 
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
@@ -77,8 +109,7 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         plain = kind != "default" and model_type in _ROPE_PLAIN.split()
         known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
-        exact = kind != "yarn" or (entry.get("truncate", True) and entry.get("attention_factor") is None)
-        if not known or not exact:
+        if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
 
 

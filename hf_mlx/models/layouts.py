@@ -198,11 +198,15 @@ class Stack:
 
 @dataclass(frozen=True)
 class Concat:
-    """One HF tensor that MLX keeps in parts along ``axis`` (gate_up_proj → gate_proj, up_proj)."""
+    """One HF tensor that MLX keeps in parts along ``axis`` (gate_up_proj → gate_proj, up_proj).
+
+    ``strided`` parts take turns instead of following each other.
+    """
 
     hf: str
     mlx: tuple[str, ...]
     axis: int = 0
+    strided: bool = False
 
     def load(self, weights: Weights) -> Weights:
         out = {}
@@ -211,7 +215,7 @@ class Concat:
             if fields is None:
                 out[name] = value
             else:
-                parts = mx.split(value, len(self.mlx), axis=self.axis)
+                parts = self._split(value)
                 out.update({_fill(t, fields): mx.contiguous(p) for t, p in zip(self.mlx, parts, strict=True)})
         return out
 
@@ -221,8 +225,18 @@ class Concat:
             fields = _match(self.mlx[0], name)
             if fields is not None:
                 parts = [out.pop(_fill(t, fields)) for t in self.mlx]
-                out[_fill(self.hf, fields)] = mx.concatenate(parts, axis=self.axis)
+                out[_fill(self.hf, fields)] = self._join(parts)
         return out
+
+    def _split(self, value: mx.array) -> list[mx.array]:
+        if not self.strided:
+            return mx.split(value, len(self.mlx), axis=self.axis)
+        return list(mx.unstack(mx.unflatten(value, self.axis, (-1, len(self.mlx))), axis=self.axis + 1))
+
+    def _join(self, parts: list[mx.array]) -> mx.array:
+        if not self.strided:
+            return mx.concatenate(parts, axis=self.axis)
+        return mx.flatten(mx.stack(parts, axis=self.axis + 1), self.axis, self.axis + 1)
 
     def hf_names(self, name: str) -> list[str]:
         for template in self.mlx:

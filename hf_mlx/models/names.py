@@ -46,6 +46,10 @@ class NameMap:
         """Tensor names in the checkpoint's own files."""
         return frozenset(self._checkpoint.tensors)
 
+    def is_stored(self, name: str) -> bool:
+        """Whether the checkpoint's own files hold this tensor."""
+        return name in self._checkpoint.tensors
+
     @property
     def converted(self) -> bool:
         """Whether mlx-lm wrote the files, which keeps the language model alone."""

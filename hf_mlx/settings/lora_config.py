@@ -72,7 +72,7 @@ BEYOND_LINEAR = (
         otherwise(refused("is none of none, all, lora_only", write='bias="none"')),
     ),
     honour("fan_in_fan_out", False, "of Conv1D weights, as GPT-2 has"),
-    _variant("target_parameters", None, "LoRA on bare parameters"),
+    honour("target_parameters", None, "stacked experts, routers and weights of Linear layers, by name"),
     honour("ensure_weight_tying", False, "a tied embedding that is trained in full or by rows stays the head, too"),
 )
 

@@ -49,6 +49,7 @@ def resolve_lora(peft_config: Any) -> LoraPlan | None:
         lora_alpha=check_number("lora_alpha", values["lora_alpha"], "lora_alpha=16", above=0.0),
         lora_dropout=check_number("lora_dropout", values["lora_dropout"], "lora_dropout=0.05", below=1.0),
         target_modules=check_strings("target_modules", values["target_modules"]),
+        target_parameters=_several("target_parameters", values["target_parameters"]),
         exclude_modules=check_strings("exclude_modules", values["exclude_modules"]),
         rank_pattern={
             key: check_count(f"rank_pattern[{key!r}]", rank, f'rank_pattern={{"{key}": 8}}', below=_RANKS)
@@ -104,7 +105,7 @@ def _check_patterns(values: Mapping[str, Any]) -> None:
 
 def _check_targets(values: Mapping[str, Any]) -> None:
     targets = values["target_modules"]
-    if targets is not None and not targets:
+    if targets is not None and not targets and not values["target_parameters"]:
         raise SettingError(
             f"target_modules={targets!r}",
             "target_modules names at least one module, or nothing would be trained",

@@ -21,6 +21,7 @@ from ..errors import AdapterError, SettingError, TrainingError
 from ..models.bridge import TorchModel, without_adapter
 from ..models.heads import module_at
 from ..models.torch_arrays import to_mlx, to_torch
+from ..models.torch_hooks import check_hooks
 from ..session import Session
 from .gradients import read_written
 from .marks import FrozenMarks
@@ -64,11 +65,13 @@ class Handover:
 
         Raises:
             TrainingError: Into what is not trained, where no step would see it in time, or requires_grad was set.
+            SettingError: A hook was set.
         """
         # Weights of a checkpoint were loaded meanwhile: upstream's would have overwritten what was written.
         if not self._out or self.session.step.params is not self._written:
             return
         self._out = False
+        check_hooks(self.source.model)
         trained = self.source.trained()
         toggled = next(iter(sorted(trained ^ self._trained)), None)
         if toggled is not None:
@@ -195,9 +198,11 @@ class Handover:
         slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
         _account(held, slots)
         _check_scales(self.source, adapter)
-        _check_trained(self.source.trained(), {adapter.hf_name(path) for path in adapter.trainable()})
+        _check_trained(self.source.trained() - adapter.idle.keys(), {adapter.hf_name(p) for p in adapter.trainable()})
         params = dict(self.session.step.params)
-        params |= read_parameters(adapter, slots, {key: to_mlx(held[key]) for key in slots})
+        arrays = {key: to_mlx(held[key]) for key in slots}
+        adapter.idle.update({key: value for key, value in arrays.items() if slots[key].idle})
+        params |= read_parameters(adapter, slots, arrays)
         if not self.session.plan.model.precision.autocast:
             _compute_in_own_dtype(adapter, params)
         mx.eval(params)
@@ -216,16 +221,15 @@ def read_parameters(
     """
     names = adapter.loaded.names
     params: dict[str, mx.array] = {}
-    experts: dict[str, dict[int, mx.array]] = {}
     for key, slot in slots.items():
-        if slot.expert is not None:
-            experts.setdefault(slot.mlx_path, {})[slot.expert] = tensors[key]
-        elif slot.as_stored:
+        if slot.idle:
+            continue
+        if slot.as_stored:
             plain = slot.mlx_path.replace(".base_layer.", ".")
             params[slot.mlx_path] = names.import_weights({names.to_hf_name(plain): tensors[key]})[plain]
         else:
             params[slot.mlx_path] = tensors[key]
-    return params | {path: mx.stack([parts[i] for i in range(len(parts))]) for path, parts in experts.items()}
+    return params
 
 
 def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
@@ -243,7 +247,7 @@ def _account(held: Mapping[str, Any], slots: Mapping[str, Slot]) -> None:
 def _check_scales(source: TorchModel, adapter: Adapter) -> None:
     modules = dict(source.base.named_modules())
     for target in adapter.targets:
-        scales = getattr(modules.get(target.hf_path), "scaling", {})
+        scales = getattr(modules.get(target.key), "scaling", {})
         found = scales.get(source.adapter, target.scale)
         if not math.isclose(found, target.scale, rel_tol=1e-6):
             raise AdapterError(

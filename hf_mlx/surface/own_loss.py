@@ -81,7 +81,9 @@ class OwnLoss:
         import torch
 
         trainer = self._trainer
-        if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
+        if not micro.batch.has_labels or not (
+            trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        ):
             return None
         return torch.tensor(micro.items, device=device)
 

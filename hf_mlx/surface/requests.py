@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SettingError
@@ -34,6 +35,29 @@ def check_evaluation(args: Any, eval_dataset: Any, trainer: str) -> None:
             f"eval_strategy={str(getattr(args.eval_strategy, 'value', args.eval_strategy))!r} without an eval_dataset",
             "an eval_dataset to evaluate on",
             f'{trainer}(..., eval_dataset=my_dataset), or eval_strategy="no"',
+        )
+
+
+def check_ignored(ignore_keys: list[str] | None, unseen: Sequence[str]) -> None:
+    """Refuse predictions that would hold other things than those upstream returns.
+
+    Args:
+        ignore_keys: As ``evaluate`` and ``predict`` get them.
+        unseen: What the torch model returns beside its logits, and MLX's does not.
+
+    Raises:
+        SettingError: Names them.
+    """
+    ignored = ignore_keys or ()
+    if "logits" in ignored:
+        raise SettingError(f"ignore_keys={ignore_keys!r}", "logits to predict with", "ignore_keys=None")
+    missing = [key for key in unseen if key not in ignored]
+    if missing:
+        raise SettingError(
+            f"predictions of a model whose config says output_router_logits=True, with {' and '.join(missing)} in them",
+            "logits alone",
+            f"trainer.evaluate(ignore_keys={['past_key_values', *unseen]!r}), train(ignore_keys_for_eval=…) likewise, "
+            "or model.config.output_router_logits = False",
         )
 
 

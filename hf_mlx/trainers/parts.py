@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..checkpoints.interrupt import Interrupt
 from ..data.order import Steps
 from ..feed import Feed
 from ..loop.run import Loop
+from ..processes.world import World
 from ..recipes.recipe import Recipe
 from ..reports.recorder import Recorder
 from ..session import Session
@@ -43,7 +44,10 @@ class Parts:
     data: Feed
     session: Session
     hub: HubRepo
+    world: World
     is_in_train: bool = False
+    #: What may not be set on this trainer beside what no trainer lets be set: name to what to write.
+    remedies: Mapping[str, str] = {}
 
     _base: Base
     _model: Any

@@ -14,6 +14,13 @@ def _llama(config: Config) -> Config:
     return config
 
 
+@speaks("olmo")
+def _olmo(config: Config) -> Config:
+    # Built as a Llama, whose norms olmo's take the place of.
+    fill(config, rms_norm_eps=1e-5)
+    return _llama(config)
+
+
 @speaks("smollm3")
 def _smollm3(config: Config) -> Config:
     return _llama(config)

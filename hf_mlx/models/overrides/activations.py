@@ -59,3 +59,11 @@ def _activated(mlp: type[Any]) -> type[Any]:
 
     Activated.__name__ = f"Activated{mlp.__name__}"
     return Activated
+
+
+def clamp_as_configured(model: Any, config: dict[str, Any]) -> None:
+    """gpt-oss: the gate's slope and the limit of both halves are the config's, where mlx-lm keeps 1.702 and 7."""
+    for block in model.layers:
+        activation = block.mlp.experts.activation
+        activation._alpha = config.get("swiglu_alpha", 1.702)
+        activation._limit = config.get("swiglu_limit", 7.0)

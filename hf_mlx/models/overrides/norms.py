@@ -59,11 +59,19 @@ def _grouped(norm: type[Any]) -> type[Any]:
 def use_default_latent_epsilon(model: Any, config: dict[str, Any]) -> None:
     """Latent attention: the norms of the compressed queries and keys keep RMSNorm's default epsilon.
 
-    Source: transformers 5.23 ``Glm4MoeLiteAttention``, ``LongcatFlashMLA`` (1e-6, whatever rms_norm_eps is).
+    Source: transformers 5.23 ``Glm4MoeLiteAttention``, ``KimiLinearAttention``, ``LongcatFlashMLA`` (1e-6, whatever
+    rms_norm_eps is).
     """
     for name, module in model.named_modules():
         if name.endswith(("q_a_layernorm", "kv_a_layernorm")):
             module.eps = 1e-6
+
+
+def use_configured_epsilon(model: Any, config: dict[str, Any]) -> None:
+    """Mamba: layer_norm_epsilon is that of the blocks' norms and of the last one, where mlx-lm keeps its own."""
+    for _, module in model.named_modules():
+        if type(module) is nn.RMSNorm:
+            module.eps = config.get("layer_norm_epsilon", 1e-5)
 
 
 class NormedRope(nn.Module):

@@ -9,8 +9,8 @@ from . import norms, rope, windows
 
 Config = dict[str, Any]
 
-# model type → "module:function"; called as function(model, config) after loading.
-_INSTANCES = {
+# model type → "module:function", one or several; called as function(model, config) after loading.
+_INSTANCES: dict[str, str | tuple[str, ...]] = {
     "gemma": "activations:use_configured",
     "starcoder2": "activations:use_configured",
     "gpt_bigcode": "activations:use_configured",
@@ -18,12 +18,14 @@ _INSTANCES = {
     "llama": "activations:use_configured",
     "mistral": "activations:use_configured",
     "glm": "rope:rotate_part",
-    "mamba2": "norms:group_gated_norms",
+    **dict.fromkeys(("mamba", "falcon_mamba"), "norms:use_configured_epsilon"),
+    "mamba2": ("norms:use_configured_epsilon", "norms:group_gated_norms"),
     "granitemoehybrid": "norms:group_gated_norms",
-    "glm4_moe_lite": "norms:use_default_latent_epsilon",
-    "longcat_flash": "norms:use_default_latent_epsilon",
+    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash"), "norms:use_default_latent_epsilon"),
     "llama4": "norms:norm_queries_with_configured_epsilon",
     "llama4_text": "norms:norm_queries_with_configured_epsilon",
+    "gpt_oss": "activations:clamp_as_configured",
+    "minicpm3": "minicpm:correct",
     "jamba": "experts:keep_router_weights",
     "gemma2": "gemma:attend_with_softcap",
     "gemma3_text": "gemma:scale_embeddings_exactly",
@@ -40,7 +42,7 @@ _RECURRENT = frozenset(
 )
 
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
-_CLASSES: dict[str, str] = {}
+_CLASSES: dict[str, str] = {"olmo": "olmo:classes", "ernie4_5_moe": "ernie:classes"}
 
 
 def model_classes(model_type: str) -> tuple[type[Any], type] | None:
@@ -60,8 +62,8 @@ def adapt(model: Any, config: Config, converted: bool) -> None:
     """
     windows.apply(model, config)
     rope.apply(model, config)
-    target = _INSTANCES.get(config["model_type"])
-    if target:
+    targets = _INSTANCES.get(config["model_type"], ())
+    for target in (targets,) if isinstance(targets, str) else targets:
         _resolve(target)(model, config)
     if config["model_type"] in _RECURRENT:
         _resolve("recurrent:apply")(model)

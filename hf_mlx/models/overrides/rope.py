@@ -1,4 +1,4 @@
-"""longrope as transformers computes it: short factors up to the original context, long ones beyond."""
+"""longrope and yarn as transformers computes them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.rope_utils import YarnRoPE
 
 Config = dict[str, Any]
 
@@ -42,8 +43,10 @@ class LongRope(nn.Module):
 
 
 def apply(model: Any, config: Config) -> None:
-    """Replaces mlx-lm's longrope modules, in every block that has one."""
+    """Replaces mlx-lm's longrope modules, in every block that has one, and sets yarn's frequencies."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        _set_yarn(model, config, rope)
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
         return
     original = (
@@ -62,6 +65,41 @@ def apply(model: Any, config: Config) -> None:
             original,
             _attention_factor(rope, config["max_position_embeddings"] / original, original),
         )
+
+
+def _set_yarn(model: Any, config: Config, rope: Config) -> None:
+    """yarn as transformers 5.23 ``_compute_yarn_parameters`` has it: mlx-lm knows neither ``truncate`` nor
+    ``attention_factor``.
+    """
+    base, factor = rope.get("rope_theta") or config["rope_theta"], rope.get("factor")
+    original = rope["original_max_position_embeddings"]
+    factor = config["max_position_embeddings"] / original if factor is None else factor
+    for _, module in model.named_modules():
+        if isinstance(module, YarnRoPE):
+            low, high = (
+                module.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+                for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+            )
+            if rope.get("truncate", True):
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, module.dims - 1)
+            ramp = (mx.arange(module.dims // 2, dtype=mx.float32) - low) / (high - low if high != low else 0.001)
+            ramp = mx.clip(ramp, 0, 1)
+            freqs = base ** (mx.arange(0, module.dims, 2, dtype=mx.float32) / module.dims)
+            module._freqs = 1.0 / (ramp / (factor * freqs) + (1.0 - ramp) / freqs)
+            module.mscale = _yarn_scale(rope, factor)
+
+
+def _yarn_scale(rope: Config, factor: float) -> float:
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+
+    def scale(strength: float) -> float:
+        return 0.1 * strength * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1.0)
 
 
 def _attention_factor(rope: Config, ratio: float, original: int) -> float:
