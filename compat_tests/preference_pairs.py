@@ -82,7 +82,7 @@ def run(
         trainer = cls(
             **arguments(folder, reference, copy.deepcopy(lora)),
             args=DPOConfig(**{"output_dir": output, **settings}),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(rows) if isinstance(rows, list) else rows,
             **more,
         )
         trainer.train()

@@ -31,3 +31,30 @@ def test_a_step_beside_the_peers(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
     assert [row[2] for row in rows] == ["hf_mlx", "mlx-lm", "mlx-lm", "trl"]
     assert chart.stat().st_size > 10_000
+
+
+@pytest.mark.wide
+def test_parts_of_the_scripts_own(tmp_path):
+    kept = tmp_path / "own.json"
+    words = [
+        "--shape",
+        "1x16",
+        "--steps",
+        "2",
+        "--warm-up",
+        "1",
+        "--rounds",
+        "1",
+        "--trained",
+        "adapter",
+        "--json",
+        kept,
+    ]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "own_parts.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(kept.read_text())
+    assert [result["variant"] for result in report["results"]] == ["compiled", "optimizer", "loss"]
+    assert all(result["seconds"] > 0 and result["numbers"] > 0 for result in report["results"])
+    assert report["results"][0]["ratio"] == 1

@@ -38,14 +38,15 @@ def draw_loss(pick: random.Random) -> dict[str, Any]:
     divergence = pick.choice(["reverse_kl", *DIVERGENCES])
     names = [name for name in LOSS_TYPES if divergence == "reverse_kl" or name in WITH_DIVERGENCE]
     chosen = pick.sample(names, pick.choice([1, 1, 1, 2, 3]))
+    beta = pick.choice([0.05, 0.1, 0.5])
     settings = {
         "loss_type": chosen,
         "loss_weights": [pick.choice([0.2, 0.5, 1.0, 2.0]) for _ in chosen] if pick.random() < 0.5 else None,
         "f_divergence_type": divergence,
         "f_alpha_divergence_coef": pick.choice([0.3, 0.5, 1.0, 1.7]),
-        "beta": pick.choice([0.05, 0.1, 0.5]),
+        "beta": beta,
         "label_smoothing": pick.choice([0.05, 0.2]) if "exo_pair" in chosen else pick.choice([0.0, 0.1, 0.3]),
-        "discopop_tau": pick.choice([0.05, 0.5]),
+        "discopop_tau": beta * pick.choice([0.5, 5]),
         "ld_alpha": pick.choice([None, None, 0.0, 0.3, 1.0]),
     }
     # TRL refuses these with its weights, or fails on them in torch.

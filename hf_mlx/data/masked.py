@@ -68,6 +68,21 @@ def check_labelled(batch: Batch) -> Batch:
     return batch
 
 
+def check_labels(batch: Batch) -> None:
+    """Refuse labels that torch's cross entropy has no class for.
+
+    Raises:
+        DataError: Names the label.
+    """
+    odd = batch.labels[(batch.labels < 0) & (batch.labels != IGNORE)]
+    if odd.size:
+        raise DataError(
+            f"Target {int(odd[0])} is out of bounds.",
+            "token ids as labels, and -100 where nothing is scored",
+            "labels = [-100 if label < 0 else label for label in labels]",
+        )
+
+
 def needs_keys(batch: Batch) -> bool:
     """Whether plain causal attention over each row's first ``lengths`` tokens would score something else."""
     if batch.keys is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DataError, SettingError
 from ..settings.plan import BatchPlan
+from .buckets import bucket_length
 from .generator import TorchGenerator
 
 
@@ -217,9 +218,16 @@ def deal(order: Sequence[int] | np.ndarray, batch_size: int, share: Share, *, dr
     return rows[: rounds * dealt].reshape(rounds, share.processes, own)[:, share.rank]
 
 
-def count_tokens(dataset: Any) -> list[int]:
+def count_tokens(dataset: Any, column: str = "input_ids") -> list[int]:
     """Tokens of every row of a prepared dataset, without turning the tokens into Python numbers."""
     from pyarrow.compute import call_function
 
-    tables = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    return [n for table in tables for n in call_function("list_value_length", [table["input_ids"]]).to_pylist()]
+    tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return [n for table in tables for n in call_function("list_value_length", [table[column]]).to_pylist()]
+
+
+def longest_row(dataset: Any, otherwise: int) -> int:
+    """Tokens of the longest row, in its bucket; ``otherwise`` where only reading all rows would tell."""
+    if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return otherwise
+    return bucket_length(max(count_tokens(dataset), default=1))

@@ -9,9 +9,10 @@ from mlx_lm.models.rope_utils import SuScaledRoPE
 
 from .architectures import can_pack
 from .load import LoadedModel
+from .masks import SegmentCache
 
 
-class PromptCache:
+class PromptCache(SegmentCache):
     """A cache that holds nothing: within one pass, rows of answers see the keys of the rows that hold their prompt.
 
     A unit of rows is a prompt, cut into runs of a row's width, and then the chosen and the rejected answer. An answer
@@ -56,11 +57,6 @@ class PromptCache:
         prompts = x.reshape(-1, self._unit, heads, width, size)[:, :-2]
         prompts = prompts.transpose(0, 2, 1, 3, 4).reshape(-1, heads, (self._unit - 2) * width, size)
         return mx.concatenate([mx.repeat(prompts, self._unit, axis=0), x], axis=2)
-
-    @property
-    def state(self) -> list:
-        """Nothing to keep."""
-        return []
 
 
 def prompt_cache(model: Any, prompts: mx.array, rows: int, width: int) -> list[PromptCache]:

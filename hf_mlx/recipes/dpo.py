@@ -11,6 +11,7 @@ from ..data.batch import IGNORE
 from ..data.buckets import pad_batch
 from ..data.documents import counted_lengths
 from ..data.layout import shift_labels
+from ..data.order import count_tokens
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
 from ..data.prepare import prepare_tokenizer
@@ -45,6 +46,7 @@ class PairRows:
     signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
     reads_tokenizer = True
     shaped = False
+    odd_labels = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)
@@ -66,6 +68,14 @@ class PairRows:
             "another order: pairs have no length of their own",
             "DPOConfig(train_sampling_strategy='random')",
         )
+
+    def extent(self, dataset: Any, examples: int, plan: DataPlan) -> tuple[int, int]:
+        longest = plan.max_length or 1024
+        if hasattr(dataset, "__len__"):
+            prompts, *answers = (count_tokens(dataset, column) for column in ID_COLUMNS)
+            found = max(prompt + max(pair) for prompt, *pair in zip(prompts, *answers, strict=True))
+            longest = found if plan.max_length is None else min(found, plan.max_length)
+        return 2 * examples, pair_width(longest, 2 * examples)
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> PairBatch:
         return collate_pairs(

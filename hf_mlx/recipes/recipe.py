@@ -23,12 +23,14 @@ class RowTable(Protocol):
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
             None for those that the model's forward takes.
         reads_tokenizer: Whether the model's own tokenizer is read where none is given.
+        odd_labels: Whether labels below 0 other than -100 pass, as with trl.
         shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
     signature_columns: tuple[str, ...] | None
     reads_tokenizer: bool
     shaped: bool
+    odd_labels: bool
 
     def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
         """The tokenizer as rows are prepared with."""
@@ -48,6 +50,10 @@ class RowTable(Protocol):
 
     def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
         """Tokens of every row of what :meth:`view` returned; ``column`` may hold them."""
+        ...
+
+    def extent(self, dataset: Any, examples: int, plan: Any) -> tuple[int, int]:
+        """Rows and their width of the largest micro-batch of ``examples`` of a prepared set, as they are computed."""
         ...
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: Any, *, padding_free: bool) -> Any:

@@ -27,6 +27,7 @@ from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
 from ..surface.together import check_recipe, tell_accelerate
+from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
 from .running import Running
@@ -40,6 +41,7 @@ class TrainerBase(Running):
     The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
+    @in_its_words
     def __init__(
         self,
         model: Any,

@@ -45,6 +45,8 @@ class MemoryEstimate:
         activations: What the forward pass keeps for the backward pass.
         recomputed: What one layer holds while it goes back, its recomputed activations included.
         logits: Logits and what is computed from them, of one block of tokens.
+        reference: Arrays that a reference holds beside the policy's.
+        reference_pass: What its forward pass holds at once, while the policy's activations are kept.
     """
 
     weights: int
@@ -53,6 +55,8 @@ class MemoryEstimate:
     activations: int
     recomputed: int
     logits: int
+    reference: int = 0
+    reference_pass: int = 0
 
     @property
     def total(self) -> int:
@@ -60,8 +64,8 @@ class MemoryEstimate:
 
         MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
         """
-        backward = self.activations + max(self.logits, self.recomputed + self.gradients)
-        return self.weights + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
+        backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
+        return self.weights + self.reference + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
 
 
 def estimate(
@@ -74,6 +78,7 @@ def estimate(
     attention_heads: int,
     rows: int,
     tokens: int,
+    reference: int | None = None,
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
@@ -91,6 +96,7 @@ def estimate(
         attention_heads: Query heads of a block.
         rows: Rows of a micro-batch.
         tokens: Padded length of a row.
+        reference: Bytes that a reference holds, whose forward pass is part of the step; None where there is none.
     """
     positions = rows * tokens
     weights = _arrays(model)
@@ -105,6 +111,7 @@ def estimate(
         + _states(block, rows, tokens)
         for block in layers(model)
     ]
+    logits = _logit_bytes(model, head, positions)
     # Scores of one block of queries, which none of the layers keeps.
     kept, recomputed = sum(blocks), scores * BLOCK if blocked else 0
     if plan.checkpointing.enabled:
@@ -118,7 +125,9 @@ def estimate(
         optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
         activations=kept,
         recomputed=recomputed,
-        logits=_logit_bytes(model, head, positions),
+        logits=logits,
+        reference=reference or 0,
+        reference_pass=0 if reference is None else max(*blocks, logits),
     )
 
 
@@ -142,6 +151,7 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0),
         rows=rows,
         tokens=tokens,
+        reference=getattr(step.objective, "reference_bytes", None),
     )
 
 

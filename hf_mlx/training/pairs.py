@@ -16,6 +16,7 @@ from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.prompts import prompt_cache, shares_prompts
 from ..settings.plan import PairLossPlan
+from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_token_logps, token_logps
 from .objective import HeadBlocks, Slots
 from .optimizers.contract import Arrays
@@ -39,6 +40,11 @@ PAIR_METRICS = (
 
 class Reference(Protocol):
     """The frozen policy that the trained one is held to."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of arrays that the policy does not hold."""
+        ...
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         """Log-probabilities of the scored tokens; the caller stops their gradient.
@@ -162,7 +168,7 @@ class PairObjective:
         """The reference's summed log-probability of each pair's answers, (P, 2) float32."""
         return by_pair(self._reference(params, arrays), arrays)
 
-    def divisor(self, valid: int) -> int:
+    def divisor(self, inputs: Inputs) -> int:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 
@@ -174,6 +180,11 @@ class PairObjective:
     def rows_together(self, arrays: Arrays) -> int:
         """Rows of a pair: its answers, and those of its prompt where that is computed once."""
         return rows_together(arrays)
+
+    @property
+    def reference_bytes(self) -> int | None:
+        """What the reference holds beside the policy's arrays; None where no reference is computed."""
+        return None if self.reference is None or self.plan.precompute else self.reference.held_bytes
 
     @property
     def shares_prompts(self) -> bool:

@@ -42,6 +42,7 @@ class AdapterOff:
         start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
         self._start = {name: mx.stop_gradient(value) for name, value in start.items()}
         mx.eval(self._start)
+        self.held_bytes = sum(value.nbytes for value in self._start.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         params = {**params, **self._start}
@@ -77,6 +78,7 @@ class StartCopy:
         self.arrays = {name: mx.stop_gradient(value) for name, value in (start or slots.read()).items()}
         # Constants of a trace must be data, not views that are still to be computed.
         mx.eval(self.arrays)
+        self.held_bytes = sum(value.nbytes for value in self.arrays.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         self._slots.bind(self.arrays)
@@ -103,6 +105,8 @@ class OtherModel:
         self._slots = Slots(loaded.model, names)
         self.arrays = self._slots.read()
         self.score = Scorer(loaded, self._slots)
+        weights: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+        self.held_bytes = sum(value.nbytes for value in weights.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         self._slots.bind(self.arrays)
