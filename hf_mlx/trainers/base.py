@@ -30,6 +30,7 @@ from ..surface.together import check_recipe, tell_accelerate
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
 from .running import Running
+from .words import in_own_words
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class TrainerBase(Running):
     The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
+    @in_own_words
     def __init__(
         self,
         model: Any,

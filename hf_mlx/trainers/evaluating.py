@@ -11,11 +11,13 @@ from ..data.own_loader import OwnLoader
 from ..errors import DataError
 from .loaders import LaterLoader
 from .publishing import Publishing
+from .words import in_own_words
 
 
 class Evaluating(Publishing):
     """``evaluate`` and ``predict``."""
 
+    @in_own_words
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -51,6 +53,7 @@ class Evaluating(Publishing):
         self._memory.stop("eval", metrics)
         return metrics
 
+    @in_own_words
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits, labels and metrics on ``test_dataset``.
 

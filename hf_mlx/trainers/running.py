@@ -27,6 +27,7 @@ from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
 from .refused import NO_SEARCH
+from .words import in_own_words
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
+    @in_own_words
     @alone_in_output_dir
     def train(
         self,
