@@ -20,6 +20,7 @@ assert torch.cuda.get_device_capability()[0] >= 8 and torch.cuda.get_device_capa
 gpu = torch.cuda.get_device_properties(0)
 assert gpu.name == torch.cuda.get_device_name(0) and gpu.total_memory > 2**28 and gpu.major == 8
 assert torch.cuda.device_count() == 1 and torch.cuda.current_device() == 0
+assert int(torch.version.cuda.split(".")[0]) >= 12 and torch.version.cuda >= "11.8"
 free, total = torch.cuda.mem_get_info()
 assert free <= total == gpu.total_memory
 for name in ("max_memory_reserved", "memory_allocated", "memory_reserved", "max_memory_allocated"):

@@ -20,6 +20,8 @@ from .talk import Talk
 
 # The generation whose checks scripts write: bfloat16, flash attention and tf32 begin at 8.0.
 _CAPABILITY = (8, 0)
+# A release that everything written for this generation takes.
+_RELEASE = "12.4"
 
 
 def answer_cuda(torch: Any, talk: Talk) -> None:
@@ -28,6 +30,7 @@ def answer_cuda(torch: Any, talk: Talk) -> None:
         original = getattr(torch.cuda, name, None)
         setattr(torch.cuda, name, _answering(name, answer, original, talk))
     torch.cuda.Event = _Event
+    _answer_version(torch.version, talk)
     offer_objects(torch)
     # Used by transformers' pipelines around a device that a script named, so not only by scripts.
     torch.cuda.device.__enter__ = lambda self: None
@@ -44,6 +47,16 @@ def _answering(name: str, answer: Callable, original: Callable | None, talk: Tal
         return value
 
     return ask if original is None else functools.wraps(original)(ask)
+
+
+def _answer_version(version: Any, talk: Talk) -> None:
+    def cuda(module: Any) -> str | None:
+        if is_library(sys._getframe(1)):
+            return vars(module).get("cuda")
+        talk.answered("version", _RELEASE)
+        return _RELEASE
+
+    version.__class__ = type("Version", (type(version),), {"cuda": property(cuda)})
 
 
 def _shown(value: Any) -> str:
