@@ -15,7 +15,7 @@ def main() -> None:
     job, output = json.loads(sys.argv[1]), Path(sys.argv[2])
     if job["peer"] == "make-model":
         make_model(job)
-        split_words(job["folder"])
+        make_tokenizer(job)
         output.write_text("[]", encoding="utf-8")
         return
     pairs, tokens = map(int, job["shape"].split("x"))
@@ -24,24 +24,34 @@ def main() -> None:
     output.write_text(json.dumps([{**entry, "pairs": pairs * job["accumulate"], **measured}]), encoding="utf-8")
 
 
-def split_words(folder: str) -> None:
-    """Let the model's tokenizer read words between spaces."""
+def make_tokenizer(job: dict[str, Any]) -> None:
+    """Write a tokenizer of words between spaces, none of which is a part of another, into the job's folder."""
+    from tokenizers import Tokenizer, models
     from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({word(i): i for i in range(job["model"][-1])}, unk_token=word(3)))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {name: word(i) for i, name in enumerate(("bos_token", "eos_token", "pad_token", "unk_token"))}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(job["folder"])
+
+
+def word(number: int) -> str:
+    """The word with this id."""
+    return f"v{number}v"
 
 
 def make_rows(job: dict[str, Any], count: int, tokens: int) -> list[dict[str, str]]:
     """Prompts and answers of exactly so many tokens."""
-    prompt = min(max(round(job["share"] * tokens), 1), tokens - 2)
-    words = [[f"w{number}" for number in row] for row in random_rows(job, 2 * count, tokens - 1)]
+    # The last token of a prompt predicts the first of its answers, and is computed with them.
+    prompt = min(max(round(job["share"] * tokens), 1) + 1, tokens - 2)
+    words = [[word(number) for number in row] for row in random_rows(job, 2 * count, tokens - 1)]
     rows = []
     for chosen, rejected in zip(words[::2], words[1::2], strict=True):
         # Closed by the end of a text already, so that none is appended.
-        answers = {name: f" {' '.join(row[prompt:])} w1" for name, row in (("chosen", chosen), ("rejected", rejected))}
+        answers = {
+            name: f" {' '.join(row[prompt:])} {word(1)}" for name, row in (("chosen", chosen), ("rejected", rejected))
+        }
         rows.append({"prompt": " ".join(chosen[:prompt]), **answers})
     return rows
 

@@ -15,6 +15,7 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Trainer,
 )
 
 from hf_mlx import MLXTrainer, explain
@@ -54,10 +55,14 @@ def adapted():
     return get_peft_model(qwen(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
-def gpt2():
-    torch.manual_seed(5)
+def unseeded_gpt2():
     sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+
+
+def gpt2():
+    torch.manual_seed(5)
+    return unseeded_gpt2()
 
 
 def keywords(**more):
@@ -66,21 +71,25 @@ def keywords(**more):
     return {"train_dataset": rows, "eval_dataset": held, **more}
 
 
+MODELS = {
+    "gpt2": (gpt2, {}),
+    "experts": (qwen, {}),
+    "experts, LoRA": (adapted, {}),
+    "mixtral": (mixtral, {}),
+    "gpt2, smoothed": (gpt2, {"label_smoothing_factor": 0.1}),
+    "experts, smoothed": (qwen, {"label_smoothing_factor": 0.1}),
+    "routers unasked": (lambda: qwen(output_router_logits=False), {}),
+}
+SAMPLE = 4
+
+
 @pytest.mark.parametrize(
-    ("make", "settings"),
-    [
-        (gpt2, {}),
-        (gpt2, {"label_smoothing_factor": 0.1}),
-        (qwen, {}),
-        (qwen, {"label_smoothing_factor": 0.1}),
-        (adapted, {}),
-        (mixtral, {}),
-        (lambda: qwen(output_router_logits=False), {}),
-    ],
-    ids=["gpt2", "gpt2, smoothed", "experts", "experts, smoothed", "experts, LoRA", "mixtral", "routers unasked"],
+    "name",
+    [*list(MODELS)[:SAMPLE], *(pytest.param(name, marks=pytest.mark.wide) for name in list(MODELS)[SAMPLE:])],
 )
-def test_the_curve_of_other_models(make, settings):
+def test_the_curve_of_other_models(name):
     """GPT-2's loss is divided by first labels too, in evaluation as well; the routers' loss is the model's own."""
+    make, settings = MODELS[name]
     (theirs, _), (ours, _) = run_both(make, SETTINGS | settings, keywords)
     assert_same_log(untimed(theirs), untimed(ours), relative=RELATIVE)
     assert len(ours) == 7
@@ -89,6 +98,17 @@ def test_the_curve_of_other_models(make, settings):
 def test_a_gpt2_with_a_loss_of_the_scripts_own():
     made = [untimed(log) for log, _ in run_both(gpt2, SETTINGS, lambda: keywords(compute_loss_func=own_loss))]
     assert_same_log(*made, relative=RELATIVE)
+
+
+def test_a_model_that_is_made_by_the_trainer():
+    """What model_init draws decides the order of the rows, too, where that goes by torch's generator."""
+    made, settings = [], {**SETTINGS, "train_sampling_strategy": "group_by_length"}
+    for cls in (Trainer, MLXTrainer):
+        log, trainer = run(cls, None, settings, **keywords(model_init=unseeded_gpt2))
+        made.append(untimed(log))
+    assert_same_log(*made, relative=RELATIVE)
+    with pytest.raises(SettingError, match=r"train\(\) again on a trainer with model_init"):
+        trainer.train()
 
 
 def test_predictions_that_would_hold_router_logits_are_refused():

@@ -11,7 +11,11 @@ from datasets import Dataset
 from pairs import tiny_model
 from preference_pairs import assert_same_log, preference_rows, run_both
 from training_checks import make_base
+from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from hf_mlx import MLXDPOTrainer
+from hf_mlx.errors import SettingError
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "task_type": "CAUSAL_LM"}
 SETTINGS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 3, "learning_rate": 2e-3}
@@ -90,3 +94,10 @@ def test_bf16(model):
             if key in a:
                 assert b[key] == pytest.approx(a[key], rel=5e-3), (a["step"], key)
     assert ours.state.log_history[0]["rewards/accuracies"] == 0
+
+
+def test_remedies_name_the_trainer_and_its_configuration(model, tmp_path):
+    stream = Dataset.from_list(preference_rows("text", 4)).to_iterable_dataset()
+    with pytest.raises(SettingError, match=r"DPOConfig\(max_steps=") as raised:
+        MLXDPOTrainer(str(model), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=stream)
+    assert "SFT" not in str(raised.value)

@@ -38,6 +38,11 @@ class Batch:
     has_labels: bool = True
 
     @property
+    def collated_ids(self) -> np.ndarray:
+        """``input_ids`` with the rows in upstream's order."""
+        return self.input_ids
+
+    @property
     def examples(self) -> int:
         """Rows of the dataset that it was made of."""
         return len(self.input_ids)

@@ -35,7 +35,7 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
         raise _refuse(f"the keys {unknown}", f"only {sorted(_READ)}", f"leave out {names}: batch.pop({unknown[0]!r})")
     if "input_ids" not in given:
         raise _refuse(f"no 'input_ids' (keys {sorted(given)})", "input_ids and labels", "batch['input_ids'] = …")
-    arrays = {key: read_array(given[key], key) for key in sorted(_READ & set(given))}
+    arrays = {key: _read(given[key], key) for key in sorted(_READ & set(given))}
     ids = arrays["input_ids"]
     labels = arrays.get("labels", np.full(ids.shape, IGNORE, np.int32))
     for key, array in arrays.items():
@@ -50,6 +50,11 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
     return Batch(
         ids, labels, lengths, tokens, segments, mask is not None, keys, collated=given, has_labels="labels" in given
     )
+
+
+def _read(value: Any, key: str) -> np.ndarray:
+    # A mask may be of any dtype: transformers casts it to bool.
+    return read_array(value != 0 if key == "attention_mask" and hasattr(value, "dtype") else value, key)
 
 
 def check_labelled(batch: Batch) -> Batch:

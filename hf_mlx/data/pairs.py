@@ -32,6 +32,11 @@ class PairBatch(Batch):
     reference: np.ndarray | None = None
 
     @property
+    def collated_ids(self) -> np.ndarray:
+        """All chosen rows, then all rejected ones."""
+        return np.concatenate([self.input_ids[::2], self.input_ids[1::2]])
+
+    @property
     def examples(self) -> int:
         """Pairs."""
         return len(self.input_ids) // 2

@@ -89,11 +89,13 @@ class Predictions:
             # accelerate leaves what cannot be cut as it is.
             with suppress(IndexError, TypeError):
                 given = _map(lambda array: array[:cut], given)
+            # Of a batch of pairs, which counts by pairs, it leaves the chosen answers.
+            known = None if known is None else known[:cut]
         losses = None if loss is None else np.full(min(cut or self._size, self._size), loss, np.float32)
         self._batch = {"predictions": given, "labels": known, "losses": losses, "batch": batch}
         if not self._keeps:
             return
-        inputs = batch.input_ids.astype(np.int64) if "inputs" in self._included else None
+        inputs = batch.collated_ids[:cut].astype(np.int64) if "inputs" in self._included else None
         for name, value in {**self._batch, "inputs": inputs}.items():
             if name in self._parts and value is not None:
                 self._parts[name].append(_map(to_numpy, value))

@@ -70,8 +70,12 @@ def no_rows(trainer: str) -> SettingError:
     )
 
 
-def check_keywords(keywords: dict[str, Any]) -> None:
+def check_keywords(keywords: dict[str, Any], size: int) -> None:
     """Refuse keywords of ``save_pretrained`` that ask for other files than those written.
+
+    Args:
+        keywords: As they were given.
+        size: Bytes of the weights that are written.
 
     Raises:
         SettingError: Names the keyword.
@@ -81,9 +85,20 @@ def check_keywords(keywords: dict[str, Any]) -> None:
             raise unknown_keyword("save_pretrained", {name: value})
         if name == "safe_serialization" and value is False:
             raise SettingError("safe_serialization=False", "safetensors, which run no code", "leave it out")
+        if name == "max_shard_size" and value is not None and _read_size(value) >= size:
+            continue
         if value not in _SAVING[name]:
             asked = ", ".join(repr(honoured) for honoured in _SAVING[name])
             raise SettingError(f"save_pretrained({name}={value!r})", f"{name} of {asked}", f"leave {name}= out")
+
+
+def _read_size(value: Any) -> int:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        return value if isinstance(value, int) else parse_size_to_int(value)
+    except (ValueError, AttributeError) as error:
+        raise SettingError(f"max_shard_size={value!r}", "bytes, or a size", 'max_shard_size="5GB"') from error
 
 
 def unknown_keyword(method: str, keywords: dict[str, Any]) -> SettingError:
