@@ -56,11 +56,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
          "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
     ),
-    "Llama-3.1-8B": (
-        "llama",
-        {**LLAMA, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-         "num_attention_heads": 32, "tie_word_embeddings": False},
-    ),
 }  # fmt: skip
 WAYS = ("LoRA, 4-bit base", "LoRA", "all weights")
 LENGTHS = (1024, 4096)
