@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import transformers
 from mlx.utils import tree_flatten
 from transformers import AutoConfig
@@ -26,6 +27,7 @@ from transformers import AutoConfig
 from hf_mlx.adapters.attach import attach
 from hf_mlx.models.heads import split_head
 from hf_mlx.models.load import load_model
+from hf_mlx.models.precision import apply_autocast, store_frozen_weights
 from hf_mlx.settings.resolve import resolve_plan
 from hf_mlx.training.memory import ACCURACY, MemoryEstimate, estimate
 from hf_mlx.training.optim import make_optimizer
@@ -116,8 +118,11 @@ def measure(folder: Path, way: str, tokens: int) -> MemoryEstimate:
     args = {"gradient_checkpointing": True, "bf16": True, "per_device_train_batch_size": 1, "max_length": tokens}
     plan, _ = resolve_plan(args, lora)
     loaded = load_model(folder, plan.model)
+    # In a session's order (hf_mlx.session): what is frozen is kept in bf16.
+    apply_autocast(loaded.model, mx.bfloat16)
     if plan.lora is not None:
-        params = attach(loaded, plan.lora, seed=0).trainable()
+        params = attach(loaded, plan.lora, seed=0, compute_dtype=mx.bfloat16).trainable()
+        store_frozen_weights(loaded.model, mx.bfloat16)
     else:
         params = dict(tree_flatten(loaded.model.parameters()))
     split = split_head(loaded)

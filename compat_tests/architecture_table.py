@@ -14,8 +14,7 @@ from typing import Any
 from architecture_checks import Comparison
 from training_checks import Training
 
-from hf_mlx.adapters.defaults import EXPERT_NAMES
-from hf_mlx.models.architectures import KNOWN_WRONG, can_pack
+from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack
 
 _ROOT = Path(__file__).parents[1] / "docs"
 DOCS = _ROOT / "architectures.md"
@@ -32,25 +31,21 @@ to the largest value: of the logits, and of each gradient tensor (the worst one 
 - Every other type that mlx-lm implements loads with one warning, which names `hf-mlx doctor MODEL`: that command
   compares logits and gradients with torch on your own checkpoint.
 
-**Training** ({trained} types): two steps of LoRA in fp32 at a learning rate of 1e-3, here and in trl {trl}; the larger
-difference of loss and gradient norm.
-**Adapter** ({adapters} types): our export has exactly the keys that trl saves, and torch with PEFT {peft} gives it our
-eval loss, to the difference shown. Neither trains nor exports something else: where a type cannot do either, it is
-refused.
+**`all-linear`** ({whole} of {trained} types): three steps of `LoraConfig(target_modules="all-linear")` in fp32 at a
+learning rate of 1e-3, here and in trl {trl}; the larger difference of loss and gradient norm. Experts and routers that
+PEFT turns into `target_parameters`, latent attention that MLX holds by head, and vision towers that no text reaches are
+adapted, drawn and saved as PEFT does. Where PEFT itself cannot, what is left out stands beside the figure, and
+`all-linear` alone is refused with that line.
+**Adapter**: our export has exactly the keys that trl saves, and torch with PEFT {peft} gives it our eval loss, to the
+difference shown. ¹ Beside `transformers.Trainer`, because trl {trl} cannot train the type.
 
-{notes}
-
-| model type | logits | worst gradient | packing | training | adapter | on |
-|---|---|---|---|---|---|---|
+| model type | all-linear | adapter | logits | worst gradient | packing |
+|---|---|---|---|---|---|
 """
-_NOTES = """Experts as `target_modules` ({experts} types) load in PEFT and evaluate alike, but start and so train
-otherwise than there: this is said once, and refused under `strict=True`. Where PEFT makes parameters of these names
-`all-linear` is refused, with the list of layers that are Linear on both sides. ¹ Beside `transformers.Trainer`,
-because trl {trl} cannot train the type."""
 
 
 def record(measured: Path, page: Path, *, passes: Any = None, training: Any = None) -> None:
-    """Replaces one half of what was measured, and writes the page once both are there.
+    """Takes in what was measured of one half, and writes the page once both are whole.
 
     Args:
         measured: The JSON file.
@@ -60,20 +55,25 @@ def record(measured: Path, page: Path, *, passes: Any = None, training: Any = No
     """
     kept = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {}
     if passes is not None:
-        kept["passes"] = {name: _pass_cells(name, row) for name, row in sorted(passes.items())}
+        kept["passes"] = _merged(kept, "passes", {name: _pass_cells(name, row) for name, row in passes.items()})
     if training is not None:
-        kept["training"] = {name: _training_cells(row) for name, row in sorted(training.items())}
+        kept["training"] = _merged(kept, "training", {name: _training_cells(row) for name, row in training.items()})
     measured.parent.mkdir(parents=True, exist_ok=True)
     measured.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if kept.keys() >= {"passes", "training"}:
+    if all(kept.get(half, {}).keys() == VERIFIED.keys() for half in ("passes", "training")):
         page.write_text(_render(kept), encoding="utf-8")
+
+
+def _merged(kept: Mapping[str, Any], half: str, rows: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Rows of a run over the older ones, of the types that are verified still."""
+    whole = {**kept.get(half, {}), **rows}
+    return {name: whole[name] for name in sorted(whole) if name in VERIFIED}
 
 
 def _render(kept: Mapping[str, Mapping[str, list[str]]]) -> str:
     passes, training = kept["passes"], kept["training"]
-    lines = [
-        f"| {name} | {' | '.join([*cells, *training.get(name, ['', '', ''])])} |" for name, cells in passes.items()
-    ]
+    empty = ["", ""]
+    lines = [f"| {name} | {' | '.join([*training.get(name, empty), *cells])} |" for name, cells in passes.items()]
     trl = version("trl")
     head = _HEAD.format(
         transformers=version("transformers"),
@@ -83,8 +83,7 @@ def _render(kept: Mapping[str, Mapping[str, list[str]]]) -> str:
         verified=len(passes),
         refused=len(KNOWN_WRONG),
         trained=len(training),
-        adapters=len(training),
-        notes=_NOTES.format(experts=len(set(EXPERT_NAMES) & set(passes)), trl=trl),
+        whole=sum("without" not in cells[0] for cells in training.values()),
     )
     tail = ["", "| refused | why |", "|---|---|", *(f"| {n} | {why} |" for n, why in sorted(KNOWN_WRONG.items())), ""]
     return head + "\n".join([*lines, *tail])
@@ -96,7 +95,8 @@ def _pass_cells(name: str, row: Comparison) -> list[str]:
 
 def _training_cells(row: Training) -> list[str]:
     mark = "" if row.peer == "trl" else " ¹"
-    return [_digits(max(row.loss, row.grad_norm)) + mark, _digits(row.evaluation), row.targets]
+    left = f" without {row.excluded}" if row.excluded else ""
+    return [_digits(max(row.loss, row.grad_norm)) + left + mark, _digits(row.evaluation)]
 
 
 def _digits(value: float) -> str:

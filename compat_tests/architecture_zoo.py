@@ -157,6 +157,11 @@ def make_config(model_type: str, **changes: Any) -> Any:
     return config
 
 
+def config_keys(model_type: str) -> set[str]:
+    """What the (text) config class of a type declares."""
+    return _keys(CONFIG_MAPPING[_MULTIMODAL.get(model_type, (model_type, None))[0]])
+
+
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """A tiny torch model in fp32, eval mode, no parameter at a default that could hide an error."""
     torch.manual_seed(seed)

@@ -41,11 +41,20 @@ def start(ranks: int, folder: Path, arguments: list[str], *, script: Path | None
     return started
 
 
-def finish(started: list[Any], timeout: float) -> list[int]:
-    """The exit statuses; whoever is still there after ``timeout`` seconds is ended (-9)."""
+def finish(started: list[Any], timeout: float, grace: float = 60) -> list[int]:
+    """The exit statuses.
+
+    Args:
+        started: The processes.
+        timeout: Seconds after which whoever is still there is ended (-9).
+        grace: The same, after one of them has failed: the others are to end by themselves.
+    """
     deadline = time.monotonic() + timeout
+    failed = False
     try:
         while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+            if not failed and any(process.poll() for process in started):
+                failed, deadline = True, min(deadline, time.monotonic() + grace)
             time.sleep(0.05)
     finally:
         for process in started:

@@ -6,25 +6,25 @@ from collections.abc import Iterator
 
 import pytest
 from architecture_table import DOCS, MEASURED, record
-from training_checks import Training, compare_training, evaluate_torch, make_base, quiet, train_mlx
+from training_checks import EXCLUDED, SETTINGS, Training, compare_training, make_base, train_mlx
 
-from hf_mlx.adapters.defaults import EXPERT_NAMES
-from hf_mlx.errors import AdapterError, ModelError, SettingError
+from hf_mlx.errors import AdapterError, ModelError
 from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack
 
 # fp32 on both sides with another order of summation; what is wrong in kind shows at 1e-3 and above.
 TOLERANCE = 1e-4
 
-# Dense, windows, fused and Conv1D layers, state-space, linear attention, experts: what `make test` looks at.
-SAMPLE = ("llama", "qwen2", "gemma3_text", "phi3", "gpt2", "qwen3_moe", "mamba", "lfm2", "qwen3_5_text")
+# Dense, windows, fused and Conv1D layers, sinks, experts, latent attention, state-space, gated delta with a vision
+# tower beside it: what `make test` looks at.
+SAMPLE = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_oss", "qwen3_moe", "deepseek_v3", "mamba", "qwen3_5")
 
 
 @pytest.fixture(scope="module")
 def rows() -> Iterator[dict[str, Training]]:
-    """Collects what was measured; a complete, passing set goes into the documentation's table."""
+    """Collects what was measured; more than half of the types go into the documentation's table."""
     measured: dict[str, Training] = {}
     yield measured
-    if set(measured) == set(VERIFIED):
+    if len(measured) > len(VERIFIED) / 2:
         record(MEASURED, DOCS, training=measured)
 
 
@@ -33,7 +33,7 @@ def _cases(names) -> list:
 
 
 @pytest.mark.parametrize("model_type", _cases(VERIFIED))
-def test_two_steps_are_trls_and_the_adapter_is_pefts(model_type, tmp_path, rows):
+def test_all_linear_trains_with_trls_curve_and_the_adapter_is_pefts(model_type, tmp_path, rows):
     result = compare_training(model_type, tmp_path)
 
     assert result.loss < TOLERANCE
@@ -44,28 +44,6 @@ def test_two_steps_are_trls_and_the_adapter_is_pefts(model_type, tmp_path, rows)
     # An adapter that stands still would agree with anything; Adam moves each value by about the learning rate.
     assert result.moved > 1e-4
     rows[model_type] = result
-
-
-@pytest.mark.parametrize("model_type", _cases(set(EXPERT_NAMES) & set(VERIFIED)))
-def test_experts_evaluate_alike_and_the_other_start_is_said(model_type, tmp_path, caplog):
-    base = make_base(model_type, tmp_path / "base")
-    lora = {"r": 4, "target_modules": ["o_proj", *EXPERT_NAMES[model_type]]}
-
-    trainer = train_mlx(base, tmp_path / "ours", lora)
-
-    with quiet():
-        theirs = evaluate_torch(base, tmp_path / "ours", trainer)
-        assert abs(trainer.evaluate()["eval_loss"] - theirs) / theirs < TOLERANCE
-    assert len([note for note in trainer.adapter.notes if "experts" in note]) == 1
-
-
-def test_experts_are_refused_under_strict(tmp_path):
-    base = make_base("qwen3_moe", tmp_path / "base")
-
-    with pytest.raises(SettingError, match="the curve differs") as refused:
-        train_mlx(base, tmp_path / "ours", {"target_modules": ["q_proj", *EXPERT_NAMES["qwen3_moe"]]}, strict=True)
-
-    assert "LoraConfig(target_modules=" in refused.value.remedy
 
 
 PACKED = {
@@ -108,7 +86,7 @@ def test_wrapped_packing_keeps_nothing_apart_and_so_trains(tmp_path):
         settings={"packing": True, "packing_strategy": "wrapped", "max_length": 8},
     )
 
-    assert trainer.state.global_step == 2
+    assert trainer.state.global_step == SETTINGS["max_steps"]
 
 
 @pytest.mark.parametrize("model_type", sorted(KNOWN_WRONG))
@@ -123,10 +101,10 @@ def test_a_type_that_is_not_right_does_not_train(model_type, tmp_path):
         train_mlx(base, tmp_path / "ours", {"target_modules": "all-linear"})
 
 
-def test_at_least_sixty_types_train():
-    assert len(VERIFIED) >= 60
+def test_how_many_types_train():
+    assert len(VERIFIED) >= 77
     assert set(SAMPLE) <= set(VERIFIED)
 
 
 def _without(model_type: str) -> dict:
-    return {"exclude_modules": ["out_proj", "dt_proj"]} if model_type == "mamba" else {}
+    return {"exclude_modules": EXCLUDED[model_type]} if model_type in EXCLUDED else {}

@@ -1,6 +1,7 @@
 """Every entry of the tables of older names, as a script of its time writes it, under ``hf-mlx run``."""
 
 import json
+import re
 
 import pytest
 from dropin_models import make_tokenizer
@@ -19,7 +20,7 @@ VALUES = {
     "include_inputs_for_metrics": True, "push_to_hub_organization": "o", "logging_dir": "logs", "adafactor": True,
     "dispatch_batches": False, "split_batches": True, "rpo_alpha": 0.5, "overwrite_output_dir": True,
     "use_mps_device": False, "dataset_batch_size": 500, "num_of_sequences": 64, "chars_per_token": 2.5,
-    "infinite": True, "use_logits_to_keep": True,
+    "infinite": True, "use_logits_to_keep": True, "use_num_logits_to_keep": True, "use_liger_loss": True,
 }  # fmt: skip
 # The field of today that has the meaning, and its value; a field that is renamed keeps the value.
 MEANINGS = {
@@ -41,12 +42,16 @@ ASKING = {
     "tpu_metrics_debug": True, "mp_parameters": "x", "ray_scope": "all", "use_legacy_prediction_loop": True,
     "reference_free": True, "max_prompt_length": 8, "max_completion_length": 8, "max_target_length": 8,
     "label_pad_token_id": 0, "padding_value": 0, "is_encoder_decoder": True, "generate_during_eval": True,
+    "tp_size": 2,
     "model_adapter_name": "a", "ref_adapter_name": "b", "force_use_ref_model": True, "base_model_attribute_name": "m",
     "ref_model_init_kwargs": {"dtype": "float32"}, "tools": [1],
 }  # fmt: skip
 # Fields that only DPOConfig had.
-PREFERENCE = {name for name, field in OLDER_FIELDS.items() if field.left in ("trl 0.14", "trl 0.15", "trl 0.26")}
-PREFERENCE |= {name for name, field in OLDER_FIELDS.items() if field.left == "trl 0.29"}
+PREFERENCE = {
+    name
+    for name, field in OLDER_FIELDS.items()
+    if field.left in ("trl 0.14", "trl 0.15", "trl 0.17", "trl 0.26", "trl 0.28", "trl 0.29")
+}
 
 SCRIPT = """
 import importlib, json, os, sys
@@ -105,7 +110,7 @@ def test_a_field_means_what_it_meant_and_reads_as_it_was_written(name, run):
     elif name in MEANINGS:
         assert today == MEANINGS[name][1]
     assert read == given(name)
-    assert sum(line.startswith(f"hf-mlx run: {name}") for line in run[2].splitlines()) == 1
+    assert sum(re.match(rf"hf-mlx run: {name}\b", line) is not None for line in run[2].splitlines()) == 1
 
 
 @pytest.mark.parametrize(("name", "home"), [(name, home) for name, older in OLDER.items() for home in older.homes])
@@ -131,11 +136,14 @@ def test_every_entry_was_seen():
     assert len(OLDER_FIELDS) >= 55 and len(OLDER) >= 30
 
 
-@pytest.mark.parametrize("name", TRAINER_KEYWORDS)
-def test_a_keyword_of_older_trainers_is_a_field_of_today(name):
+KEYWORDS = [(trainer, name) for trainer, row in TRAINER_KEYWORDS.items() for name in row]
+
+
+@pytest.mark.parametrize(("trainer", "name"), KEYWORDS)
+def test_a_keyword_of_older_trainers_is_a_field_of_today(trainer, name):
     with pytest.warns(DeprecationWarning, match=name):
-        fields, tokenizer = merge_trainer_keywords({}, {name: 7})
-    assert (tokenizer == 7 and fields == {}) or fields == {TRAINER_KEYWORDS[name]: 7}
+        fields, tokenizer = merge_trainer_keywords({}, {name: 7}, trainer)
+    assert (tokenizer == 7 and fields == {}) or fields == {TRAINER_KEYWORDS[trainer][name]: 7}
 
 
 def test_tokens_and_files_of_their_time(tmp_path):

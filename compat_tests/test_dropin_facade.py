@@ -262,6 +262,25 @@ def test_a_kept_state_goes_back_in(folder, tmp_path):
         model.load_state_dict({})
 
 
+@pytest.mark.parametrize("as_object", [False, True])
+def test_older_scripts_save_a_state_of_the_model(as_object, folder, tmp_path):
+    trainer = _trainer(folder, tmp_path / "out")
+    if as_object:
+        arguments = SFTConfig(str(tmp_path / "out"), max_steps=1, bf16=False, use_cpu=True, report_to="none")
+        rows = Dataset.from_list(ROWS)
+        trainer = MLXSFTTrainer(make_model(), arguments, train_dataset=rows, processing_class=make_tokenizer())
+    state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+    trainer._save(str(tmp_path / "saved"), state_dict=state)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(value, state[name]) for name, value in saved.items())
+    name = next(iter(state))
+    if as_object:
+        return
+    with pytest.raises(SettingError, match=name):
+        trainer._save(str(tmp_path / "saved"), state_dict={**state, name: state[name] + 1})
+
+
 def _hook(*args):
     return None
 

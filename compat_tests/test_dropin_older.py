@@ -95,6 +95,7 @@ def test_every_name_says_when_it_left():
         ("--group_by_length --max_steps 2", "--train_sampling_strategy group_by_length --max_steps 2"),
         ("--mine 3 --max_seq_length=4 -- x", "--mine 3 --max_length 4 -- x"),
         ("--logging_dir runs/1", ""),
+        ("--use_flash_attention_2 --lr 1", "--lr 1"),
     ],
 )
 def test_flags_are_todays(words, current):

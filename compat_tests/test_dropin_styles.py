@@ -86,6 +86,7 @@ def test_each_answer_is_said_once(runs):
         "report_to='tensorboard': it is not installed",
         "deepspeed needs CUDA and is not here",
         "formatting_func returns lists",
+        "dataset_text_field='text': that column alone is trained",
         "peft_config beside a PeftModel",
         "OptimizedModule: the model inside is trained",
         "bitsandbytes.optim.PagedAdamW8bit is torch.optim.AdamW",

@@ -42,7 +42,9 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize(
+    "trained", [*list(TRAINED)[:3], *(pytest.param(name, marks=pytest.mark.wide) for name in list(TRAINED)[3:])]
+)
 def test_whatever_trains_the_embedding(folders, trained):
     tied, lora = TRAINED[trained]
     (theirs, _), (ours, _) = run_both(lambda: load(folders[tied], lora), SETTINGS, keywords)

@@ -47,6 +47,8 @@ FAMILIES = [
     "mellum",
     "lfm2_moe",
     "afmoe",
+    "ernie4_5_moe",
+    "gpt_oss",
 ]
 
 
@@ -81,6 +83,15 @@ def assert_balanced(theirs, ours, *, weights=WEIGHTS, steps=2, epochs=1):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_adapter_on_attention(model_type, moe):
     assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, ATTENTION, eval_dataset=held_out()))
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [t if t in ("mixtral", "qwen3_moe", "gpt_oss") else pytest.param(t, marks=pytest.mark.wide) for t in FAMILIES],
+)
+def test_adapter_on_experts_and_routers(model_type, moe):
+    lora = {**ATTENTION, "target_modules": "all-linear"}
+    assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, lora, eval_dataset=held_out()))
 
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, "laguna"])

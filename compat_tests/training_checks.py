@@ -67,7 +67,7 @@ class Training:
         keys: Tensors in the adapter.
         other_keys: Tensors that are in one of the two exports only.
         moved: The largest value of the lora_B that moved least, among those that trl moved; 0 would prove nothing.
-        targets: ``target_modules``.
+        excluded: ``exclude_modules``; empty where all is adapted.
         peer: Who was trained beside.
     """
 
@@ -77,7 +77,7 @@ class Training:
     keys: int
     other_keys: tuple[str, ...]
     moved: float
-    targets: str
+    excluded: str
     peer: str
 
 
@@ -127,6 +127,7 @@ def compare_training(model_type: str, folder: Path) -> Training:
         evaluated = ours.evaluate()["eval_loss"]
         theirs = evaluate_torch(base, folder / "ours", ours, plain=model_type in BEYOND_TRL)
     loss, grad_norm = _curve_differences(ours.state.log_history, history)
+    excluded = EXCLUDED.get(model_type, "")
     saved = [adapter_keys(folder / name) for name in ("ours", "theirs")]
     return Training(
         loss=loss,
@@ -135,9 +136,7 @@ def compare_training(model_type: str, folder: Path) -> Training:
         keys=len(saved[0]),
         other_keys=tuple(sorted(saved[0] ^ saved[1])),
         moved=_least_moved(folder),
-        targets=lora["target_modules"]
-        if isinstance(lora["target_modules"], str)
-        else ", ".join(lora["target_modules"]),
+        excluded=", ".join(excluded) if isinstance(excluded, list) else excluded.strip(".*"),
         peer="transformers" if model_type in BEYOND_TRL else "trl",
     )
 

@@ -43,8 +43,7 @@ trainer = MLXSFTTrainer(
 def answer(prompt: str) -> str:
     inputs = trainer.processing_class(prompt, return_tensors="np")
     ids = trainer.model.generate(**inputs, max_new_tokens=32, do_sample=False)
-    text = trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text.strip().split("\n")[0]
+    return trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], True).strip().split("\n")[0]
 
 
 before = [answer(row["prompt"]) for row in unseen]
@@ -54,9 +53,8 @@ after = [answer(row["prompt"]) for row in unseen]
 losses = read_series(trainer.state.log_history)[:1]
 print(f"\n{draw_text(losses)}\n\nAnswers to questions that were not trained on:\n")
 print(side_by_side([(row["prompt"], *two) for row, *two in zip(unseen, before, after, strict=True)]))
-wanted = [row["completion"].strip() for row in unseen]
-right = [sum(map(str.__eq__, wanted, found)) for found in (before, after)]
-print(f"exactly the right call: {right[0]} of {len(wanted)} before, {right[1]} of {len(wanted)} after\n")
+right = [sum(map(str.__eq__, [row["completion"].strip() for row in unseen], found)) for found in (before, after)]
+print(f"exactly the right call: {right[0]} of {len(unseen)} before, {right[1]} of {len(unseen)} after\n")
 print(f"loss plot: {write_picture(losses, OUTPUT / 'loss.png')}\nevery curve: {OUTPUT / 'report.html'}")
 export_adapter(trainer, OUTPUT / "adapter")
 sys.exit(not verify_adapter(OUTPUT / "adapter", model).ok)

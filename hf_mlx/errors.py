@@ -18,8 +18,6 @@ same mistake, so existing ``except ValueError`` clauses keep working.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 
 class HFMLXError(Exception):
     """Base of every deliberate error.
@@ -38,13 +36,6 @@ class HFMLXError(Exception):
         self.required = required
         self.remedy = remedy
         super().__init__(f"received: {received}\n  required: {required}\n  remedy: {remedy}")
-
-    def rename(self, names: Mapping[str, str]) -> None:
-        """Say other names for these: what trainers share is worded for the first of them."""
-        parts = [self.received, self.required, self.remedy]
-        for old, new in names.items():
-            parts = [part.replace(old, new) for part in parts]
-        type(self).__init__(self, *parts)
 
     def __reduce__(self):
         # Exception pickles args, which is one string here; worker processes need all three parts.

@@ -108,7 +108,8 @@ class Session:
     def _make_evaluator(self) -> Evaluator:
         if self.host_loss is None:
             return Evaluator(self._objective)
-        return HostEvaluator(measuring_nothing(self._token_objective), self.host_loss)
+        weigh = cast(ByTokens, self._weigh)
+        return HostEvaluator(measuring_nothing(self._token_objective), self.host_loss, count=weigh.count)
 
     @property
     def _token_objective(self) -> TokenObjective:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from hf_mlx.adapters.layers import DoRALinear, LoRAEmbedding, LoRALinear, LoRASwitchLinear, dense_weight, layer_dims
+from hf_mlx.adapters.layers import DoRALinear, LoRAEmbedding, LoRALinear, dense_weight, layer_dims
+from hf_mlx.adapters.parts import LoRAPart, LoRASwitchLinear, part_dims, split_rows
 from hf_mlx.models.precision import CastLinear
 
 IN, OUT, R = 64, 48, 4
@@ -128,12 +129,21 @@ def test_an_embedding_adds_its_tokens_column():
 
 
 def test_every_expert_has_its_own_update():
-    base = SwitchLinear(IN, OUT, 3, bias=False)
-    layer = randomise(LoRASwitchLinear(base, R, 0.5))
+    stacks = [SwitchLinear(IN, OUT, 3, bias=False) for _ in range(2)]
+    rows = split_rows(stacks)
+    first = randomise(LoRASwitchLinear(stacks[0], R, 0.5, experts=3, dims=part_dims(stacks), rows=rows[0]))
+    second = LoRAPart(stacks[1], first, rows[1])
     x = sample().reshape(10, 1, 1, IN)
     chosen = mx.array([[0], [1], [2], [0], [1], [2], [0], [1], [2], [0]])
-    out = np.array(layer(x, chosen)).reshape(10, OUT)
-    merged = layer.merged_weight()
-    for row in range(10):
-        expected = x[row, 0, 0] @ merged[chosen[row, 0].item()].T
-        assert np.allclose(out[row], np.array(expected), rtol=1e-4, atol=1e-3)
+    a, b = first.lora_A.reshape(3, R, IN), first.lora_B.reshape(2 * OUT, R, 3)
+    for part, layer in enumerate((first, second)):
+        out = np.array(layer(x, chosen)).reshape(10, OUT)
+        merged = layer.merged_weight()
+        for row in range(10):
+            expert = chosen[row, 0].item()
+            weight = stacks[part].weight[expert] + 0.5 * b[part * OUT : (part + 1) * OUT, :, expert] @ a[expert]
+            assert np.allclose(out[row], np.array(x[row, 0, 0] @ weight.T), rtol=1e-4, atol=1e-3)
+            assert mx.allclose(merged[expert], weight, rtol=1e-5, atol=1e-5).item()
+    # One pair: the second part has no parameters of its own.
+    assert [name for name, _ in second.named_modules() if name] == ["base_layer"]
+    assert "lora_A" not in second

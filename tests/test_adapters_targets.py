@@ -103,7 +103,6 @@ def test_patterns_that_match_nothing_change_nothing_and_are_said_once(tmp_path):
         "rank_pattern={'qq_proj': 4} matches no adapted module and has no effect, as in PEFT",
         "alpha_pattern={'up_proj': 3} matches no adapted module and has no effect, as in PEFT",
     )
-    assert adapter.deviations == ()
 
 
 def test_a_string_for_modules_to_save_is_read_by_letters_and_said(tmp_path):

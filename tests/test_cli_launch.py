@@ -37,6 +37,8 @@ def test_flags_of_the_launcher_and_of_run_go_where_they_belong(script, tmp_path)
     expected = ["--hostfile", str(hosts), "--backend", "ring", "--python", "/py", "--starting-port", "5000"]
     assert launcher == [*expected, "--env", "A=1", "--env", "B=2"]
     assert process == ["/py", "-m", "hf_mlx.cli.main", "run", "--strict", script]
+    reported = command("-n", "2", "--report", "run.html", script)
+    assert reported[-4:] == ["run", "--report", "run.html", script]
 
 
 @pytest.mark.parametrize(

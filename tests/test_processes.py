@@ -36,8 +36,10 @@ def test_launchers_are_read(tmp_path):
     assert read_launcher(jaccl) == Launched("jaccl", 1, None, "10.0.0.1", 0)
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     assert read_launcher(mpi) == Launched("mpi", 1, 4, None, 1)
-    # mlx.launch -n 1
+    # mlx.launch -n 1, and a file of one host.
     assert read_launcher({"MLX_RANK": "0"}) is None
+    hosts.write_text(json.dumps([["127.0.0.1:32323"]]))
+    assert read_launcher({"MLX_RANK": "0", "MLX_HOSTFILE": str(hosts)}) is None
 
 
 def test_processes_of_torch_are_refused_with_the_line_to_write():

@@ -232,4 +232,4 @@ def _written_selector(
         return selector
     modules = [t.hf_path for t in targets if t.kind in ("linear", "embedding")]
     others = [s.hf_path for s in sites if s.kind != "experts"]
-    return tuple(minimal_names(modules, [*others, *tower.linear, *tower.others]))
+    return tuple(minimal_names(modules, [*others, *tower.order, *tower.others]))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+import mlx.core as mx
+
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .defaults import BYPASSED_MODULES, REWRITTEN_NAMES, TURNED_TYPES
@@ -78,8 +80,18 @@ def choose_parameters(
         AdapterError: A setting that PEFT has no room for on parameters, or a parameter that cannot carry LoRA here.
     """
     wanted = plan.target_parameters or ()
-    chosen = [s for s in sites if any(f".{s.parameter}".endswith(f".{name}") for name in wanted)]
+    reached = (s for s in sites if any(f".{s.parameter}".endswith(f".{name}") for name in wanted))
+    # A module of MLX's own around a router has the router's path, and no weight.
+    chosen = [site for site in reached if isinstance(site.module.get("weight"), mx.array)]
     if not chosen:
+        # Names that PEFT makes of its own may match nothing; of those that a script gives it warns.
+        if wanted and model_type not in REWRITTEN_NAMES:
+            stacks = [site.parameter.split(".", 3)[-1] for site in sites if site.kind in ("experts", "router")]
+            raise AdapterError(
+                f"target_parameters={list(wanted)!r}, which match no parameter of the model",
+                f"names among {', '.join(dict.fromkeys(stacks)) or 'the weights of its Linear layers'}",
+                'LoraConfig(target_modules="all-linear")',
+            )
         return []
     _check_settings(plan, restricted=restricted)
     twice = next((site for site in chosen if site in modules), None)

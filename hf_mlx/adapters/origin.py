@@ -41,13 +41,23 @@ def resolve_origin(loaded: LoadedModel, base: str | None = None, revision: str |
     return str(loaded.path), revision
 
 
+def _is_plain_model(folder: Path) -> bool:
+    """Whether a folder holds a model that is not quantised for MLX."""
+    path = folder / "config.json"
+    return lies(path) and "quantization" not in FILES.read_json(path)
+
+
 def _original(folder: Path) -> str:
     card = folder / "README.md"
     text = FILES.read_bytes(card).decode("utf-8", errors="replace") if lies(card) else ""
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") >= 2 else ""
-    found = re.search(r"^base_model:[ \t]*(?:\n\s*-\s*)?[\"']?([\w./-]+)", front, re.MULTILINE)
-    if found and _HUB_ID.fullmatch(found[1]) and not found[1].startswith("mlx-community/"):
-        return found[1]
+    found = re.search(r"^base_model:[ \t]*(?:\n\s*-[ \t]*)?(.+)$", front, re.MULTILINE)
+    name = found[1].strip().strip("\"'") if found else ""
+    if _HUB_ID.fullmatch(name) and not name.startswith("mlx-community/"):
+        return name
+    if name and _is_plain_model(Path(name).expanduser()):
+        # mlx_lm.convert writes the folder that it was given.
+        return str(Path(name).expanduser().absolute())
     raise AdapterError(
         f"base {folder}, quantised for MLX, whose README.md does not name the model it was made from",
         "a base that transformers can load, to write into adapter_config.json",

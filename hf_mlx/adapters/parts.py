@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -241,9 +242,14 @@ def split_rows(modules: Sequence[Any], *, strided: bool = False) -> list[Rows]:
     if len(modules) == 1:
         return [Rows()]
     if strided:
-        return [Rows(lambda b, cut=slice(i, None, len(modules)): b[cut]) for i in range(len(modules))]
+        cuts = [slice(start, None, len(modules)) for start in range(len(modules))]
+        return [Rows(partial(_cut, cut)) for cut in cuts]
     ends = list(accumulate(layer_dims(module)[1] for module in modules))
-    return [Rows(lambda b, cut=slice(start, end): b[cut]) for start, end in zip([0, *ends], ends, strict=False)]
+    return [Rows(partial(_cut, slice(start, end))) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _cut(cut: slice, whole: mx.array) -> mx.array:
+    return whole[cut]
 
 
 _BY_HEAD = (MultiLinear, QuantizedMultiLinear)

@@ -18,7 +18,7 @@ from .attach import install_layers, make_adapter
 from .blueprint import Blueprint
 from .config import config_from_json
 from .decomposed import KINDS, take_out
-from .mlx_lm_folder import is_mlx_lm, read_mlx_lm
+from .mlx_lm_read import is_mlx_lm, read_mlx_lm
 from .per_expert import find_apart, join_experts
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors

@@ -193,7 +193,9 @@ def _find_structural_damage(folder: Path) -> str | None:
     try:
         read_trainer_state(folder)
         _check_weights(folder)
-        for kind in (*TORCH_NAMES, *(random_kind(rank, 2) for rank in range(count_processes(folder)))):
+        # One process's beside those of several is another fault, which check_foreign names.
+        ranks = () if has_state(folder, RANDOM) else sorted(_ranks(folder))
+        for kind in (*TORCH_NAMES, *(random_kind(rank, 2) for rank in ranks)):
             for name in state_files(kind):
                 _check_file(folder / name)
     except (CheckpointError, ModelError) as error:

@@ -118,7 +118,7 @@ def load_optimizer(
     if not tree["state"]:
         return step.optimizer.init(step.params), updates
     owned = parameters.owners()
-    by_mlx_name = not set(names.values()) <= owned.keys()
+    by_mlx_name = not {names[key] for key in tree["state"]} <= owned.keys()
     stored: dict[str, dict[str, mx.array]] = {}
     for key, values in tree["state"].items():
         for slot, value in values.items():

@@ -32,7 +32,7 @@ def read_random(folder: Path, run: Mapping[str, Any] | None, world: World, order
         order: The run's generator.
     """
     written = count_processes(folder)
-    if run is None and written not in (0, world.size):
+    if run is None and world.is_main and written not in (0, world.size):
         logger.warning(
             f"{folder.name} was written by {written} process(es), and {world.size} go on from it: a step is made of "
             "other rows, so the run goes on but not as it would have."

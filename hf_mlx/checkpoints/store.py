@@ -264,7 +264,7 @@ class CheckpointStore:
             # What a later version has added was at its default.
             if name in run["settings"] and run["settings"][name] != now[name]
         ]
-        if changed:
+        if changed and self.session.world.is_main:
             logger.warning(
                 f"Changed since {folder.name}, so the run goes on but not as it would have: {', '.join(changed)}."
             )

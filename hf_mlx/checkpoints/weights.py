@@ -58,7 +58,8 @@ def load_weights(
         raise CheckpointError(error.received, error.required, error.remedy) from error
     if adapter is not None:
         _compare_adapters(folder, adapter)
-    expected = {name: tuple(value.shape) for name, value in parameters.to_hf(params).items()}
+    idle = adapter.idle if adapter else {}
+    expected = {name: tuple(value.shape) for name, value in (parameters.to_hf(params) | idle).items()}
     carried = carried_slots(loaded, adapter.blueprint) if adapter else {}
     _compare_shapes(folder, shapes, expected, carried, allowed=frozenset() if adapter else loaded.names.stored)
     tensors: dict[str, mx.array] = {}
@@ -67,8 +68,9 @@ def load_weights(
     values = parameters.from_hf({name: tensors[name] for name in expected})
     weights = {name: values[name].astype(value.dtype) for name, value in params.items()}
     frozen = read_carried(loaded, carried, tensors)
+    idle.update({name: tensors[name].astype(value.dtype) for name, value in idle.items()})
     # The file may be replaced or deleted while the run goes on.
-    mx.eval(weights, frozen)
+    mx.eval(weights, frozen, idle)
     for name, value in (weights | frozen).items():
         if not mx.isfinite(value).all().item():
             raise FILES.refuse(folder, f"{name} holds NaN or infinite values", "finite weights")

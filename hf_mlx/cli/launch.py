@@ -80,6 +80,7 @@ def make_command(options: argparse.Namespace) -> list[str]:
     launcher += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     launcher += [word for setting in options.env for word in ("--env", setting)]
     asked = [flag for flag, given in {"--strict": options.strict, "--dry-run": options.dry_run}.items() if given]
+    asked += ["--report", str(options.report)] if options.report is not None else []
     # What follows -- is the processes' own: mlx.launch would take a script's -n for its own.
     process = [options.python or sys.executable, "-m", "hf_mlx.cli.main", "run", *asked, str(script)]
     return [*launcher, "--", *process, *options.arguments]

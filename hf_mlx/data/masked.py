@@ -35,7 +35,7 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
         raise _refuse(f"the keys {unknown}", f"only {sorted(_READ)}", f"leave out {names}: batch.pop({unknown[0]!r})")
     if "input_ids" not in given:
         raise _refuse(f"no 'input_ids' (keys {sorted(given)})", "input_ids and labels", "batch['input_ids'] = …")
-    arrays = {key: read_array(given[key], key) for key in sorted(_READ & set(given))}
+    arrays = {key: _read(given[key], key) for key in sorted(_READ & set(given))}
     ids = arrays["input_ids"]
     labels = arrays.get("labels", np.full(ids.shape, IGNORE, np.int32))
     for key, array in arrays.items():
@@ -52,6 +52,11 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
     )
 
 
+def _read(value: Any, key: str) -> np.ndarray:
+    # A mask may be of any dtype: transformers casts it to bool.
+    return read_array(value != 0 if key == "attention_mask" and hasattr(value, "dtype") else value, key)
+
+
 def check_labelled(batch: Batch) -> Batch:
     """``batch`` as it is, where it can be trained on.
 
@@ -66,6 +71,21 @@ def check_labelled(batch: Batch) -> Batch:
             "data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), or batch['labels'] = …",
         )
     return batch
+
+
+def check_labels(batch: Batch) -> None:
+    """Refuse labels that torch's cross entropy has no class for.
+
+    Raises:
+        DataError: Names the label.
+    """
+    odd = batch.labels[(batch.labels < 0) & (batch.labels != IGNORE)]
+    if odd.size:
+        raise DataError(
+            f"Target {int(odd[0])} is out of bounds.",
+            "token ids as labels, and -100 where nothing is scored",
+            "labels = [-100 if label < 0 else label for label in labels]",
+        )
 
 
 def needs_keys(batch: Batch) -> bool:

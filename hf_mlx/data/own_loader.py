@@ -27,6 +27,7 @@ class OwnLoader:
 
     Attributes:
         loader: As it was given.
+        collate: Reads what it yields into a batch.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class OwnLoader:
                 "return torch.utils.data.DataLoader(self.train_dataset, collate_fn=self.data_collator, …)",
             )
         self.loader = loader
-        self._convert_batch = convert
+        self.collate = convert
         self._rng = rng
         self._method = method
         self._first_rows = 1
@@ -100,7 +101,7 @@ class OwnLoader:
                     "batches that are dicts of input_ids, labels and attention_mask",
                     "torch.utils.data.DataLoader(..., collate_fn=self.data_collator)",
                 )
-            made = self._convert_batch(batch)
+            made = self.collate(batch)
             if first:
                 self._first_rows, first = len(made.input_ids), False
             yield made

@@ -270,7 +270,11 @@ class Loop:
         step, number, config = self.session.step, self.host.state.global_step + 1, self.host.model.config
         held = step.hold()
         try:
-            with naming_shortage(lambda: describe_training(step, self.plan, config, number, window)):
+            with (
+                # MLX may wait for what is under way before it takes more.
+                self.world.waiting(f"step {number}", computes=True),
+                naming_shortage(lambda: describe_training(step, self.plan, config, number, window)),
+            ):
                 yield
         except BaseException:
             step.restore(held)

@@ -109,7 +109,7 @@ class SharedWindows(Windows):
         """
         watch = self._world.watch
         if watch is not None:
-            watch.say(f"step {self._step() + 1}")
+            watch.say(self._step() + 1)
         try:
             return self._take_ahead(size, following) if self._ahead else self._take_now(size)
         finally:

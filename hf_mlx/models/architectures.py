@@ -30,10 +30,11 @@ class Architecture:
 
 
 _PACKS = """
-    afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe gemma gemma2 gemma3
-    gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite granitemoe helium
-    internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3 minimax_m2 ministral3 mistral mixtral nemotron olmo olmo2
-    olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe gemma
+    gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite
+    granitemoe helium internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3 minimax_m2 ministral3
+    mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
+    solar_open stablelm starcoder2
 """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """

@@ -43,6 +43,12 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("olmo", "clip_qkv"): (None,),
 }
 
+# Types whose weights of the chosen experts mlx-lm divides by their sum only where there are several.
+_LONE_EXPERTS = """
+    afmoe deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa kimi_linear mimo_v2_flash
+    nemotron_h solar_open
+"""
+
 
 def check_config(config: Config, folder: Path) -> None:
     """Raises for every option in ``config`` that training on MLX would not honour.
@@ -65,6 +71,11 @@ def check_config(config: Config, folder: Path) -> None:
             f"set {', '.join(random)} to 0.0 in config.json, or hand over the model: "
             f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
         )
+    if config["model_type"].startswith("llama4") and text.get("num_hidden_layers", 48) < 4:
+        raise _option(folder, "num_hidden_layers", text["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+    lone = text.get("num_experts_per_tok") == 1 and text.get("norm_topk_prob", text.get("route_norm", True))
+    if lone and config["model_type"] in _LONE_EXPERTS.split():
+        raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")

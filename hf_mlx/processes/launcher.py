@@ -32,12 +32,16 @@ class Launched:
     local_rank: int
 
 
-def read_launcher(environ: Mapping[str, str] = os.environ) -> Launched | None:
+def read_launcher(environ: Mapping[str, str] | None = None) -> Launched | None:
     """What ``mlx.launch`` or ``mpirun`` has set; None for a process that was started by itself.
+
+    Args:
+        environ: None reads the process's own.
 
     Raises:
         SettingError: ``torchrun`` or ``accelerate launch`` started it with others, which MLX knows nothing of.
     """
+    environ = os.environ if environ is None else environ
     if "OMPI_COMM_WORLD_RANK" in environ and "MLX_RANK" not in environ:
         size = int(environ.get("OMPI_COMM_WORLD_SIZE", "1"))
         if size == 1:
@@ -51,6 +55,8 @@ def read_launcher(environ: Mapping[str, str] = os.environ) -> Launched | None:
     if environ.get("MLX_HOSTFILE"):
         nodes = json.loads(Path(environ["MLX_HOSTFILE"]).read_text())
         hosts = [addresses[0].rpartition(":")[0] for addresses in nodes]
+        if len(hosts) == 1:
+            return None
         return Launched("ring", rank, len(hosts), hosts[0], hosts[:rank].count(hosts[rank]))
     if environ.get("MLX_JACCL_COORDINATOR"):
         devices = environ.get("MLX_IBV_DEVICES")

@@ -43,9 +43,9 @@ class Watch:
         self.limit = 1800.0
         self._ended: str | None = None
         self._gone: str | None = None
-        self._at: dict[int, str] = {}
+        self._at: dict[int, int] = {}
         self._since: float | None = None
-        self._what = ""
+        self._what, self._computes = "", False
         self._lock = threading.Lock()
         self._lines: dict[int, socket.socket] = {}
         self._news = threading.Event()
@@ -70,18 +70,24 @@ class Watch:
         return watch
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """A block in which the main thread may have to wait for other processes."""
-        self._what, self._since = what, time.monotonic()
+    def waiting(self, what: str, *, computes: bool = False) -> Iterator[None]:
+        """A block in which the main thread may have to wait for other processes.
+
+        Args:
+            what: What for.
+            computes: It also has work of its own, so nobody is waited for unless one is behind.
+        """
+        before = self._what, self._computes, self._since
+        self._what, self._computes, self._since = what, computes, time.monotonic()
         try:
             yield
         finally:
-            self._since = None
+            self._what, self._computes, self._since = before
 
-    def say(self, what: str) -> None:
-        """Let the others know what this process is at."""
-        self._at[self.rank] = what
-        self._send({"rank": self.rank, "at": what})
+    def say(self, step: int) -> None:
+        """Let the others know which step this process is at."""
+        self._at[self.rank] = step
+        self._send({"rank": self.rank, "at": step})
 
     def fail(self, error: BaseException) -> None:
         """Let the others know why this process ends."""
@@ -151,7 +157,7 @@ class Watch:
                 message = json.loads(text)
                 who = int(message["rank"])
                 if "at" in message:
-                    self._at[who] = message["at"]
+                    self._at[who] = int(message["at"])
                     if self.rank == 0:
                         self._send(message, leave_out=who)
                 elif "done" in message:
@@ -162,7 +168,7 @@ class Watch:
         except (OSError, ValueError, KeyError):
             pass
         if not done and not self._is_over:
-            at = f" at {self._at[rank]}" if self._at.get(rank) else ""
+            at = f" at step {self._at[rank]}" if rank in self._at else ""
             self._hear(f"rank {rank} has ended without a word{at}", {"rank": rank, "failed": f"no word{at}"})
 
     def _hear(self, words: str, message: dict[str, Any]) -> None:
@@ -185,23 +191,27 @@ class Watch:
             if since is None:
                 said = False
                 continue
+            behind = self._behind()
+            if self._computes and not behind:
+                continue
             if not said and now - since > PATIENCE:
                 said = True
                 print(
-                    f"rank {self.rank} has waited {PATIENCE:.0f} s at {self._what} for {self._others()}; "
+                    f"rank {self.rank} has waited {PATIENCE:.0f} s at {self._what} for {behind or 'another rank'}; "
                     f"it ends after ddp_timeout={self.limit:.0f} s",
                     file=sys.stderr,
                     flush=True,
                 )
             if now - since > self.limit:
-                self._end(
-                    f"rank {self.rank} waited ddp_timeout={self.limit:.0f} s at {self._what} for {self._others()}"
-                )
+                who = behind or "another rank"
+                self._end(f"rank {self.rank} waited ddp_timeout={self.limit:.0f} s at {self._what} for {who}")
 
-    def _others(self) -> str:
-        behind = [r for r in range(self.size) if r != self.rank and self._at.get(r) != self._at.get(self.rank)]
-        known = [f"rank {rank} (at {self._at[rank]})" for rank in behind if rank in self._at]
-        return ", ".join(known) or (f"rank {1 - self.rank}" if self.size == 2 else "another rank")
+    def _behind(self) -> str:
+        """Who has not come as far as this process, in words; empty where nobody is known to."""
+        own = self._at.get(self.rank, 0)
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        known = [f"rank {rank} (at step {self._at[rank]})" for rank in others if self._at.get(rank, own) < own]
+        return ", ".join(known) or (f"rank {others[0]}" if len(others) == 1 and not self._computes else "")
 
     def _end(self, words: str) -> None:
         print(f"hf_mlx: {words}. trainer.train(resume_from_checkpoint=True) goes on.", file=sys.stderr, flush=True)

@@ -91,7 +91,8 @@ class World:
         return tables[:, 2 : 2 + int(tables[self.rank, 1])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
-        own = mx.array(array)[None]
+        # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
+        own = mx.array(array[None])
         gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
         mx.async_eval(gathered)
         return gathered
@@ -146,8 +147,12 @@ class World:
         return made
 
     @contextmanager
-    def waiting(self, what: str = "") -> Iterator[None]:
+    def waiting(self, what: str = "", *, computes: bool = False) -> Iterator[None]:
         """A block that waits for other processes, and says which one has ended where it would wait for ever.
+
+        Args:
+            what: What for, for messages.
+            computes: It has work of its own beside.
 
         Raises:
             TrainingError: Another process has ended.
@@ -155,7 +160,7 @@ class World:
         if self.watch is None:
             yield
             return
-        with self.watch.waiting(what):
+        with self.watch.waiting(what, computes=computes):
             try:
                 yield
             except RuntimeError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from ..data.batch import Batch
 from ..data.custom import MODEL_INPUTS
 from ..data.guard import Guard
+from ..data.masked import check_labels
 from .recipe import RowTable
 
 
@@ -51,16 +52,21 @@ class Collation:
             if not self._keep_columns:
                 rows = [self._select(row) for row in rows]
             return self.convert(self.collator(rows))
-        return self._guard.batch(self._rows.collate(rows, self._tokenizer, self._plan, padding_free=padding_free))
+        return self._checked(self._rows.collate(rows, self._tokenizer, self._plan, padding_free=padding_free))
 
     def convert(self, collated: Mapping[str, Any]) -> Batch:
         """What a user's collator or loader returned, as a batch."""
         if not self.keeps_batches or not isinstance(collated, Mapping):
-            return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))
+            return self._checked(self._rows.convert(collated, self._guard.fill_id))
         # Columns that the model does not take are for the script's loss.
         known = {name: value for name, value in collated.items() if name in MODEL_INPUTS}
         batch = self._guard.batch(self._rows.convert(known, self._guard.fill_id))
         return replace(batch, collated={name: value for name, value in collated.items() if value is not None})
+
+    def _checked(self, batch: Batch) -> Batch:
+        if not self._rows.odd_labels and not self.keeps_batches:
+            check_labels(batch)
+        return self._guard.batch(batch)
 
     def _select(self, row: Any) -> Any:
         # Upstream leaves rows of other kinds as they are.

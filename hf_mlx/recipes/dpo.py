@@ -46,6 +46,7 @@ class PairRows:
     signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
     reads_tokenizer = True
     shaped = False
+    odd_labels = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)

@@ -29,6 +29,7 @@ class PlainRows:
     signature_columns: tuple[str, ...] | None = None
     reads_tokenizer = False
     shaped = True
+    odd_labels = False
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return tokenizer

@@ -23,12 +23,14 @@ class RowTable(Protocol):
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
             None for those that the model's forward takes.
         reads_tokenizer: Whether the model's own tokenizer is read where none is given.
+        odd_labels: Whether labels below 0 other than -100 pass, as with trl.
         shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
     signature_columns: tuple[str, ...] | None
     reads_tokenizer: bool
     shaped: bool
+    odd_labels: bool
 
     def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
         """The tokenizer as rows are prepared with."""

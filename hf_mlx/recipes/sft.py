@@ -28,6 +28,7 @@ class SFTRows:
     signature_columns: tuple[str, ...] | None = ("input_ids", "labels", "seq_lengths")
     reads_tokenizer = True
     shaped = True
+    odd_labels = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)

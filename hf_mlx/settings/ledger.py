@@ -29,7 +29,8 @@ def explain(
     """Say what happens to every field of a configuration on MLX.
 
     Args:
-        args: A ``TrainingArguments``, ``SFTConfig`` or ``DPOConfig``, or a dict of fields. None is ``SFTConfig()``.
+        args: A ``TrainingArguments``, ``SFTConfig`` or ``DPOConfig``, judged for the trainer of its class; or a dict of
+            fields. None is ``SFTConfig()``.
         peft_config: A ``LoraConfig``, or a dict of its fields.
         overrides: Fields that a keyword of the trainer sets over ``args``.
         table: The configuration class of the trainer in question; None goes by the class or the fields of ``args``.

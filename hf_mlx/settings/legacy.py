@@ -197,6 +197,7 @@ OLDER_FIELDS: Mapping[str, Renamed | Gone | Rewritten] = {
     "per_gpu_eval_batch_size": Renamed("transformers 5.0", "per_device_eval_batch_size"),
     "max_seq_length": Renamed("trl 0.20", "max_length"),
     "use_liger": Renamed("trl 0.18", "use_liger_kernel"),
+    "use_liger_loss": Renamed("trl 0.28", "use_liger_kernel"),
     "warmup_ratio": Rewritten("transformers 5.15", _warmup_ratio),
     "group_by_length": Rewritten("transformers 5.2", _group_by_length),
     "include_tokens_per_second": Rewritten("transformers 5.0", _tokens_per_second),
@@ -221,6 +222,7 @@ OLDER_FIELDS: Mapping[str, Renamed | Gone | Rewritten] = {
     "fsdp_min_num_params": Gone("transformers 5.0", (0,), "remove it: memory is unified here"),
     "fsdp_transformer_layer_cls_to_wrap": Gone("transformers 5.0", (None,), "remove it: memory is unified here"),
     "xpu_backend": Gone("transformers 4.32", (None,), _REMOVE),
+    "tp_size": Gone("transformers 4.52", (0, None), "remove it: one process trains here"),
     "tpu_num_cores": Gone("transformers 5.0", (None,), _REMOVE),
     "tpu_metrics_debug": Gone("transformers 5.0", (False,), _REMOVE),
     "mp_parameters": Gone("transformers 5.0", ("",), _REMOVE),
@@ -250,6 +252,7 @@ OLDER_FIELDS: Mapping[str, Renamed | Gone | Rewritten] = {
         "trl 0.29", (None, {}), "MLXDPOTrainer(ref_model=model) with a model that is loaded already"
     ),
     "tools": Gone("trl 0.29", (None,), "a column 'tools' in each row"),
+    "use_num_logits_to_keep": Gone("trl 0.17", None, "remove it: only scored positions are projected here"),
     "use_logits_to_keep": Gone("trl 0.29", None, "remove it: only scored positions are projected here"),
 }
 RENAMED: Mapping[str, str] = {name: field.now for name, field in OLDER_FIELDS.items() if isinstance(field, Renamed)}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .callers import is_library
 from .imports import Imports
 from .talk import Talk
 
@@ -71,6 +73,7 @@ def translate_loading(imports: Imports, talk: Talk) -> None:
 
     imports.after("transformers.models.auto.auto_factory", functools.partial(translate, "_BaseAutoModelClass"))
     imports.after("transformers.modeling_utils", functools.partial(translate, "PreTrainedModel"))
+    imports.after("transformers.modeling_utils", _map_devices)
     imports.after("transformers.configuration_utils", _save_floats)
     imports.after("transformers.configuration_utils", functools.partial(_set_attention, talk=talk))
 
@@ -122,6 +125,21 @@ def _place(model: Any) -> Any:
     import torch
 
     return model.to("mps") if torch.backends.mps.is_available() and hasattr(model, "to") else model
+
+
+def _map_devices(module: Any) -> None:
+    """``model.hf_device_map`` for a script; libraries move models that have one."""
+
+    def read(self: Any) -> dict[str, Any]:
+        kept = vars(self).get("_hf_device_map")
+        if kept is None and is_library(sys._getframe(1)):
+            raise AttributeError("hf_device_map")
+        return {"": self.device} if kept is None else kept
+
+    def write(self: Any, value: Any) -> None:
+        vars(self)["_hf_device_map"] = value
+
+    module.PreTrainedModel.hf_device_map = property(read, write)
 
 
 def _save_floats(module: Any) -> None:

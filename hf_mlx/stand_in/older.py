@@ -49,7 +49,7 @@ OLDER: Mapping[str, Older] = {
     "TrlParser": Older(_CLI, "trl 0.13", "trl:TrlParser"),
     "init_zero_verbose": Older(_CLI, "trl 0.13", "trl:init_zero_verbose"),
     "SFTScriptArguments": Older(("trl", *_CLI), "trl 0.13", f"{_OWN}:SFTScriptArguments"),
-    "SftScriptArguments": Older(_CLI, "trl 0.9", f"{_OWN}:SFTScriptArguments"),
+    "SftScriptArguments": Older(_CLI, "trl 0.9", f"{_OWN}:SftScriptArguments"),
     "get_formatting_func_from_dataset": Older(_FORMATTING, "trl 0.27", f"{_OWN}:get_formatting_func_from_dataset"),
     "conversations_formatting_function": Older(_FORMATTING, "trl 0.27", f"{_OWN}:conversations_formatting_function"),
     "instructions_formatting_function": Older(_FORMATTING, "trl 0.27", f"{_OWN}:instructions_formatting_function"),

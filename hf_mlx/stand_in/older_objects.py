@@ -234,6 +234,18 @@ def get_formatting_func_from_dataset(dataset: Any, tokenizer: Any) -> Callable |
     return instructions_formatting_function(tokenizer) if {"prompt", "completion"} <= set(columns) else None
 
 
+@dataclass
+class SftScriptArguments(SFTScriptArguments):
+    """What trl's script of 0.8 added, which then passed it on to the trainer."""
+
+    dataset_text_field: str | None = field(default="text", metadata={"help": "the text field of the dataset"})
+    dataset_train_name: str = field(default="train", metadata={"help": "the name of the training set"})
+    dataset_test_name: str = field(default="test", metadata={"help": "the name of the evaluation set"})
+    max_seq_length: int = field(default=512, metadata={"help": "the maximum sequence length"})
+    packing: bool = field(default=False, metadata={"help": "whether to pack rows"})
+    config: str | None = field(default=None, metadata={"help": "path to a config file"})
+
+
 def conversations_formatting_function(tokenizer: Any, messages_field: str, tools: list | None = None) -> Callable:
     """A function that writes the messages of a row, or a list of texts for a batch of them.
 

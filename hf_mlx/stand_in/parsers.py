@@ -14,6 +14,8 @@ from .talk import Talk
 
 # ModelConfig's fields that have another name today.
 _MODEL_FIELDS: Mapping[str, str] = {"torch_dtype": "dtype"}
+# One that asked for a kernel of CUDA's.
+_KERNEL = "use_flash_attention_2"
 
 
 def translate_parsers(imports: Imports, talk: Talk) -> None:
@@ -60,6 +62,8 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from ..settings.legacy import translate_arguments
 
     found, notes = translate_arguments(values)
+    if found.pop(_KERNEL, None):
+        notes.append(f"{_KERNEL}=True: has no effect, MLX has its own fused attention")
     keep_logging_dir(values)
     for old, new in _MODEL_FIELDS.items():
         if old in found and new not in found:
@@ -71,7 +75,7 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _is_older(name: str) -> bool:
     from ..settings.legacy import is_older
 
-    return name in _MODEL_FIELDS or is_older(name)
+    return name in _MODEL_FIELDS or name == _KERNEL or is_older(name)
 
 
 def _read(value: str) -> Any:
@@ -138,11 +142,14 @@ def _translate_model_config(module: Any, talk: Talk) -> None:
                 kwargs[new] = kwargs.pop(old)
                 talk.once(f"ModelConfig's {old} is now {new}")
         trusted = kwargs.pop("trust_remote_code", None)
+        kwargs.pop(_KERNEL, None)
         original(self, *args, **kwargs)
         if trusted is not None:
             self.trust_remote_code = trusted
 
     cls.__init__ = __init__
+    if not hasattr(cls, _KERNEL):
+        setattr(cls, _KERNEL, False)
     if not hasattr(cls, "trust_remote_code"):
         cls.trust_remote_code = False
     for old, new in _MODEL_FIELDS.items():

@@ -7,15 +7,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from ..adapters.export import write_adapter
 from ..adapters.merge import merge_and_unload
 from ..errors import AdapterError, SettingError
 from ..models.save import write_model
+from ..models.torch_arrays import to_mlx
 from .facade_modules import Modules
 from .hub import upload
 from .parameters import Parameters
 from .requests import check_keywords, unknown_keyword
 from .writes import differs
+
+
+def check_state(model: Any, state_dict: Mapping[str, Any]) -> None:
+    """Refuse weights to be saved that are not the model's own.
+
+    Raises:
+        SettingError: Names the first of them.
+    """
+    held = model.state_dict()
+    for name, value in state_dict.items():
+        mine = held.get(name)
+        if mine is None or differs(value, mine if isinstance(mine, mx.array) else to_mlx(mine)):
+            raise SettingError(
+                f"saving a state_dict with a {name} that is not this model's",
+                "the model's own weights",
+                "model.load_state_dict(state_dict) before, or leave state_dict= out",
+            )
 
 
 class Files(Modules):
@@ -44,10 +65,13 @@ class Files(Modules):
             SettingError: A keyword that is not honoured here.
         """
         repo, token = kwargs.pop("repo_id", None), kwargs.pop("token", None)
-        check_keywords(kwargs)
+        model = self.loaded.model
+        written = model.parameters() if self.adapter is None else model.trainable_parameters()
+        arrays: dict[str, mx.array] = dict(tree_flatten(written))
+        check_keywords(kwargs, sum(value.nbytes for value in arrays.values()))
         self.settle()
         if state_dict is not None:
-            self._check_own(state_dict)
+            check_state(self, state_dict)
         if not is_main_process:
             return
         if self.adapter is not None:
@@ -56,15 +80,6 @@ class Files(Modules):
             write_model(self.loaded, save_directory)
         if push_to_hub:
             upload(Path(save_directory), repo or Path(save_directory).name, token=token)
-
-    def _check_own(self, state_dict: Mapping[str, Any]) -> None:
-        for name, value in state_dict.items():
-            if name not in self._parameters.paths or differs(value, self._parameters.read(name)):
-                raise SettingError(
-                    f"save_pretrained(state_dict=…) with a {name} that is not this model's",
-                    "the model's own weights",
-                    "model.load_state_dict(state_dict) before, or leave state_dict= out",
-                )
 
     def push_to_hub(
         self, repo_id: str, *, commit_message: str | None = None, private: bool | None = None, token: Any = None,

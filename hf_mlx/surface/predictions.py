@@ -83,7 +83,8 @@ class Predictions:
         known = None if labels is None else like_torch(labels.astype(np.int64))
         if self._preprocess is not None:
             given = self._preprocess(given, known)
-        cut = self._remainder if self._world is None and self._is_last and batch.examples == self._remainder else None
+        is_cut = self._world is None and self._is_last and 0 < batch.examples <= self._remainder
+        cut = self._remainder if is_cut else None
         if cut is not None:
             # accelerate leaves what cannot be cut as it is.
             with suppress(IndexError, TypeError):

@@ -44,13 +44,19 @@ def read_run(trainer: Any, failure: BaseException | None = None) -> Run:
     rulings = [(entry.field, entry.shown, str(entry.verdict), entry.reason) for entry in trainer.ledger.changed()]
     adapter = trainer.adapter
     notes = [*trainer.session.loaded.notes, *(adapter.notes if adapter is not None else ())]
+    try:
+        samples = read_samples(trainer.train_dataset, trainer.processing_class)
+    except Exception as error:
+        # A tokenizer that cannot tell a token's text costs the rows, not the curves.
+        samples = ()
+        notes.append(f"training rows are not shown: {describe(error)}")
     return Run(
         title=f"{trainer._base.name}: {type(trainer).__name__}",
         facts=_facts(trainer),
         series=read_series(state.log_history, marks),
         rulings=rulings,
         notes=notes,
-        samples=read_samples(trainer.train_dataset, trainer.processing_class),
+        samples=samples,
         failure="" if failure is None else describe(failure),
     )
 

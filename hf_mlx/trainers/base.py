@@ -27,10 +27,10 @@ from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
 from ..surface.together import check_recipe, tell_accelerate
+from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
 from .running import Running
-from .words import in_own_words
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TrainerBase(Running):
     The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
-    @in_own_words
+    @in_its_words
     def __init__(
         self,
         model: Any,

@@ -12,6 +12,7 @@ from ..settings.changes import Asked
 from ..surface.assignments import check_assignment, started
 from ..surface.requests import check_evaluation
 from ..surface.together import check_own, tell_accelerate
+from ..surface.wording import in_its_words
 from .own import Own
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ class Live(Own):
     _asked: Asked
     _is_built: bool = False
 
+    @in_its_words
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._is_built:
             super().__setattr__(name, value)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import SettingError
+from ..models.bridge import is_torch_model
 from ..recipes.lm import LM, default_args, default_collator
 from ..surface.signature import is_causal_lm
 from .base import TrainerBase
@@ -48,6 +49,7 @@ class MLXTrainer(TrainerBase):
     """
 
     recipe = LM
+    _is_made_here = False
 
     @staticmethod
     def trains(model: Any) -> bool:
@@ -76,8 +78,9 @@ class MLXTrainer(TrainerBase):
         **keywords: Any,
     ) -> None:
         args = args if args is not None else default_args("")
+        drawn = None
         if model is None or model_init is not None:
-            model = _init_model(model, model_init, args)
+            model, drawn = _init_model(model, model_init, args)
         if not self.trains(model):
             raise SettingError(
                 f"model of class {type(model).__name__}",
@@ -106,6 +109,29 @@ class MLXTrainer(TrainerBase):
         )
         if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
             self.data.refuse_blind_targets()
+        if drawn is not None:
+            # The order of the rows goes on where model_init left torch's generator, as in train() upstream.
+            self.data.rng.set_torch_state(drawn)
+        self._set_own(_is_made_here=model_init is not None)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train to the end of the plan; arguments and result as of :meth:`~hf_mlx.MLXSFTTrainer.train`.
+
+        Raises:
+            SettingError: Also for a second run of a trainer with ``model_init``, which upstream starts anew.
+        """
+        if self._is_made_here and self.state.global_step and not resume_from_checkpoint:
+            raise SettingError(
+                "train() again on a trainer with model_init",
+                "one run: upstream makes the model anew for each, and here it is made once",
+                "MLXTrainer(model_init=model_init, ...).train(), a new trainer",
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @refuse("trainer.train()")
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
@@ -144,7 +170,8 @@ class MLXTrainer(TrainerBase):
         self._write_card(model_name, ", ".join(dataset) if isinstance(dataset, list) else dataset, tags, given)
 
 
-def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
+def _init_model(model: Any, model_init: Callable | None, args: Any) -> tuple[Any, Any]:
+    """The model, and the state of torch's generator once it is made."""
     if model is not None or model_init is None:
         given = "a model and model_init" if model is not None else "neither a model nor model_init"
         raise SettingError(
@@ -156,4 +183,9 @@ def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
 
     # A model that is made here is made from the run's seed, as upstream.
     set_seed(args.seed)
-    return model_init()
+    model = model_init()
+    if not is_torch_model(model):
+        return model, None
+    import torch
+
+    return model, torch.get_rng_state().numpy()

@@ -116,11 +116,9 @@ class LaterLoader:
 
     Args:
         make: Makes a torch ``DataLoader``.
-        trained: What the run itself reads from.
     """
 
-    def __init__(self, make: Callable[[], Any], trained: Any = None) -> None:
-        self.trained = trained
+    def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
         self._made: Any = None
 

@@ -11,12 +11,14 @@ from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
 from ..surface.hub import write_card
 from ..surface.trackers import tracker_links
+from ..surface.wording import in_its_words
 from .records import Records
 
 
 class Publishing(Records):
     """What puts a run's result where others find it."""
 
+    @in_its_words
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``.
 

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 from ..errors import SettingError
+from ..surface.wording import reword
 
 NO_SEARCH = "a new trainer for each trial: MLXSFTTrainer(args=SFTConfig(learning_rate=trial_value), …).train()"
 _INSIDE = "what is outside of the compiled step"
@@ -18,7 +19,9 @@ def refuse(remedy: str) -> Callable[[Callable], Callable]:
     def decorate(method: Callable) -> Callable:
         @wraps(method)
         def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            raise SettingError(f"trainer.{method.__name__}(…)", _INSIDE, remedy)
+            error = SettingError(f"trainer.{method.__name__}(…)", _INSIDE, remedy)
+            reword(error, self.recipe.name, self.recipe.config.name)
+            raise error
 
         return refused
 

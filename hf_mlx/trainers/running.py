@@ -23,11 +23,11 @@ from ..surface.optimizer import OptimizerView, SchedulerView
 from ..surface.report import write_report
 from ..surface.requests import no_rows
 from ..surface.together import check_alike, check_epochs, join_step
+from ..surface.wording import in_its_words
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
 from .refused import NO_SEARCH
-from .words import in_own_words
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
-    @in_own_words
+    @in_its_words
     @alone_in_output_dir
     def train(
         self,
@@ -90,7 +90,10 @@ class Running(Evaluating):
         handler.optimizer = self.optimizer if view is None else view
         shown = self.lr_scheduler if view is None else SchedulerView(schedule, lambda: loop.steps_done)
         handler.lr_scheduler = shown
-        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader, loader)
+        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader)
+        for callback in handler.callbacks:
+            if hasattr(callback, "follow_batches"):
+                callback.follow_batches(loader)
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
         self._recorder.start(self.session.progress.num_tokens)

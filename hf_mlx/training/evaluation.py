@@ -150,7 +150,7 @@ class Evaluator:
         finally:
             self.objective.slots.bind(params)
         values: list[float] = mx.stack(list(measured)).tolist()  # pyright: ignore[reportAssignmentType]
-        divisor = self.objective.divisor(inputs.valid)
+        divisor = self.objective.divisor(inputs)
         metrics = dict(zip(self.objective.metrics, values[1:], strict=True))
         metrics |= {name: metrics[name] / divisor for name in TOKEN_METRICS if name in metrics}
         mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / divisor

@@ -148,13 +148,14 @@ class HostEvaluator(Evaluator):
     Args:
         objective: Gives the logits.
         loss: The script's loss.
+        count: Tokens of a batch that are scored.
     """
 
     objective: TokenObjective
 
-    def __init__(self, objective: TokenObjective, loss: HostLoss) -> None:
+    def __init__(self, objective: TokenObjective, loss: HostLoss, *, count: Callable[[Sequence[Inputs]], int]) -> None:
         super().__init__(objective)
-        self._loss = loss
+        self._loss, self._count = loss, count
         self._forward = mx.compile(objective.forward)
 
     def run(
@@ -198,7 +199,9 @@ class HostEvaluator(Evaluator):
 
         if not batch.has_labels:  # transformers asks the model alone
             return None, np.array(forward(0).astype(mx.float32)) if wants_logits else None
-        return self._loss.evaluate(forward, HostMicro(batch, inputs.valid, 1, draws=False), wants_logits=wants_logits)
+        return self._loss.evaluate(
+            forward, HostMicro(batch, self._count([inputs]), 1, draws=False), wants_logits=wants_logits
+        )
 
 
 def measuring_nothing(objective: TokenObjective) -> TokenObjective:

@@ -24,6 +24,15 @@ class LanguageObjective(TokenObjective):
     ) -> None:
         super().__init__(loaded, names, plan, routers)
         self.metrics: tuple[str, ...] = () if routers is None else ("aux_loss",)
+        # transformers 5.23 ``Trainer.prediction_step`` counts as in training; LabelSmoother divides by its targets.
+        counted = loaded.counts_every_label and loaded.accepts_loss_kwargs
+        self._counts_every_label = counted and not plan.label_smoothing_factor
+        config = loaded.config.get("text_config") or loaded.config
+        self.unseen = ("aux_loss", "router_logits") if config.get("output_router_logits") else ()
+
+    def divisor(self, inputs: Inputs) -> int:
+        """The scored tokens, or all that are labelled where transformers' count goes by them; at least one."""
+        return max(inputs.labelled if self._counts_every_label else inputs.valid, 1)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss as a sum over the scored tokens, and the routers' loss where the model adds one."""

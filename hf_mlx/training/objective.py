@@ -17,6 +17,7 @@ from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.masks import masked_cache, packed_cache
 from ..settings.plan import LossPlan, PairLossPlan
+from .inputs import Inputs
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
 from .native_loss import NativeLoss, native_sums
@@ -100,8 +101,8 @@ class Objective(Protocol):
         """(B, T, V) for the rows of a batch."""
         ...
 
-    def divisor(self, valid: int) -> int:
-        """What the loss of a batch with ``valid`` scored tokens is divided by in evaluation."""
+    def divisor(self, inputs: Inputs) -> int:
+        """What the loss of a batch is divided by in evaluation."""
         ...
 
     def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -121,10 +122,12 @@ class TokenObjective:
     Attributes:
         head: The vocabulary projection; None where the model's code does not divide there.
         native: The script's own loss, in the place of the plan's.
+        unseen: What the torch model returns beside its logits, and this one does not.
     """
 
     captured: Arrays | None = None
     native: NativeLoss | None = None
+    unseen: tuple[str, ...] = ()
 
     def __init__(
         self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
@@ -165,9 +168,9 @@ class TokenObjective:
         """1: rows do not depend on each other."""
         return 1
 
-    def divisor(self, valid: int) -> int:
+    def divisor(self, inputs: Inputs) -> int:
         """The scored tokens, at least one."""
-        return max(valid, 1)
+        return max(inputs.valid, 1)
 
     def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of a batch as ``compute_metrics`` gets them."""

@@ -16,6 +16,7 @@ from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.prompts import prompt_cache, shares_prompts
 from ..settings.plan import PairLossPlan
+from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_token_logps, token_logps
 from .objective import HeadBlocks, Slots
 from .optimizers.contract import Arrays
@@ -167,7 +168,7 @@ class PairObjective:
         """The reference's summed log-probability of each pair's answers, (P, 2) float32."""
         return by_pair(self._reference(params, arrays), arrays)
 
-    def divisor(self, valid: int) -> int:
+    def divisor(self, inputs: Inputs) -> int:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 

@@ -62,6 +62,7 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
 
 def apply(model: Any, config: Config) -> None:
     """Gives each block of ``model`` its own window (in tokens, the current one included)."""
+    _pad_caches(model)
     rule = WINDOWS.get(config["model_type"])
     if rule is None:
         return
@@ -69,6 +70,37 @@ def apply(model: Any, config: Config) -> None:
         if window is not None:
             block.__class__ = _windowed(type(block))
             block.sliding_window = window
+
+
+# Attributes in which mlx-lm keeps the first layer of a kind, which it asks for the mask of all of that kind.
+_FIRST_OF_A_KIND = """
+    fa_idx swa_idx ga_idx full_idx ssm_idx attn_idx conv_idx _fa_idx _lin_idx _first_full _first_sliding
+"""
+
+
+def _pad_caches(model: Any) -> None:
+    """A model with fewer layers than its period has none of a kind: mlx-lm would look beyond its last layer."""
+    for _, module in model.named_modules():
+        if "layers" not in module:
+            continue
+        firsts = [getattr(module, name, None) for name in _FIRST_OF_A_KIND.split()]
+        period = getattr(module, "sliding_window_pattern", None)
+        period = getattr(getattr(module, "args", None), "sliding_window_pattern", None) if period is None else period
+        needed = [first + 1 for first in firsts if isinstance(first, int)]
+        needed += [period] if isinstance(period, int) else []
+        if max(needed, default=0) > len(module.layers):
+            module.__class__ = _padded(type(module), max(needed))
+
+
+@cache
+def _padded(inner: type[Any], period: int) -> type[Any]:
+    class Padded(inner):
+        def __call__(self, inputs: mx.array, cache: Any = None, *args: Any, **options: Any) -> mx.array:
+            held = cache or [None] * len(self.layers)
+            return super().__call__(inputs, [*held, *[None] * (period - len(held))], *args, **options)
+
+    Padded.__name__ = f"Padded{inner.__name__}"
+    return Padded
 
 
 @cache
