@@ -27,6 +27,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "tas
 SETTINGS = {**SILENT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6,
             "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
 ROWS = preference_rows("text", 10)
+WIDE = pytest.mark.wide
 OWN = {"hf_mlx_manifest.json", "hf_mlx_state.json"}
 
 
@@ -37,10 +38,13 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet():
+    # The functions are the same; compiled they are compared in test_preference_training.
+    mx.disable_compile()
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+    mx.enable_compile()
     logging.disable(logging.NOTSET)
 
 
@@ -53,7 +57,9 @@ def make(cls: type, model: Path, folder: Path, reference: str, **settings: Any) 
     )
 
 
-@pytest.mark.parametrize("reference", ["adapter off", "peft model", "full"])
+@pytest.mark.parametrize(
+    "reference", [pytest.param("adapter off", marks=WIDE), "peft model", pytest.param("full", marks=WIDE)]
+)
 def test_each_goes_on_from_the_other(model, tmp_path, reference):
     theirs = make(DPOTrainer, model, tmp_path / "DPOTrainer", reference)
     theirs.train()
@@ -83,7 +89,9 @@ def test_each_goes_on_from_the_other(model, tmp_path, reference):
         assert assert_same_entries(expected, went_on, relative=1e-4, left_out=left_out) >= 30
 
 
-@pytest.mark.parametrize("reference", ["adapter off", "full", "precomputed"])
+@pytest.mark.parametrize(
+    "reference", [pytest.param("adapter off", marks=WIDE), "full", pytest.param("precomputed", marks=WIDE)]
+)
 def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(model, tmp_path, reference):
     moving = {"sync_ref_model": True, "ref_model_sync_steps": 1} if reference == "full" else {}
     whole = make(MLXDPOTrainer, model, tmp_path / "whole", reference, **moving)

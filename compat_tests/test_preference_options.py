@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -24,6 +25,14 @@ SETTINGS = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_model("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(autouse=True)
+def uncompiled():
+    # The functions are the same; compiled they are compared in test_preference_training.
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def check(model: Path, settings: dict[str, Any], rows: Any, *, relative: float = 1e-4, **more: Any) -> tuple[Any, Any]:
@@ -72,19 +81,21 @@ def test_metrics_of_its_own(model):
     np.testing.assert_allclose(our_logits[told], logits[told], atol=1e-4)
 
 
+@pytest.mark.wide
 def test_tools(model):
     tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
     rows = [{**row, "tools": [tool]} for row in preference_rows("chat", 13)]
     check(model, {"padding_free": True}, rows)
 
 
-@pytest.mark.parametrize("coefficient", [None, 0.0])
+@pytest.mark.parametrize("coefficient", [None, pytest.param(0.0, marks=pytest.mark.wide)])
 def test_experts(tmp_path, coefficient):
     model = make_base("qwen3_moe", tmp_path, router_aux_loss_coef=0.01)
     theirs, _ = check(model, {"router_aux_loss_coef": coefficient}, preference_rows("text", 16))
     assert ("aux_loss" in theirs.state.log_history[0]) == (coefficient is None)
 
 
+@pytest.mark.wide
 def test_bf16(model):
     # Half precision rounds each layer's activations at 4e-3; how far TRL's own numbers lie apart between two CPUs.
     theirs, ours = run_both(model, {**SETTINGS, "bf16": True}, preference_rows("text", 16), "adapter off", LORA)

@@ -48,7 +48,12 @@ def laid(monkeypatch) -> list[bool]:
     ("family", "reference", "settings"),
     [
         ("llama", "adapter off", {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.3}),
-        ("gemma3_text", "full", {"gradient_checkpointing": True, "loss_type": ["aot_unpaired"]}),
+        pytest.param(
+            "gemma3_text",
+            "full",
+            {"gradient_checkpointing": True, "loss_type": ["aot_unpaired"]},
+            marks=pytest.mark.wide,
+        ),
         pytest.param("qwen2", "precomputed", {"use_weighting": True, "loss_type": ["ipo"]}, marks=pytest.mark.wide),
     ],
 )

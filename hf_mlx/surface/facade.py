@@ -62,6 +62,7 @@ class MLXCausalLM(Files):
         self.adapter = adapter
         self._parameters = Parameters(loaded, adapter)
         self.name_or_path = name or str(loaded.path)
+        self.model_tags: list[str] | None = None
         self.training = False
         self.settle: Callable[[], None] = lambda: None
         if peft_config is not None:
@@ -73,6 +74,11 @@ class MLXCausalLM(Files):
         pad = getattr(tokenizer, "pad_token_id", None)
         if pad is not None:
             self.config.get_text_config().pad_token_id = self.generation_config.pad_token_id = pad
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        """Add tags of a model card, as ``PreTrainedModel.add_model_tags`` does."""
+        given = [tags] if isinstance(tags, str) else tags
+        self.model_tags = list(dict.fromkeys([*(self.model_tags or ()), *given]))
 
     @property
     def mlx(self) -> nn.Module:

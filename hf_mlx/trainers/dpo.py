@@ -145,6 +145,7 @@ class MLXDPOTrainer(PairNames):
 
     def _begin(self, callbacks: list | None) -> None:
         super()._begin(callbacks)
+        self._model.add_model_tags(["trl", "dpo"])
         if self._loss.sync_steps is not None:
             self.callback_handler.add_callback(sync_callback(self._loss.sync_steps, self._move_reference))
 
