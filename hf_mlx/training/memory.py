@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..adapters.layers import layer_dims
 from ..device import on_cuda
 from ..models.heads import Head, layers
-from ..models.overrides.recurrent import kept_bytes
+from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
@@ -96,14 +96,18 @@ def estimate(
     size = 2 if plan.model.precision.autocast else stored
     fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
     attention = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions * tokens
+    states = [_states(block, rows, tokens) for block in layers(model)]
+    # A block that has a recurrence has no scores.
     blocks = [
-        positions * size * sum(_features(block)) + attention + _states(block, rows, tokens) for block in layers(model)
+        positions * size * sum(_features(block)) + (state or attention)
+        for block, state in zip(layers(model), states, strict=True)
     ]
-    kept, recomputed = sum(blocks), 0
+    # What one block takes on its way back is in RECOMPUTED where blocks are.
+    kept, recomputed = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model)), 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
-        kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
+        kept = sum(blocks) + len(forgotten) * positions * hidden * stored - sum(forgotten)
         recomputed = RECOMPUTED * max(forgotten)
     return MemoryEstimate(
         weights=_bytes(weights),
@@ -185,6 +189,10 @@ def _features(block: nn.Module) -> list[int]:
 def _states(block: nn.Module, rows: int, tokens: int) -> int:
     """Bytes of the recurrent states that a block keeps, at the ends of chunks, and of its convolution's outputs."""
     return sum(kept_bytes(module, rows, tokens) for module in block.modules())
+
+
+def _working(block: nn.Module, rows: int, tokens: int) -> int:
+    return sum(working_bytes(module, rows, tokens) for module in block.modules())
 
 
 def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:
