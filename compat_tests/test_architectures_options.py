@@ -111,16 +111,6 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}},
         "rope_type='linear'",
     ),
-    "yarn with its own attention factor": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32,
-                "attention_factor": 1.3,
-            }
-        },
-        "rope_type='yarn'",
-    ),
     "softcap in gemma3": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "bias mlx-lm has no place for": ("qwen3", {"attention_bias": True}, "do not fit"),
     "full attention out of step": (
@@ -150,6 +140,8 @@ ROPES = {
     "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_ORIGINAL},
     "yarn": _YARN,
     "yarn with betas": {**_YARN, "beta_fast": 16, "beta_slow": 2},
+    "yarn with its own attention factor": {**_YARN, "attention_factor": 1.3},
+    "yarn with a range that is not rounded": {**_YARN, "truncate": False},
     "yarn with mscale": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     "yarn with uneven mscale": {**_YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
 }

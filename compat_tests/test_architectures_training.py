@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import training_checks
 from architecture_table import DOCS, MEASURED, record
+from pairs import rows_of
 from training_checks import EXCLUDED, SETTINGS, Training, compare_training, make_base, train_mlx
 
 from hf_mlx.errors import AdapterError, ModelError
@@ -44,6 +46,19 @@ def test_all_linear_trains_with_trls_curve_and_the_adapter_is_pefts(model_type, 
     # An adapter that stands still would agree with anything; Adam moves each value by about the learning rate.
     assert result.moved > 1e-4
     rows[model_type] = result
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("kimi_linear", marks=pytest.mark.wide)])
+def test_rows_of_several_chunks_train_with_trls_curve(model_type, tmp_path, monkeypatch):
+    """Gated delta layers run by chunks of 64 tokens; the last one is not full."""
+    rows = [{"text": " ".join(row["text"] for row in rows_of("text", 12, seed=seed))[:180]} for seed in range(4)]
+    monkeypatch.setattr(training_checks, "ROWS", rows)
+    monkeypatch.setitem(SETTINGS, "max_length", 160)
+    result = compare_training(model_type, tmp_path)
+
+    assert max(result.loss, result.grad_norm, result.evaluation) < TOLERANCE
+    assert result.other_keys == ()
+    assert result.moved > 1e-4
 
 
 PACKED = {

@@ -8,6 +8,7 @@ import pairs
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from training_checks import EXCLUDED, make_base
 from trl import SFTConfig
 
 from hf_mlx import MLXSFTTrainer
@@ -59,6 +60,22 @@ def peak_of_a_step(trainer):
 @pytest.mark.parametrize("lora, rows, tokens", [(LORA, 4, 256), (None, 4, 256), (LORA, 1, 1536)])
 def test_the_estimate_is_near_the_peak(model, tmp_path, lora, rows, tokens, checkpointing):
     trainer = make_trainer(model, tmp_path, lora=lora, rows=rows, tokens=tokens, gradient_checkpointing=checkpointing)
+    measured, estimated = peak_of_a_step(trainer), estimate_memory(trainer).total
+
+    assert measured / FACTOR <= estimated <= measured * FACTOR, f"{measured / 2**20:.1f} {estimated / 2**20:.1f} MiB"
+
+
+# States of recurrent layers and what their backward pass holds at once.
+RECURRENT = ["qwen3_5_text", "mamba2", *(pytest.param(t, marks=pytest.mark.wide) for t in ("mamba", "kimi_linear"))]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("model_type", RECURRENT)
+def test_the_estimate_counts_recurrent_states(model_type, checkpointing, tmp_path):
+    base = make_base(model_type, tmp_path / "base", max_position_embeddings=512)
+    lora = LoraConfig(r=8, target_modules="all-linear", exclude_modules=EXCLUDED.get(model_type))
+    settings = {"gradient_checkpointing": checkpointing, "router_aux_loss_coef": 0.0, "max_length": None}
+    trainer = make_trainer(base, tmp_path, lora=lora, **settings)
     measured, estimated = peak_of_a_step(trainer), estimate_memory(trainer).total
 
     assert measured / FACTOR <= estimated <= measured * FACTOR, f"{measured / 2**20:.1f} {estimated / 2**20:.1f} MiB"

@@ -99,7 +99,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "config with a wrong type": (lambda f: _edit_config(f, hidden_size="many"), "cannot read it", "save_pretrained"),
     "unknown model type": (lambda f: _edit_config(f, model_type="quux"), "'quux'", "SFTTrainer"),
     "model type with a path": (lambda f: _edit_config(f, model_type="../llama"), "'../llama'", "SFTTrainer"),
-    "known wrong model type": (lambda f: _edit_config(f, model_type="minicpm3"), "its logits differ", "SFTTrainer"),
+    "known wrong model type": (
+        lambda f: _edit_config(f, model_type="recurrent_gemma"),
+        "its logits differ",
+        "SFTTrainer",
+    ),
     "code in the checkpoint": (
         lambda f: _edit_config(f, model_type="quux", auto_map={"AutoModelForCausalLM": "m.M"}),
         "Python code",

@@ -16,7 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..adapters.layers import layer_dims
 from ..device import on_cuda
 from ..models.heads import Head, layers
-from ..models.overrides.recurrent import kept_bytes
+from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .blocked_attention import BLOCK, attends_in_blocks
 from .feed_forward import recomputed_inputs
@@ -105,12 +105,13 @@ def estimate(
     fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
     scores = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions
     blocked = {id(block) for block in layers(model) if attends_in_blocks(block, tokens)}
-    blocks = [
-        positions * size * sum(_features(block))
-        + (0 if id(block) in blocked else scores * tokens)
-        + _states(block, rows, tokens)
-        for block in layers(model)
-    ]
+
+    def held(block: nn.Module) -> int:
+        # A block that has a recurrence has no scores.
+        scored = 0 if id(block) in blocked else scores * tokens
+        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or scored)
+
+    blocks = [held(block) for block in layers(model)]
     logits = _logit_bytes(model, head, positions)
     # Scores of one block of queries, which none of the layers keeps.
     kept, recomputed = sum(blocks), scores * BLOCK if blocked else 0
@@ -119,6 +120,9 @@ def estimate(
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
         kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
         recomputed += RECOMPUTED * max(forgotten)
+    else:
+        # What one block takes on its way back; it is in RECOMPUTED where blocks are.
+        kept += max(_working(block, rows, tokens) for block in layers(model))
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=_bytes(params.values()),
@@ -202,6 +206,10 @@ def _features(block: nn.Module) -> list[int]:
 def _states(block: nn.Module, rows: int, tokens: int) -> int:
     """Bytes of the recurrent states that a block keeps, at the ends of chunks, and of its convolution's outputs."""
     return sum(kept_bytes(module, rows, tokens) for module in block.modules())
+
+
+def _working(block: nn.Module, rows: int, tokens: int) -> int:
+    return sum(working_bytes(module, rows, tokens) for module in block.modules())
 
 
 def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
 from .linear_recurrence import CHUNK, linear_recurrence
-from .selective_scan import SEGMENT, selective_scan
+from .selective_scan import selective_scan
 
 # transformers' l2norm adds it to the sum of squares.
 _L2_EPSILON = 1e-6
@@ -38,16 +38,38 @@ def kept_bytes(module: Any, rows: int, tokens: int) -> int:
         tokens: Padded length of a row.
 
     Returns:
-        Bytes of float32 values: the states at the ends of chunks, and what goes into the recurrence.
+        Bytes of float32 values: the states at the ends of chunks, what goes into the recurrence, and the convolution's
+        and the gate's values on the way.
     """
-    if not type(module).__name__.startswith("Chunkwise"):
+    if not _is_chunkwise(module):
         return 0
-    if "dt_proj" in module:  # Mamba: x, delta and the outputs, and states of (channels, state)
+    if (
+        "dt_proj" in module
+    ):  # Mamba: x, delta and the outputs; within a segment four arrays of (channels, state) a token
         channels, size = module.A_log.shape
-        return 4 * rows * (3 * tokens * channels + -(-tokens // SEGMENT) * channels * size)
+        return 4 * rows * tokens * channels * (3 + 4 * size)
     heads, keys, values = _state_shape(module)
-    # Queries, keys, values and outputs.
-    return 4 * rows * heads * (2 * tokens * (keys + values) + -(-tokens // CHUNK) * keys * values)
+    # Queries, keys, values and outputs; padded, convolved and activated inputs; outputs gated and normed.
+    by_token = 2 * (keys + values) + 3 * (2 * keys + values) + 5 * values
+    return 4 * rows * heads * (tokens * by_token + -(-tokens // CHUNK) * keys * values)
+
+
+def working_bytes(module: Any, rows: int, tokens: int) -> int:
+    """What one chunkwise mixer holds at once in its backward pass: products of every two tokens of a chunk.
+
+    Args:
+        module: Any module; 0 unless :func:`apply` made it chunkwise.
+        rows: Rows of a micro-batch.
+        tokens: Padded length of a row.
+    """
+    if not _is_chunkwise(module) or "dt_proj" in module:
+        return 0
+    return 6 * 4 * rows * _state_shape(module)[0] * tokens * CHUNK
+
+
+def _is_chunkwise(module: Any) -> bool:
+    # A run may have put a class of its own on top.
+    return any(base.__name__.startswith("Chunkwise") for base in type(module).__mro__)
 
 
 def _state_shape(module: Any) -> tuple[int, int, int]:
