@@ -270,6 +270,28 @@ def _loss_only(scene: Scene) -> None:
                 assert ("eval_one" in made.evaluate()) is not value, kind
 
 
+@shows("batch_eval_metrics", "include_for_metrics", "eval_do_concat_batches")
+def _forms_of_metrics(scene: Scene) -> None:
+    forms = [
+        {"batch_eval_metrics": True},
+        {"include_for_metrics": ["inputs", "loss"]},
+        {"eval_do_concat_batches": False},
+    ]
+    seen = []
+    for kind in (SFTTrainer, MLXSFTTrainer):
+        calls = []
+
+        def metrics(given, compute_result=None, calls=calls):
+            calls.append((type(given.label_ids).__name__, given.inputs is None, given.losses is None, compute_result))
+            return {}
+
+        for form in ({}, *forms):
+            scene.trainer(kind, compute_metrics=metrics, **form).evaluate()
+        seen.append(calls)
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) == 4
+
+
 @shows("remove_unused_columns", "dataset_kwargs")
 def _columns(scene: Scene) -> None:
     for value in (True, False):

@@ -115,6 +115,20 @@ def tool_questions() -> list[dict]:
     ]
 
 
+def function_calls() -> list[dict[str, str]]:
+    """The same questions as prompt/completion rows: a question and a signature, and the call that answers it."""
+    rows = []
+    for row in tool_questions():
+        function, given = row["tools"][0]["function"], next(iter(row["answer"][0].values()))
+        arguments = ", ".join(f"{name}={values[0]!r}" for name, values in given.items() if "" not in values)
+        signature = f"{function['name']}({', '.join(function['parameters']['properties'])})"
+        question = " ".join(row["messages"][0]["content"].split())
+        rows.append(
+            {"prompt": f"{question}\nFunction: {signature}\nCall:", "completion": f" {function['name']}({arguments})"}
+        )
+    return rows
+
+
 def _json_lines(name: str, member: str) -> list[dict]:
     return [json.loads(line) for line in _member(name, member).decode().splitlines() if line.strip()]
 

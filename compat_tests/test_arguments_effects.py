@@ -128,4 +128,4 @@ def test_every_setting_that_acts_is_seen_to_act():
     adapter = {*effect_cases.ADAPTER, *effect_checks.ADAPTER}
     assert arguments == acting((*TRAINING_ARGUMENTS, *SFT_CONFIG))
     assert adapter == acting(LORA_CONFIG)
-    assert (len(arguments), len(adapter)) == (97, 23)
+    assert (len(arguments), len(adapter)) == (100, 23)

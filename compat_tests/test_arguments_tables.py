@@ -10,14 +10,15 @@ from peft import LoraConfig
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_mlx.settings import schedules
 from hf_mlx.settings.ledger import explain
-from hf_mlx.settings.legacy import RENAMED, TRAINER_KEYWORDS, translate_arguments
+from hf_mlx.settings.legacy import RENAMED, translate_arguments
 from hf_mlx.settings.lora_config import LORA_CONFIG
 from hf_mlx.settings.optimizers import OPTIONS, parse_optim_args
 from hf_mlx.settings.sft_config import SFT_CONFIG, SFT_DEFAULTS
+from hf_mlx.settings.trainer_keywords import TRAINER_KEYWORDS
 from hf_mlx.settings.training_arguments import TRAINING_ARGUMENTS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -126,7 +127,12 @@ def test_older_names_are_gone_upstream_and_their_successors_exist():
     assert len(RENAMED) >= 8
     assert not live & set(RENAMED)
     assert set(RENAMED.values()) <= live
-    assert set(TRAINER_KEYWORDS.values()) - {"processing_class"} <= live
+    fields = {"SFTTrainer": live, "DPOTrainer": {f.name for f in dataclasses.fields(DPOConfig)}, "Trainer": set(BASE)}
+    trainers = {"SFTTrainer": SFTTrainer, "DPOTrainer": DPOTrainer, "Trainer": Trainer}
+    assert TRAINER_KEYWORDS.keys() == fields.keys()
+    for trainer, known in TRAINER_KEYWORDS.items():
+        assert set(known.values()) - {"processing_class"} <= fields[trainer]
+        assert known.keys().isdisjoint(inspect.signature(trainers[trainer]).parameters)
 
 
 def test_translated_arguments_construct_todays_config(tmp_path):

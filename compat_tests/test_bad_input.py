@@ -97,7 +97,7 @@ CASES = {
     "max_grad_norm NaN": (SettingError, ["max_grad_norm=nan"], {"max_grad_norm": float("nan")}, {}, ROWS, None),
     "max_grad_norm < 0": (SettingError, ["max_grad_norm=-1"], {"max_grad_norm": -1}, {}, ROWS, None),
     "unknown optimizer": (SettingError, ["optim", "galore_adamw"], {"optim": "galore_adamw"}, {}, ROWS, None),
-    "a refused argument": (SettingError, ["batch_eval_metrics"], {"batch_eval_metrics": True}, {}, ROWS, None),
+    "a refused argument": (SettingError, ["include_for_metrics"], {"include_for_metrics": ["x"]}, {}, ROWS, None),
     "a refused LoRA option": (SettingError, ["eva"], {}, {"init_lora_weights": "eva"}, ROWS, None),
     "an output_dir that is a file": (CheckpointError, ["output_dir"], {"output_dir": "FILE"}, {}, ROWS, None),
     "an output_dir below a file": (CheckpointError, ["output_dir"], {"output_dir": "FILE/run"}, {}, ROWS, None),

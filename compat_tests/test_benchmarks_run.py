@@ -31,3 +31,32 @@ def test_a_step_beside_the_peers(tmp_path):
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
     assert [row[2] for row in rows] == ["hf_mlx", "mlx-lm", "mlx-lm", "trl"]
     assert chart.stat().st_size > 10_000
+
+
+@pytest.mark.wide
+def test_parts_of_the_scripts_own(tmp_path):
+    kept = tmp_path / "own.json"
+    words = ["--shape", "1x16", "--steps", "2", "--warm-up", "1", "--rounds", "1", "--trained", "adapter"]
+    words += ["--json", kept]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "own_parts.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(kept.read_text())
+    assert [result["variant"] for result in report["results"]] == ["compiled", "optimizer", "loss"]
+    assert all(result["seconds"] > 0 and result["numbers"] > 0 for result in report["results"])
+    assert report["results"][0]["ratio"] == 1
+
+
+def test_a_step_of_pre_training_beside_transformers(tmp_path):
+    kept = tmp_path / "out" / "trainer.json"
+    words = ["--shapes", "1x16", "--steps", "3", "--warm-up", "1", "--json", kept]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "trainer_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(kept.read_text())["results"]
+    assert [result["peer"] for result in results] == ["hf_mlx", "transformers"]
+    assert all(result["seconds"] > 0 and result["peak"] > 0 and result["tokens"] == 16 for result in results)
+    assert results[0]["losses"] == pytest.approx(results[1]["losses"], rel=1e-4)
+    assert len(results[0]["losses"]) == 1

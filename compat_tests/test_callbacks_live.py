@@ -10,6 +10,7 @@ import pytest
 import transformers
 import yaml
 from datasets import Dataset
+from own_runs import model_folder
 from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -22,11 +23,9 @@ SETTINGS = {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 1
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pairs.tiny_model(
-        "llama", tmp_path_factory.mktemp("callbacks") / "base", hidden_size=32, intermediate_size=48
-    )
+@pytest.fixture
+def model():
+    return model_folder()
 
 
 def build(
@@ -123,7 +122,7 @@ def test_changes_that_the_step_cannot_make_are_refused(model, tmp_path):
 
         with pairs._quiet():
             trainer = build(MLXSFTTrainer, model, tmp_path, callback=Changes(), as_object=False)
-            with pytest.raises(HFMLXError, match="param_groups"):
+            with pytest.raises(HFMLXError, match=r"param_groups[\s\S]*create_optimizer\("):
                 trainer.train()
 
 

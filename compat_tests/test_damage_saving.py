@@ -105,4 +105,6 @@ def test_a_second_run_in_one_output_dir_is_told_and_harms_nothing(model, tmp_pat
     assert len(refused) == 2 and first.state.global_step == 2
     # Once the first has ended, the folder is free.
     second.train(resume_from_checkpoint=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md", "checkpoint-1", "checkpoint-2", "report.html"
+    ]  # fmt: skip

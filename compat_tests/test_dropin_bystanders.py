@@ -54,12 +54,48 @@ threads = [Thread(target=lambda: Trainer(bert, TrainingArguments(**QUIET), train
 Trainer(bert""",
     1,
 )
+# Zero-argument and named super(), two levels: of a model that MLX does not train.
+OWN = OTHERS.replace(
+    "Trainer(bert",
+    """
+class Base(Trainer):
+    def __init__(self, *args, weight=1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.weight = weight
+
+class Weighted(Base):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.weight * super(Weighted, self).compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+Weighted(bert, TrainingArguments(**QUIET), train_dataset=IDS)
+Weighted(bert""",
+)
+# As sentence_transformers does: an installed library's class, whatever its model.
+LIBRARY = OTHERS.replace(
+    "Trainer(bert",
+    """
+import sysconfig
+CODE = '''
+from transformers import Trainer
+class SentenceTrainer(Trainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+'''
+library = {"__name__": "sentences.trainer"}
+exec(compile(CODE, sysconfig.get_paths()["purelib"] + "/sentences/trainer.py", "exec"), library)
+library["SentenceTrainer"](bert""",
+)
 SCRIPTS = {
     "trainer": (REWARD, ["trl.RewardTrainer"]),
     "from its submodule": (SUBMODULE, ["trl.RewardTrainer"]),
     "a subclass": (SUBCLASS, ["trl.RewardTrainer"]),
     "threads": (THREAD, ["transformers.Trainer"]),
     "another kind of model": (OTHERS, ["transformers.Trainer"]),
+    "a subclass of another kind of model": (OWN, ["transformers.Trainer"]),
+    "a library's subclass": (LIBRARY, ["transformers.Trainer"]),
     "two kinds": (OTHERS + REWARD, ["transformers.Trainer", "trl.RewardTrainer"]),
 }
 

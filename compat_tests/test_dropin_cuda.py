@@ -20,6 +20,7 @@ assert torch.cuda.get_device_capability()[0] >= 8 and torch.cuda.get_device_capa
 gpu = torch.cuda.get_device_properties(0)
 assert gpu.name == torch.cuda.get_device_name(0) and gpu.total_memory > 2**28 and gpu.major == 8
 assert torch.cuda.device_count() == 1 and torch.cuda.current_device() == 0
+assert int(torch.version.cuda.split(".")[0]) >= 12 and torch.version.cuda >= "11.8"
 free, total = torch.cuda.mem_get_info()
 assert free <= total == gpu.total_memory
 for name in ("max_memory_reserved", "memory_allocated", "memory_reserved", "max_memory_allocated"):
@@ -66,6 +67,18 @@ assert places == [made[0].device] * 3
 file = io.BytesIO()
 torch.save(made[0], file), file.seek(0)
 assert torch.load(file, map_location="cuda").shape == (3,)
+
+drawn = [torch.Generator(device=place).manual_seed(5) for place in ("cpu", "cuda", torch.device("cuda:0"))]
+assert isinstance(drawn[1], torch.Generator) and isinstance(torch.default_generator, torch.Generator)
+assert len({tuple(torch.randn(3, generator=one, device=one.device).tolist()) for one in drawn}) == 1
+assert torch.randperm(4, generator=torch.Generator("cuda"), device="cuda").shape == (4,)
+assert torch.cuda.FloatTensor([1.0]).dtype == torch.float32 and torch.cuda.LongTensor is torch.LongTensor
+assert torch.ones(1).type("torch.cuda.HalfTensor").dtype == torch.ones(1).type(torch.cuda.HalfTensor).dtype
+state = torch.cuda.get_rng_state()
+torch.cuda.set_rng_state(state), torch.cuda.set_rng_state_all(torch.cuda.get_rng_state_all())
+with torch.cuda.stream(torch.cuda.Stream()), torch.cuda.nvtx.range("x"):
+    torch.cuda.current_stream().synchronize(), torch.cuda.nvtx.range_push("y"), torch.cuda.nvtx.range_pop()
+assert torch.cuda.initial_seed() >= 0 and not torch.cuda.is_current_stream_capturing()
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import is_bf16_available, is_cuda_available
@@ -132,7 +145,7 @@ import sys, threading
 before = list(sys.meta_path), threading.Thread.start
 import hf_mlx.cli.main, hf_mlx.trainers.sft
 hf_mlx.cli.main.build_parser()
-import peft, torch, transformers, trl
+import datasets, huggingface_hub, importlib.util, peft, torch, transformers, trl
 from trl import ModelConfig, SFTConfig, SFTTrainer
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainingArguments
 
@@ -144,12 +157,24 @@ kept = [
     SFTTrainer.__init__, SFTConfig.__init__, ModelConfig.__init__, TrainingArguments.__init__, torch.autocast.__init__,
     HfArgumentParser.parse_args_into_dataclasses, AutoModelForCausalLM.from_pretrained, torch.cuda.is_available,
     torch.load, torch.set_default_device, transformers.Trainer.__init__, transformers.PreTrainedModel.from_pretrained,
+    transformers.Seq2SeqTrainer.__init__, transformers.PreTrainedTokenizerBase.apply_chat_template,
+    transformers.PreTrainedConfig._attn_implementation.fset, HfArgumentParser.parse_dict,
+    TrainingArguments.__post_init__, datasets.load_dataset, huggingface_hub.login, importlib.util.find_spec,
+    torch.set_default_tensor_type,
 ]
 # A wrapper of ours would be compiled in this library's files, whatever its name says.
 assert [function for function in kept if "hf_mlx" in function.__code__.co_filename.split("site-packages")[-1]] == []
 assert SFTTrainer.__module__.startswith("trl.")
 assert [name for name in ("setup_chat_format", "DataCollatorForCompletionOnlyLM") if hasattr(trl, name)] == []
 assert not hasattr(peft, "prepare_model_for_int8_training") and not hasattr(ModelConfig, "torch_dtype")
+assert torch.Generator is torch._C.Generator and not hasattr(transformers.PreTrainedTokenizerBase, "_pad_token")
+assert not hasattr(TrainingArguments("unused", use_cpu=True), "evaluation_strategy")
+for name in ("wandb", "flash_attn", "google.colab", "bitsandbytes", "unsloth"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name)
 """
 
 

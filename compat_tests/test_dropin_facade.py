@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from dropin_models import ROWS, make_model, make_tokenizer, write_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, TextStreamer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from hf_mlx import MLXSFTTrainer
-from hf_mlx.errors import SettingError
+from hf_mlx.errors import HFMLXError, SettingError
 
 # Two fp32 forward passes.
 LOGITS = 1e-5
@@ -194,3 +196,153 @@ def _has_tensorboard() -> bool:
     from transformers.integrations import is_tensorboard_available
 
     return is_tensorboard_available()
+
+
+def _torch_twin(changes):
+    return make_model() if changes is None else get_peft_model(make_model(), LoraConfig(**LORA, **changes))
+
+
+@pytest.mark.parametrize("changes", [None, {}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_modules_and_states_have_their_names_order_and_classes(changes, folder, tmp_path):
+    theirs = _torch_twin(changes)
+    ours = _trainer(folder, tmp_path, None if changes is None else LoraConfig(**LORA, **changes)).model
+    wanted = [(name, type(module)) for name, module in theirs.named_modules()]
+    assert [(name, type(module)) for name, module in ours.named_modules()][1:] == wanted[1:]
+    assert len(wanted) > 20
+    assert next(ours.modules()) is ours
+    assert [name for name, _ in ours.named_children()] == [name for name, _ in theirs.named_children()]
+    assert [(n, tuple(b.shape)) for n, b in ours.named_buffers()] == [
+        (n, tuple(b.shape)) for n, b in theirs.named_buffers()
+    ]
+    state = [name for name in theirs.state_dict() if "original_module" not in name]
+    assert sorted(ours.state_dict()) == sorted(state)
+    assert all(not value.requires_grad for value in ours.state_dict().values())
+    if changes is not None:
+        found, kept = (get_peft_model_state_dict(model) for model in (ours, theirs))
+        assert sorted(found) == sorted(kept)
+        layer = "base_model.model.model.layers.0.self_attn.q_proj"
+        assert ours.get_submodule(layer).scaling == theirs.get_submodule(layer).scaling
+        assert ours.base_model.model.model.layers[0].self_attn.q_proj.lora_A.default.weight.shape == (4, 64)
+        assert ours.active_adapter == theirs.active_adapter
+    assert ours.get_input_embeddings().weight.shape == theirs.get_input_embeddings().weight.shape
+    with pytest.raises(AttributeError):
+        ours.get_submodule("model.nothing")
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(**LORA)])
+def test_a_deep_copy_is_a_torch_model_of_its_own(peft_config, folder, tmp_path):
+    trainer = _trainer(folder, tmp_path, peft_config)
+    trainer.train()
+    model, ids = trainer.model, torch.tensor([[5, 6, 7, 8]])
+    copied = copy.deepcopy(model).eval()
+    assert isinstance(copied, PeftModel if peft_config else LlamaForCausalLM)
+    with torch.no_grad():
+        assert (copied(ids).logits - model(ids).logits).abs().max() < LOGITS
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for value in copied.parameters():
+            value.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    trained = {name for name, value in copied.named_parameters() if value.requires_grad}
+    assert trained == {name for name, value in model.named_parameters() if value.requires_grad}
+
+
+def test_a_kept_state_goes_back_in(folder, tmp_path):
+    trainer = _trainer(folder, tmp_path, LoraConfig(**LORA))
+    model = trainer.model
+    best = copy.deepcopy(model.state_dict())
+    trainer.train()
+    assert any(not torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    result = model.load_state_dict(best)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    adapter = {name: torch.full_like(value, 0.5) for name, value in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, adapter)
+    assert all((value == 0.5).all() for name, value in model.state_dict().items() if "lora_" in name)
+    with pytest.raises(RuntimeError, match="missing"):
+        model.load_state_dict({})
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_older_scripts_save_a_state_of_the_model(as_object, folder, tmp_path):
+    trainer = _trainer(folder, tmp_path / "out")
+    if as_object:
+        arguments = SFTConfig(str(tmp_path / "out"), max_steps=1, bf16=False, use_cpu=True, report_to="none")
+        rows = Dataset.from_list(ROWS)
+        trainer = MLXSFTTrainer(make_model(), arguments, train_dataset=rows, processing_class=make_tokenizer())
+    state = {name: value.cpu() for name, value in trainer.model.state_dict().items()}
+    trainer._save(str(tmp_path / "saved"), state_dict=state)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(value, state[name]) for name, value in saved.items())
+    name = next(iter(state))
+    if as_object:
+        return
+    with pytest.raises(SettingError, match=name):
+        trainer._save(str(tmp_path / "saved"), state_dict={**state, name: state[name] + 1})
+
+
+def _hook(*args):
+    return None
+
+
+def _set_forward(model):
+    model.get_submodule("base_model.model.model.layers.0").forward = _hook
+
+
+def _scale(model):
+    model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").scaling["default"] = 4.0
+
+
+def _replace(model):
+    model.get_base_model().lm_head = torch.nn.Linear(2, 2)
+
+
+def _new_parameter(model):
+    model.get_base_model().lm_head.weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+
+def _hook_parameter(model):
+    next(p for p in model.parameters() if p.requires_grad).register_hook(_hook)
+
+
+CHANGES = {
+    "hook": lambda model: model.get_submodule("base_model.model.model").register_forward_hook(_hook),
+    "forward": _set_forward,
+    "scaling": _scale,
+    "modules": _replace,
+    "parameter": _new_parameter,
+    "tensor hook": _hook_parameter,
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_a_callback_sets_on_a_module_is_refused(kind, folder, tmp_path):
+    class Sets(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            CHANGES[kind](model)
+
+    trainer = _trainer(folder, tmp_path, LoraConfig(**LORA), callbacks=[Sets()])
+    with pytest.raises(HFMLXError, match=kind):
+        trainer.train()
+
+
+def test_a_hook_that_a_callback_sets_on_an_object_is_refused(folder, tmp_path):
+    class Sets(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.model.layers[0].register_forward_hook(_hook)
+
+    arguments = SFTConfig(str(tmp_path), max_steps=1, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
+    rows = Dataset.from_list(ROWS)
+    trainer = MLXSFTTrainer(
+        make_model(), arguments, train_dataset=rows, processing_class=make_tokenizer(), callbacks=[Sets()]
+    )
+    with pytest.raises(SettingError, match=r"forward hook .*_hook.* on model\.layers\.0"):
+        trainer.train()
+
+
+def test_a_method_that_changes_the_model_is_refused_by_name(plain):
+    model, _ = plain
+    with pytest.raises(SettingError, match=r"model\.resize_token_embeddings"):
+        model.resize_token_embeddings(3)
+    assert not hasattr(model, "gradient_checkpointing_enable")
+    assert not hasattr(model, "no_such_thing")

@@ -12,7 +12,7 @@ from test_dropin_scripts import HF_MLX, LOSS, SCRIPTS, _run, sys
 
 STYLES = (
     "qlora", "completion_only", "chat_format", "parser", "alpaca", "model_config", "device", "old_keywords",
-    "constant_length",
+    "constant_length", "seq2seq", "alpaca_lora", "handbook", "batches", "surroundings", "text_file", "json_file",
 )  # fmt: skip
 STEPS = 3
 
@@ -49,6 +49,25 @@ def test_what_scripts_print_around_training(runs):
     assert kept[1] == kept[0]
 
 
+def test_what_scripts_read_besides_training(runs):
+    printed = {
+        (side, style): (runs[side][0] / style / "printed.txt").read_text().splitlines()
+        for side in runs
+        for style in ("surroundings", "json_file")
+    }
+    surroundings = printed["script", "surroundings"]
+    for line in (
+        "refused True flash_attn xformers", "noise True [1.0]", "type torch.float16", "run '' 0 0.001", "chat True",
+        "ids True", "True",
+    ):  # fmt: skip
+        assert line in surroundings
+    assert any(line.startswith("trainable params: ") for line in surroundings)
+    assert "read (40, 0.1, False, 'logs') True True" in printed["script", "json_file"]
+    answers = [[line for line in printed[side, "json_file"] if line.startswith("answers")] for side in runs]
+    assert len(answers[0]) == 1 and answers[1] == answers[0]
+    assert (runs["script"][0] / "json_file" / "kept" / "config.json").exists()
+
+
 def test_each_answer_is_said_once(runs):
     said = [line for line in runs["script"][1].stderr.splitlines() if line.startswith("hf-mlx run: ")]
     assert len(said) == len(set(said)) > 10
@@ -63,5 +82,15 @@ def test_each_answer_is_said_once(runs):
         "evaluation_strategy is now eval_strategy",
         "hf-mlx run: torch_dtype is now dtype",
         "ModelConfig's torch_dtype is now dtype",
+        "wandb is not installed: what the script sends to it goes nowhere",
+        "report_to='tensorboard': it is not installed",
+        "deepspeed needs CUDA and is not here",
+        "formatting_func returns lists",
+        "dataset_text_field='text': that column alone is trained",
+        "peft_config beside a PeftModel",
+        "OptimizedModule: the model inside is trained",
+        "bitsandbytes.optim.PagedAdamW8bit is torch.optim.AdamW",
+        "transformers.TextDataset left in transformers 5.0",
+        "huggingface_hub.notebook_login(): nobody is logged in",
     ):
         assert sum(name in line for line in said) == 1

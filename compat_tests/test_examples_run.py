@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +110,49 @@ def test_adapter_to_cuda_merges_what_sft_lora_wrote(model, adapter, tmp_path):
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
 
 
+def as_script(notebook: Path) -> tuple[str, int]:
+    """The code of a notebook as a program; shell lines are run, installs are not."""
+    content = json.loads(notebook.read_text())
+    assert (content["nbformat"], content["nbformat_minor"]) == (4, 5)
+    assert len({cell["id"] for cell in content["cells"]}) == len(content["cells"])
+    cells = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in content["cells"] if cell["cell_type"] == "code")
+    lines = [line for cell in cells for line in cell.splitlines() if not line.startswith("%pip")]
+    shell = (
+        "import os, subprocess, sys\nos.environ['PATH'] = os.path.dirname(sys.executable) + ':' + os.environ['PATH']"
+    )
+    return "\n".join(
+        [
+            shell,
+            *(
+                f"subprocess.run({line[1:]!r}, shell=True, check=True)" if line.startswith("!") else line
+                for line in lines
+            ),
+        ]
+    ), len(cells)
+
+
+def test_the_notebook_runs_from_top_to_bottom(model, tmp_path):
+    script, cells = as_script(EXAMPLES / "first_finetune.ipynb")
+    assert cells >= 8
+    # Where the notebook names a model of the hub, a folder of that name stands in.
+    named = tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
+    named.parent.mkdir()
+    named.symlink_to(model)
+    (tmp_path / "notebook.py").write_text(script)
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("before:") == done.stdout.count("after:") == 2
+    assert re.search(r"loss [\d.]+ at step 1 → [\d.]+ at step 40", done.stdout)
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "curve.html").exists()
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_demo_draws_samples_and_verifies(model, tmp_path):
     printed = run("demo.py", str(model), STEPS=3, OUTPUT=tmp_path)
-    assert "--- before" in printed and "--- after" in printed
+    assert re.search(r"^before +\| after$", printed, re.MULTILINE)
+    assert re.search(r"exactly the right call: \d of 4 before, \d of 4 after", printed)
+    assert "loss" in printed and "●" in printed
+    assert "<svg" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size > 0

@@ -51,7 +51,7 @@ REFUSALS: dict[str, str] = {
     r"LoraConfig\.task_type is not": "an adapter for another task",
     r"SFTConfig\.optim_target_modules belongs": "no effect under trl with this optimizer: nothing is dropped silently",
     r"SFTConfig\.(fp16_full_eval|fp16) ": "fp16 is not implemented",
-    r"SFTConfig\.(eval_do_concat_batches|include_for_metrics|batch_eval_metrics) ": "a form of metrics not implemented",
+    r"SFTConfig\.include_for_metrics names": "a word that transformers does not know and passes over",
     r"SFTConfig\.debug ": "torch's debugging",
     r"SFTConfig\.enable_jit_checkpoint ": "a cluster's signal",
     r"SFTConfig\.label_smoothing_factor is dropped": "trl drops it silently with dft",
@@ -59,7 +59,7 @@ REFUSALS: dict[str, str] = {
     r"SFTConfig\.\w+ is none of": "no such choice, which trl takes for another or does not read in this run",
     r"SFTConfig\.train_sampling_strategy balances": "there is one process",
     r"max_steps=0\n": "trl trains all epochs instead of none",
-    r"SFTConfig\.label_names ": "SFT has one label column",
+    r"SFTConfig\.label_names ": "a causal model has one label column",
     r"SettingError: received: ([\w\['\]]+)=('\w*'|None|True|-?[\d.]+|nan|inf)\n  required: [\w\['\]]+ is ": (
         "a value outside its type or range, which trl takes for something else"
     ),

@@ -1,6 +1,7 @@
 """MLXTrainer beside transformers.Trainer in fp32: every logged value and its order, for each kind of rows."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,13 +140,20 @@ def folder(tmp_path_factory):
     return tiny_model("llama", tmp_path_factory.mktemp("llama"))
 
 
+WIDE = pytest.mark.wide
+
+
 def compare(folder, settings, keywords, lora=None, **options):
     (theirs, their), (ours, our) = run_both(lambda: load(folder, lora, **options), settings, keywords)
     assert_same_log(untimed(theirs), untimed(ours), relative=RELATIVE)
     return their, our
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others run with `make compat`.
+SAMPLE = ("language modeling", "scored padding", "masks with holes", "torch stream")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in SAMPLE else pytest.param(kind, marks=WIDE) for kind in KINDS])
 def test_each_kind_of_rows(folder, kind):
     stream = {"max_steps": 4} if "stream" in kind else {}
     _, ours = compare(folder, SETTINGS | stream, KINDS[kind])
@@ -156,25 +164,56 @@ def test_kinds_were_seen():
     assert len(KINDS) == 17
 
 
-def test_a_script_of_run_clms_shape_under_hf_mlx_run(tmp_path):
-    """The losses are plain python's, and a model that is no causal one goes to torch with one line."""
-    tiny_model("llama", tmp_path / "model")
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows(30)))
+def clm_script(tmp_path, name, command, *more):
+    """The log and the metrics of a call of the script, and what it printed."""
+    script, folder = Path(__file__).parent / "scripts" / "clm_script.py", tmp_path / name
+    words = [*command, script, "--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "rows.jsonl"]
     options = [
-        *("--max_steps", "4", "--use_cpu", "--report_to", "none", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--do_train", "--do_eval", "--use_cpu", "--report_to", "none", "--logging_steps", "1", "--save_steps", "2"),
+        *("--eval_strategy", "steps", "--eval_steps", "2", "--learning_rate", "1e-3", "--output_dir", folder, *more),
         *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
+        *("--per_device_eval_batch_size", "2"),
     ]
+    done = subprocess.run([sys.executable, *map(str, [*words, *options])], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs on torch" not in done.stderr
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    kept = json.loads((folder / "all_results.json").read_text())
+    return untimed(log), untimed([kept]), done.stdout.splitlines()[-1]
+
+
+RUNS = {"hf": [], "mlx": ["-m", "hf_mlx.cli.main", "run"]}
+
+
+def test_a_script_of_run_clms_shape_under_hf_mlx_run(tmp_path):
+    tiny_model("llama", tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows(40)))
+    theirs, ours = (clm_script(tmp_path, name, command, "--max_steps", "4") for name, command in RUNS.items())
+    assert_same_log(theirs[0], ours[0], relative=RELATIVE)
+    assert_same_log(theirs[1], ours[1], relative=RELATIVE)
+    assert {"eval_accuracy", "perplexity", "train_samples", "train_loss"} <= ours[1][0].keys()
+    assert ours[2] == theirs[2] == "Trainer went on from None"
+    assert len(ours[0]) == 7
+
+
+@pytest.mark.wide
+def test_the_script_goes_on_from_its_last_checkpoint(tmp_path):
+    """Each from its own, and each from the other's."""
+    tiny_model("llama", tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in text_rows(60)))
     logs = {}
-    for name, command in {"hf": [], "mlx": ["-m", "hf_mlx.cli.main", "run"]}.items():
-        script = Path(__file__).parent / "scripts" / "clm_script.py"
-        words = [*command, script, tmp_path / "model", tmp_path / "rows.jsonl", "--output_dir", tmp_path / name]
-        done = subprocess.run([sys.executable, *map(str, words), *options], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "Trainer ['epoch', 'eval_loss']" in done.stdout
-        assert "runs on torch" not in done.stderr
-        logs[name] = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-    assert_same_log(untimed(logs["hf"]), untimed(logs["mlx"]), relative=RELATIVE)
-    assert len(logs["mlx"]) == 5
+    for first, second in (("hf", "hf"), ("hf", "mlx"), ("mlx", "mlx"), ("mlx", "hf")):
+        folder = f"{first}-{second}"
+        clm_script(tmp_path, folder, RUNS[first], "--max_steps", "6", "--lr_scheduler_type", "constant")
+        for name in ("checkpoint-6", "trainer_state.json", "all_results.json"):
+            gone = tmp_path / folder / name
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        made = clm_script(tmp_path, folder, RUNS[second], "--max_steps", "6", "--lr_scheduler_type", "constant")
+        assert made[2] == "Trainer went on from checkpoint-4"
+        logs[folder] = [dict(sorted(entry.items())) for entry in made[0]]
+    for log in logs.values():
+        assert_same_log(logs["hf-hf"], log, relative=RELATIVE)
+        assert len(log) == 10
 
 
 def test_other_models_are_refused_by_name():

@@ -9,6 +9,7 @@ import pairs
 import pytest
 import torch
 from datasets import Dataset
+from own_runs import model_folder
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, WeightedRandomSampler
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -21,9 +22,9 @@ SETTINGS = {"max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_b
 COLUMNS = ("input_ids", "labels")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pairs.tiny_model("llama", tmp_path_factory.mktemp("loaders") / "base", hidden_size=32, intermediate_size=48)
+@pytest.fixture
+def model():
+    return model_folder()
 
 
 def build(cls: type, model: Any, folder: Any, **more: Any) -> Any:

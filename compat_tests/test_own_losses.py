@@ -13,29 +13,27 @@ import torch
 import torch.nn.functional as F
 import transformers
 from datasets import Dataset
-from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from own_runs import (
+    CLOSE_WEIGHTS,
+    PLAIN,
+    ROWS,
+    SETTINGS,
+    STEPS,
+    Case,
+    build,
+    largest_difference,
+    model_folder,
+    ours,
+    relative_norm,
+    same_log,
+    theirs,
+)
 
 from hf_mlx import MLXSFTTrainer, MLXTrainer
 from hf_mlx.errors import HFMLXError
 
-STEPS = 20
-# float32 rounds at 6e-8; twenty steps at this rate carry it no further.
-CLOSE = 1e-5
-ROWS = pairs.text_rows(40)
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-SETTINGS = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 3,
-    "gradient_accumulation_steps": 3,
-    "learning_rate": 2e-3,
-    "logging_steps": 1,
-    "max_length": 24,
-    "eval_strategy": "steps",
-    "eval_steps": 10,
-}
 WEIGHTS = torch.linspace(0.5, 1.5, 320)
+SHORT = {"max_steps": 1, "eval_strategy": "no", "gradient_accumulation_steps": 1}
 
 
 def shifted(logits: Any, labels: Any) -> tuple[Any, Any]:
@@ -85,77 +83,28 @@ class ZLoss:
         return (loss, outputs) if return_outputs else loss
 
 
-def run(
-    house: type, model: Any, folder: Any, own: Any, *, lora: bool, by_name: bool = True, loss: Any = None, **more: Any
-) -> Any:
-    """A trained trainer of ``house`` with ``own``: a mixin, or a ``compute_loss_func``."""
-    settings = {**pairs.SILENT, **SETTINGS, **more}
-    cls, keywords = house, {}
-    if isinstance(own, type):
-        cls = type(own.__name__, (own, house), {})
-    elif own is not None:
-        keywords["compute_loss_func"] = own
-    if loss is not None:
-        keywords["loss"] = loss
-    model = str(model) if by_name else transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32")
-    trainer = cls(
-        model,
-        SFTConfig(output_dir=str(folder / house.__name__), **settings),
-        train_dataset=Dataset.from_list(ROWS),
-        eval_dataset=Dataset.from_list(ROWS[:7]),
-        processing_class=pairs.tokenizer(),
-        peft_config=LoraConfig(**LORA) if lora else None,
-        **keywords,
-    )
-    trainer.train()
-    return trainer
-
-
-def same(theirs: Any, ours: Any, *, close: float = CLOSE, leave: Any = ()) -> int:
-    """Values that two logs share, key by key."""
-    compared = 0
-    pairs_of = list(zip(theirs.state.log_history, ours.state.log_history, strict=True))
-    for a, b in pairs_of:
-        a, b = pairs._timeless(a), pairs._timeless(b)
-        assert list(a) == list(b), (a, b)
-        for key, value in a.items():
-            if key == "total_flos" or key in leave:
-                continue
-            assert abs(value - b[key]) <= close * max(abs(value), 1.0), (key, a, b)
-            compared += 1
-    return compared
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return pairs.tiny_model("llama", tmp_path_factory.mktemp("own") / "base", hidden_size=32, intermediate_size=48)
-
-
-CASES = {
-    "weighted, a function, LoRA": (weighted, True, True),
-    "weighted, a function, full, an object": (weighted, False, False),
-    "focal, full": (Focal, False, True),
-    "focal, LoRA on an object": (Focal, True, False),
-    "smoothed, LoRA": (Smoothed, True, True),
-    "z-loss, LoRA": (ZLoss, True, True),
-    "z-loss, full, an object": (ZLoss, False, False),
+LOSSES = {
+    "weighted": {"loss": weighted},
+    "focal": {"mixin": Focal},
+    "smoothed": {"mixin": Smoothed},
+    "z-loss": {"mixin": ZLoss},
 }
+CASES = {
+    f"{name}, {'LoRA' if lora else 'full'}, {'by name' if by_name else 'an object'}": Case(
+        lora, by_name, settings=PLAIN, **loss
+    )
+    for name, loss in LOSSES.items()
+    for lora, by_name in ((True, True), (False, False))
+}
+CASES |= {f"{name}, LoRA, AdamW": Case(True, by_name, **loss) for by_name, (name, loss) in enumerate(LOSSES.items(), 1)}
+QUICK = ("weighted, LoRA, by name", "z-loss, full, an object")
 
-QUICK = ("focal, LoRA on an object", "z-loss, full, an object")
 
-
-def run_case(house: type, model: Any, folder: Any, case: str) -> Any:
-    own, lora, by_name = CASES[case]
-    return run(house, model, folder, own, lora=lora, by_name=by_name)
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.wide) for case in CASES]
-)
-def test_twenty_steps_are_trls(case, model, tmp_path):
-    theirs, ours = (run_case(house, model, tmp_path, case) for house in (SFTTrainer, MLXSFTTrainer))
-    assert same(theirs, ours) >= 4 * STEPS
+@pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.wide) for c in CASES])
+def test_twenty_steps_are_trls(case):
+    a, b = theirs(CASES[case]), ours(CASES[case])
+    assert same_log(a.log, b.log) >= 4 * STEPS
+    assert (relative_norm if "AdamW" in case else largest_difference)(a, b) <= CLOSE_WEIGHTS
 
 
 def native(logits: Any, labels: Any, mask: Any) -> Any:
@@ -164,12 +113,11 @@ def native(logits: Any, labels: Any, mask: Any) -> Any:
     return weights * nn.losses.cross_entropy(logits, labels, reduction="none")
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_loss_for_mlx_is_part_of_the_step(model, tmp_path):
-    theirs = run(SFTTrainer, model, tmp_path, weighted, lora=True)
-    ours = run(MLXSFTTrainer, model, tmp_path, None, lora=True, loss=native)
-    compared = same(theirs, ours, leave={"eval_loss"})
-    assert compared >= 4 * STEPS
+def test_a_loss_for_mlx_is_part_of_the_step():
+    a = theirs(CASES["weighted, LoRA, by name"])
+    b = ours(Case(True, settings=PLAIN), loss=native)
+    assert same_log(a.log, b.log, leave={"eval_loss"}) >= 4 * STEPS
+    assert largest_difference(a, b) <= CLOSE_WEIGHTS
 
 
 @pytest.mark.parametrize(
@@ -180,9 +128,9 @@ def test_a_loss_for_mlx_is_part_of_the_step(model, tmp_path):
         ("focal", {}, "loss= of type str"),
     ],
 )
-def test_a_loss_for_mlx_of_another_kind_is_refused(loss, more, words, model, tmp_path):
+def test_a_loss_for_mlx_of_another_kind_is_refused(loss, more, words):
     with pytest.raises(HFMLXError, match=words):
-        run(MLXSFTTrainer, model, tmp_path, None, lora=True, loss=loss, max_steps=1, eval_strategy="no", **more)
+        ours(Case(True).asking(**SHORT, **more), loss=loss)
 
 
 class Sampled:
@@ -215,23 +163,23 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("own", [Sampled, Penalised])
-def test_transformers_trainer_and_a_column_of_weights(own, model, tmp_path):
+def test_transformers_trainer_and_a_column_of_weights(own, tmp_path):
     ids = [pairs.tokenizer()(row["text"])["input_ids"][:24] for row in ROWS]
     rows = [{"input_ids": row, "weight": 0.5 + i % 3} for i, row in enumerate(ids)]
-    settings = {**pairs.SILENT, **SETTINGS, "remove_unused_columns": False}
+    settings = {**pairs.SILENT, **SETTINGS, **dict(PLAIN), "remove_unused_columns": False}
     settings.pop("max_length")
     made = []
     for house in (transformers.Trainer, MLXTrainer):
         trainer = type(own.__name__, (own, house), {})(
-            transformers.AutoModelForCausalLM.from_pretrained(model, dtype="float32"),
+            transformers.AutoModelForCausalLM.from_pretrained(model_folder(), dtype="float32"),
             transformers.TrainingArguments(str(tmp_path / house.__name__), **settings),
             train_dataset=Dataset.from_list(rows),
             eval_dataset=Dataset.from_list(rows[:7]),
             data_collator=collate,
         )
         trainer.train()
-        made.append(trainer)
-    assert same(*made) >= 3 * STEPS
+        made.append(trainer.state.log_history)
+    assert same_log(*made, leave={"total_flos"}) >= 3 * STEPS
 
 
 class Hidden:
@@ -270,15 +218,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("own", REFUSED)
 @pytest.mark.parametrize("by_name", [True, False])
-def test_what_touches_more_than_the_logits_is_refused_by_name(own, by_name, model, tmp_path):
-    more = {"max_steps": 1, "eval_strategy": "no", "gradient_accumulation_steps": 1}
+def test_what_touches_more_than_the_logits_is_refused_by_name(own, by_name):
     with pytest.raises(HFMLXError, match=REFUSED[own]):
-        run(MLXSFTTrainer, model, tmp_path, own, lora=True, by_name=by_name, **more)
+        ours(Case(True, by_name, mixin=own).asking(**SHORT))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_assigned_on_the_instance_is_seen_and_said_once(model, tmp_path, caplog):
-    trainer = run(MLXSFTTrainer, model, tmp_path, None, lora=True, max_steps=1, eval_strategy="no")
+def test_a_loss_assigned_on_the_instance_is_seen_and_said_once(tmp_path, caplog):
+    trainer = build(MLXSFTTrainer, Case(True).asking(**SHORT), tmp_path)
+    trainer.train()
     first = trainer.state.log_history[0]["loss"]
     trainer.compute_loss = lambda model, inputs, return_outputs=False: 3 * model(**inputs).loss
     with caplog.at_level(logging.WARNING):

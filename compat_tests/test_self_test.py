@@ -1,6 +1,7 @@
 """``hf-mlx doctor --self-test``: its stored numbers are TRL's, it passes here, and it sees what is planted."""
 
 import json
+import sys
 
 import mlx.core as mx
 import pytest
@@ -32,7 +33,7 @@ def test_the_stored_numbers_are_what_trl_computes(kind, tmp_path):
 
 
 def test_it_passes_here_and_writes_its_report(tmp_path, capsys):
-    assert main(["doctor", "--self-test", "--report", str(tmp_path / "report.json")]) == 0
+    assert main(["doctor", "--self-test", "--limit", "800", "--report", str(tmp_path / "report.json")]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] is True
@@ -97,8 +98,52 @@ def test_a_planted_error_is_seen(planted, monkeypatch):
 
 def test_other_stored_numbers_fail(monkeypatch):
     monkeypatch.setattr(reference, "LOSSES_FP32", tuple(v * 1.001 for v in reference.LOSSES_FP32))
-    monkeypatch.setattr("hf_mlx.self_test.checks.CHECKS", {"fp32 step": CHECKS["fp32 step"]})
-    assert main(["doctor", "--self-test"]) == 1
+    report = run_self_test({"fp32 step": CHECKS["fp32 step"]})
+    assert [check.name for check in report.checks if not check.ok] == ["fp32 step: losses of 6 steps"]
+
+
+# A worker whose checks do what a GPU has been seen to do; numbers of the others are those of the real one.
+PLANTED_WORKER = """
+import os, sys, time
+from hf_mlx.self_test import checks, worker
+from hf_mlx.self_test.report import Measured
+def fine(folder):
+    yield "number", Measured(0.0, 1.0, "apart")
+def wrong(folder):
+    yield "number", Measured(2.0, 1.0, "apart")
+def hangs(folder):
+    yield "first", Measured(0.0, 1.0, "apart")
+    time.sleep(600)
+def aborts(folder):
+    print("[METAL] Command buffer execution failed: Impacting Interactivity", file=sys.stderr, flush=True)
+    os.abort()
+    yield
+checks.CHECKS = {"a": fine, "b": hangs, "c": fine, "d": aborts, "e": wrong, "f": fine}
+worker.main(sys.argv[1:])
+"""
+
+
+def test_a_check_that_hangs_or_ends_the_process_fails_by_name_and_the_others_run(monkeypatch, capsys):
+    monkeypatch.setattr("hf_mlx.self_test.checks.CHECKS", dict.fromkeys("abcdef"))
+    started = []
+    report = run_self_test(announce=started.append, limit=4, worker=[sys.executable, "-c", PLANTED_WORKER])
+    assert started == list("abcdef")
+    found = {check.name: check for check in report.checks}
+    assert {name for name, check in found.items() if check.ok} == {"a: number", "b: first", "c: number", "f: number"}
+    assert found["b"].error == "did not end within 4 s, and was stopped" and 4 <= found["b"].seconds < 60
+    assert "SIGABRT" in found["d"].error and "Impacting Interactivity" in found["d"].error
+    assert found["e: number"].value == 2.0
+    assert "WRONG: b, d, e: number" in str(report)
+    assert {"device", "machine"} <= set(report.environment)
+    assert json.loads(report.to_json())["ok"] is False
+
+
+def test_a_process_that_does_not_start_fails_every_check(monkeypatch):
+    monkeypatch.setattr("hf_mlx.self_test.checks.CHECKS", dict.fromkeys("ab"))
+    report = run_self_test(worker=[sys.executable, "-c", "raise SystemExit('no such device')"])
+    assert [(check.name, check.ok) for check in report.checks] == [("a", False), ("b", False)]
+    assert all("status 1: no such device" in check.error for check in report.checks)
+    assert "WRONG: a, b" in str(report)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +152,8 @@ def test_other_stored_numbers_fail(monkeypatch):
         (["doctor"], "without a model"),
         (["doctor", "a/b", "--self-test"], "with a model"),
         (["doctor", "a/b", "--report", "r.json"], "without --self-test"),
+        (["doctor", "a/b", "--limit", "5"], "--limit without --self-test"),
+        (["doctor", "--self-test", "--limit", "0"], "more than none"),
         (["doctor", "--self-test", "--report", "no/such/folder/r.json"], "a folder that exists"),
     ],
 )

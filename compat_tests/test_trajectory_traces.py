@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers
 import trl
-from pairs import run_mlx, run_trl, text_rows, tiny_model
+from pairs import SILENT, _quiet, run_mlx, run_trl, text_rows, tiny_model
 
+from hf_mlx import MLXSFTTrainer
 from hf_mlx.traces.callback import TraceCallback
 from hf_mlx.traces.compare import compare_traces
 from hf_mlx.traces.trace import read_trace
@@ -148,6 +149,33 @@ def both_sides(tmp_path_factory):
             eval_dataset=datasets.Dataset.from_list(rows[:4]),
         )
     return folder / "trl.jsonl", folder / "mlx.jsonl"
+
+
+class OwnOrder:
+    """A loader of the script's own."""
+
+    def get_train_dataloader(self):
+        rows = self.train_dataset.select_columns(["input_ids", "labels"])
+        return torch.utils.data.DataLoader(rows, batch_size=3, collate_fn=self.data_collator)
+
+
+@pytest.mark.parametrize("as_object", [False, True])
+def test_a_loader_of_the_scripts_own_is_traced(as_object, tmp_path):
+    model = tiny_model("llama", tmp_path / "model")
+    for name, house in (("trl", trl.SFTTrainer), ("mlx", MLXSFTTrainer)):
+        with _quiet():
+            args = trl.SFTConfig(str(tmp_path / name), max_steps=4, logging_steps=1, **SILENT)
+            type("Own", (OwnOrder, house), {})(
+                transformers.AutoModelForCausalLM.from_pretrained(model) if as_object else str(model),
+                args,
+                train_dataset=datasets.Dataset.from_list(text_rows(11)),
+                callbacks=[TraceCallback(tmp_path / f"{name}.jsonl")],
+            ).train()
+    theirs, ours = (read_trace(tmp_path / f"{name}.jsonl") for name in ("trl", "mlx"))
+    assert all(step.batch for step in ours.steps)
+    comparison = compare_traces(ours, theirs)
+    assert comparison, str(comparison)
+    assert comparison.steps == 4
 
 
 def test_the_same_script_leaves_the_same_trace_on_both_sides(both_sides):

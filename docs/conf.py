@@ -6,8 +6,11 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
+from hf_mlx.backends import markdown_measures
 from hf_mlx.cli.main import build_parser
+from hf_mlx.settings.legacy import OLDER_FIELDS, Gone, Renamed
 from hf_mlx.settings.tables import CLASSES, markdown_summary, markdown_table
+from hf_mlx.stand_in.older import OLDER
 
 project = "hf-mlx"
 author = "the hf-mlx authors"
@@ -30,7 +33,8 @@ def write_generated_pages(app: Sphinx) -> None:
     folder = Path(app.srcdir, "_generated")
     folder.mkdir(exist_ok=True)
     pages = {name: markdown_table(name) for name in CLASSES}
-    pages |= {"summary": markdown_summary(), "commands": commands_help()}
+    pages |= {"summary": markdown_summary(), "commands": commands_help(), "backends": markdown_measures()}
+    pages["older"] = older_names()
     for name, text in pages.items():
         (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
@@ -42,6 +46,26 @@ def commands_help() -> str:
     return "\n".join(
         f"## {name}\n\n```text\n{command.format_help()}```\n" for name, command in commands.choices.items()
     )
+
+
+def older_names() -> str:
+    """A row for each name and field of older releases."""
+    rows = []
+    for name, older in OLDER.items():
+        where, _, now = older.now.partition(":")
+        meaning = "its older meaning" if where.startswith("hf_mlx.") else f"`{where}.{now}`"
+        rows.append((f"`{name}` of {', '.join(f'`{home}`' for home in older.homes)}", older.left, meaning))
+    for name, field in OLDER_FIELDS.items():
+        if isinstance(field, Renamed):
+            meaning = f"`{field.now}`"
+        elif isinstance(field, Gone):
+            asked = "" if field.harmless is None else f"; where it asks for something it is refused: {field.remedy}"
+            meaning = f"nothing to do{asked}"
+        else:
+            meaning = "said in today's fields"
+        rows.append((f"`{name}=`", field.left, meaning))
+    lines = ["| name | left in | here |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"
 
 
 def setup(app: Sphinx) -> None:

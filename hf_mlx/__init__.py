@@ -57,9 +57,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]
     if not home.startswith(_WITHOUT_MLX):
-        from .blas import load_openblas
+        from .backends import prepare_backend
 
-        load_openblas()
+        prepare_backend()
     value = getattr(import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value

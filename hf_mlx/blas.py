@@ -61,6 +61,13 @@ def load_openblas() -> str | None:
     return _Once.library
 
 
+def started_without_openblas() -> bool:
+    """Whether ``mlx.core`` was imported on the Linux CPU before anything put OpenBLAS in the global scope."""
+    if sys.platform != "linux" or _Once.looked or "mlx.core" not in sys.modules or _has_cuda_wheel():
+        return False
+    return not hasattr(ctypes.CDLL(None), "openblas_get_num_threads")
+
+
 def blas_threads() -> int | None:
     """Threads that OpenBLAS computes a product with; None where it was not loaded here."""
     library = _openblas()

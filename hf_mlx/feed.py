@@ -9,19 +9,22 @@ from functools import cached_property
 from typing import Any
 
 from .data.collate import Batch
-from .data.custom import MODEL_INPUTS
 from .data.fitting import SAMPLE, fit_shapes
 from .data.generator import TorchGenerator
 from .data.guard import Guard
 from .data.loader import RowLoader, StreamLoader, make_loader, read_ahead
-from .data.order import Steps, count_batched_steps, count_steps, epoch_order, group_by_length
+from .data.masked import check_labelled
+from .data.order import Share, Steps, count_batched_steps, count_steps, epoch_order, group_by_length
 from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
 from .data.shapes import Shapes
 from .data.tables import Tables
 from .errors import DataError, SettingError
+from .processes.world import the_world
+from .recipes.collation import Collation
 from .recipes.recipe import Recipe
 from .settings.plan import TrainPlan
+from .settings.run_plan import check_split
 from .training.inputs import HostInputs, Inputs
 
 logger = logging.getLogger(__name__)
@@ -43,12 +46,11 @@ class Feed:
         tables: Ids and positions that the model can embed; ids may be more than the tokenizer knows.
 
     Attributes:
+        share: The part of every set that this process reads; None for one process, which reads all.
+        collation: Rows to batches, by the user's collator where there is one.
         share_rows: Documents may share a row of the computation; True once the model is known to keep them apart.
         columns: Those of a row that a collator gets when ``remove_unused_columns`` is on.
-        keeps_batches: Rows stay as the collator made them, with its batch beside them, for a loss of the script's own.
     """
-
-    keeps_batches = False
 
     def __init__(
         self,
@@ -65,7 +67,6 @@ class Feed:
         self.plan = plan
         self.tokenizer = tokenizer
         self._rows, self._name = recipe.rows, recipe.name
-        self._collator = collator
         self._guard = Guard(tables, tokenizer, plan.data, collated=collator is not None)
         self._limit = tables.positions if tables is not None else None
         self._options: dict[str, Any] = {"formatting_func": formatting_func, "tables": self._guard.rows}
@@ -74,8 +75,11 @@ class Feed:
         self.columns: tuple[str, ...] = recipe.rows.signature_columns or tuple(signature_columns)
         # Where the order depends on torch's global generator, this is that generator.
         self.rng = TorchGenerator(plan.batch.seed)
-        self.share_rows = False
-        self._has_own_loader = False
+        world, batch = the_world(), plan.batch
+        self.share = None if world.is_alone else Share(world.rank, world.size, batch.split_batches)
+        self.share_rows = self._has_own_loader = False
+        own: dict[str, Any] = {"collator": collator, "columns": self.columns, "keep_columns": keep_columns}
+        self.collation = Collation(self._rows, self._guard, tokenizer, plan.data, **own)
 
     def prepare_train(self, dataset: Any) -> Any:
         """``dataset`` as the upstream trainer's ``train_dataset``."""
@@ -105,7 +109,7 @@ class Feed:
     @property
     def collator(self) -> Callable | None:
         """The user's ``data_collator``, or None."""
-        return self._collator
+        return self.collation.collator
 
     @property
     def is_padding_free(self) -> bool:
@@ -128,13 +132,13 @@ class Feed:
         Raises:
             SettingError: It would get the rows' own columns, which preparation has taken away.
         """
-        if self._keep_columns and self._collator is None and not self.plan.data.skip_prepare_dataset:
+        if self._keep_columns and self.collator is None and not self.plan.data.skip_prepare_dataset:
             raise SettingError(
                 "trainer.data_collator set on a trainer with remove_unused_columns=False and no collator before",
                 "the rows' own columns, which are kept for a collator that the constructor knows",
                 f"{self._name}(..., data_collator=my_collator)",
             )
-        self._collator = collator
+        self.collation.collator = collator
         self._guard.adopt_collator()
         self._forget_shapes()
 
@@ -149,7 +153,7 @@ class Feed:
         if training and not self._has_own_loader:
             self._has_own_loader = True
             self._forget_shapes()
-        return OwnLoader(loader, self._convert, self.rng, method)
+        return OwnLoader(loader, self.collation.convert, self.rng, method)
 
     def adopt_train(self, dataset: Any) -> Any:
         """Take ``dataset`` for the train dataset as it is, as trl does with one that is assigned.
@@ -176,7 +180,7 @@ class Feed:
         prepared = self._rows.prepare(dataset, self.tokenizer, data, name=name, packing=False)
         columns = getattr(prepared.dataset, "column_names", None)
         first = self.columns[0]
-        if columns is not None and first not in columns and not (self._collator and self._keep_columns):
+        if columns is not None and first not in columns and not (self.collator and self._keep_columns):
             which = "train_dataset" if name == "train" else "eval_dataset"
             raise DataError(
                 f"trainer.{which} = rows with the columns {sorted(columns)}",
@@ -211,21 +215,27 @@ class Feed:
         def order(epoch: int) -> Any:
             return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
 
-        return make_loader(dataset, plan.train_batch_size, self.collate, order=order, drop_last=plan.drop_last)
+        return self._load(dataset, plan.train_batch_size, order)
+
+    def _load(self, dataset: Any, batch_size: int, order: Callable[[int], Any] | None) -> RowLoader | StreamLoader:
+        """This process's micro-batches of a set."""
+        drop_last = self.plan.batch.drop_last
+        return make_loader(dataset, batch_size, self.collate, order=order, drop_last=drop_last, share=self.share)
 
     def eval_loader(self, dataset: Any) -> RowLoader | StreamLoader:
         """Micro-batches from first to last; grouped by length when training is (as upstream)."""
         plan, dataset = self.plan.batch, self._view(dataset)
+        check_split(plan, "eval", plan.eval_batch_size)
         self.rng.seed_int64()  # opening a torch dataloader draws once, and later orders may depend on it
         if plan.sampling != "group_by_length" or not hasattr(dataset, "__len__"):
-            return make_loader(dataset, plan.eval_batch_size, self.collate, drop_last=plan.drop_last)
+            return self._load(dataset, plan.eval_batch_size, None)
         lengths = self._row_lengths(dataset)
         seed = plan.seed if plan.data_seed is None else plan.data_seed
 
         def order(_: int) -> Any:
             return group_by_length(lengths, plan.eval_batch_size, TorchGenerator(seed))
 
-        return make_loader(dataset, plan.eval_batch_size, self.collate, order=order, drop_last=plan.drop_last)
+        return self._load(dataset, plan.eval_batch_size, order)
 
     def inputs(self, batch: Batch, *, keep_rows: bool = False) -> Inputs:
         """``batch`` as device arrays, in one of the run's shapes.
@@ -234,7 +244,7 @@ class Feed:
             batch: Of one of the loaders.
             keep_rows: Leave the rows as the collator made them, for logits that someone will look at.
         """
-        shapes = None if keep_rows or self.keeps_batches else self.shapes
+        shapes = None if keep_rows or self.collation.keeps_batches else self.shapes
         return self._rows.lay_out(batch, self._guard.fill_id, shapes, limit=self._limit).to_device()
 
     def train_batches(self, loader: Loader, epoch: int, skip: int) -> Iterator[tuple[Batch, HostInputs]]:
@@ -243,13 +253,14 @@ class Feed:
         They are made on another thread while the device computes, a window ahead: where nobody would notice, so not
         those of a stream, nor of a user's collator, which may draw random numbers.
         """
-        fill_id, limit = self._guard.fill_id, self._limit
+        fill_id, limit, keeps = self._guard.fill_id, self._limit, self.collation.keeps_batches
         batches = loader.batches(epoch, skip=skip)
-        shapes = None if self.keeps_batches else self.shapes
+        batches = batches if keeps else map(check_labelled, batches)
+        shapes = None if keeps else self.shapes
         laid = ((batch, self._rows.lay_out(batch, fill_id, shapes, limit=limit)) for batch in batches)
-        if self.keeps_batches:
+        if keeps:
             return ((batch, replace(inputs, batch=batch)) for batch, inputs in laid)
-        if self._collator is not None or not isinstance(loader, RowLoader):
+        if self.collator is not None or not isinstance(loader, RowLoader):
             return laid
         return read_ahead(laid, self.plan.batch.gradient_accumulation_steps)
 
@@ -262,12 +273,14 @@ class Feed:
         """The shapes of the run; the same for the same dataset and batch size, so for a resumed run too."""
         dataset = self._train.dataset
         # A user's collator or loader may draw random numbers, and a stream cannot be looked ahead into.
-        own = self._collator is not None or self._has_own_loader
+        own = self.collator is not None or self._has_own_loader
         if own or not self._rows.shaped or not hasattr(dataset, "__len__"):
             return Shapes(share=self.share_rows, limit=self._limit)
         # A generator of its own leaves the run's order alone.
         loader = self.train_loader(dataset, TorchGenerator(self.plan.batch.seed))
         assert isinstance(loader, RowLoader)
+        # Every process sees the same sample, and so chooses the same shapes.
+        loader.share, loader.batch_size = None, self.plan.batch.own_batch_size
         return fit_shapes(loader.sample(SAMPLE), share=self.share_rows, limit=self._limit)
 
     def count_steps(self, dataset: Any) -> Steps:
@@ -275,38 +288,13 @@ class Feed:
         return count_steps(len(dataset) if hasattr(dataset, "__len__") else None, self.plan.batch)
 
     def count_loader_steps(self, loader: OwnLoader) -> Steps:
-        """The same for a loader that the script made; one without a length counts as a stream.
-
-        Raises:
-            DataError: It has no batch.
-        """
+        """The same for a loader that the script made; one without a length counts as a stream."""
         batches = loader.batches_per_epoch
-        if batches == 0:
-            raise DataError(
-                "a training loader of 0 batches", "at least one batch an epoch", "look at its batch_size and drop_last"
-            )
         return count_steps(None, self.plan.batch) if batches is None else count_batched_steps(batches, self.plan.batch)
 
     def _view(self, dataset: Any) -> Any:
         return dataset if self._keep_columns else self._rows.view(dataset, self.columns)
 
-    def _select(self, row: Any) -> Any:
-        # Upstream leaves rows of other kinds as they are.
-        return {key: row[key] for key in self.columns if key in row} if isinstance(row, dict) else row
-
     def collate(self, rows: list[dict[str, Any]]) -> Batch:
         """Prepared rows as a micro-batch, by the user's collator where there is one."""
-        if self._collator is not None:
-            if not self._keep_columns:
-                rows = [self._select(row) for row in rows]
-            return self._convert(self._collator(rows))
-        batch = self._rows.collate(rows, self.tokenizer, self.plan.data, padding_free=self._train.padding_free)
-        return self._guard.batch(batch)
-
-    def _convert(self, collated: Mapping[str, Any]) -> Batch:
-        if not self.keeps_batches or not isinstance(collated, Mapping):
-            return self._guard.batch(self._rows.convert(collated, self._guard.fill_id))
-        # Columns that the model does not take are for the script's loss.
-        known = {name: value for name, value in collated.items() if name in MODEL_INPUTS}
-        batch = self._guard.batch(self._rows.convert(known, self._guard.fill_id))
-        return replace(batch, collated={name: value for name, value in collated.items() if value is not None})
+        return self.collation(rows, padding_free=self._train.padding_free)

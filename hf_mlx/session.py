@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +20,16 @@ from .models.architectures import can_pack, check_packs
 from .models.heads import layers
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
+from .processes.world import the_world
 from .recipes.recipe import Recipe
 from .settings.clipping import GradClip
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
+from .training.blocked_attention import attend_in_blocks
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
+from .training.exchange import Exchange
 from .training.feed_forward import recompute_activations
 from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring_nothing
 from .training.lanes import make_step
@@ -34,6 +37,7 @@ from .training.means import Progress
 from .training.native_loss import NativeLoss
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
+from .training.padding_row import hold_padding_row
 from .training.step import Step
 from .training.weighting import ByTokens
 
@@ -56,6 +60,7 @@ class Session:
         decayed: MLX names of what weight decay applies to.
         host_loss: The script's own loss, in the place of the compiled one; see :meth:`adopt_loss`.
         packs: Whether the model keeps documents that share a row apart.
+        world: The processes that train it together.
         restored: Frozen weights that came from a checkpoint, as it stores them; see :meth:`adopt_frozen`.
     """
 
@@ -65,6 +70,7 @@ class Session:
         self.plan = plan
         self.loaded = loaded
         self.recipe = recipe
+        self.world = the_world()
         self.packs = can_pack(loaded.model_type)
         _check_packing(loaded, plan.data)
         precision = plan.model.precision
@@ -74,8 +80,10 @@ class Session:
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         loaded.read_weights()
+        hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
         self._objective = recipe.make_objective(loaded, names, plan, self.routers)
@@ -89,7 +97,9 @@ class Session:
         self.restored: dict[str, mx.array] = {}
 
     def _make_step(self, optimizer: Optimizer, clip: GradClip) -> Step:
-        options = {"seed": self.plan.batch.seed, "computed_in": partial(_computed_in, self.loaded.model)}
+        options: dict[str, Any] = {"seed": self.plan.batch.seed}
+        options["computed_in"] = partial(_computed_in, self.loaded.model)
+        options["exchange"] = None if self.world.is_alone else Exchange(self.world)
         if self.host_loss is None:
             return make_step(self._objective, optimizer, clip, weigh=self._weigh, **options)
         silent, weigh = measuring_nothing(self._token_objective), cast(ByTokens, self._weigh)
@@ -98,18 +108,23 @@ class Session:
     def _make_evaluator(self) -> Evaluator:
         if self.host_loss is None:
             return Evaluator(self._objective)
-        return HostEvaluator(measuring_nothing(self._token_objective), self.host_loss)
+        weigh = cast(ByTokens, self._weigh)
+        return HostEvaluator(measuring_nothing(self._token_objective), self.host_loss, count=weigh.count)
 
     @property
     def _token_objective(self) -> TokenObjective:
         """The objective, of a trainer whose rows are texts: the others refuse a loss of the logits."""
         return cast(TokenObjective, self._objective)
 
+    def retrace(self) -> None:
+        """Forget what was traced."""
+        self.step.retrace()
+        self.evaluator = self._make_evaluator()
+
     def adopt_native_loss(self, loss: NativeLoss) -> None:
         """Minimise a loss of the script's own that MLX compiles with the rest of the step."""
         self.native_loss = self._objective.native = loss  # pyright: ignore[reportAttributeAccessIssue]
-        self.step.retrace()
-        self.evaluator = self._make_evaluator()
+        self.retrace()
 
     def adopt_loss(self, loss: HostLoss | None) -> None:
         """Train and evaluate by a loss of the script's from here on; None goes back to the compiled one."""
@@ -148,8 +163,7 @@ class Session:
             self.restored |= {name: arrays[name] for name in changed}
             self.loaded.model.update(tree_unflatten([(name, cast[name]) for name in changed]))
             # Frozen weights are constants of a trace.
-            self.step.retrace()
-            self.evaluator = self._make_evaluator()
+            self.retrace()
 
     def adopt_plan(self, plan: TrainPlan) -> None:
         """Go on under ``plan``, which differs in how the run is batched, optimised, scheduled and clipped."""

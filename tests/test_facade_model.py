@@ -120,7 +120,7 @@ def test_the_config_is_transformers_own(model):
 
 def test_save_pretrained_refuses_what_it_would_ignore(model, tmp_path):
     with pytest.raises(SettingError, match="max_shard_size"):
-        model.save_pretrained(tmp_path / "out", max_shard_size="1GB")
+        model.save_pretrained(tmp_path / "out", max_shard_size="1KB")
     with pytest.raises(SettingError, match="safetensors"):
         model.save_pretrained(tmp_path / "out", safe_serialization=False)
     assert not (tmp_path / "out").exists()

@@ -81,6 +81,27 @@ def test_nothing_happens_with_a_cuda_build(loads, monkeypatch, caplog):
     assert (loads, caplog.records) == ([], [])
 
 
+LATE = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+if sys.argv[1] == "late":
+    import mlx.core
+import hf_mlx
+hf_mlx.verify_adapter
+hf_mlx.export_adapter
+"""
+
+
+@pytest.mark.parametrize("order", ["late", "early"])
+def test_mlx_imported_first_is_said_once(order):
+    if sys.platform != "linux" or blas._has_cuda_wheel():
+        pytest.skip("only MLX's Linux CPU backend needs OpenBLAS")
+    done = subprocess.run([sys.executable, "-c", LATE, order], capture_output=True, text=True, check=True)
+    said = [line for line in done.stdout.splitlines() if "mlx.core was imported before hf_mlx" in line]
+    assert len(said) == (order == "late")
+    assert all("from hf_mlx import MLXSFTTrainer" in line for line in said)
+
+
 def test_nothing_happens_once_mlx_is_loaded(loads, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mlx.core", object())
     assert blas.load_openblas() is None

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -14,13 +15,32 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built by pip from a copy of the sources, so that the tree stays as it is."""
-    folder = tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory) -> Path:
+    """Built by setuptools from a copy of what is versioned, so that the tree stays as it is."""
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    shutil.copytree(ROOT / "hf_mlx", source / "hf_mlx", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
+    skipped = shutil.ignore_patterns("__pycache__", ".*", "build", "dist", "*.egg-info", "*-output", "_build")
+    shutil.copytree(ROOT, source, ignore=skipped)
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=source)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+def test_the_sdist_holds_what_a_wheel_is_built_from(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"} <= names
+    assert {name for name in names if name.endswith(".py")} == {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_mlx").rglob("*.py")
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """Built by pip from the sdist, as a release is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = sdist
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
     (built,) = folder.glob("*.whl")

@@ -57,8 +57,18 @@ def test_the_swap_touches_only_imports():
     assert all(line.startswith("from ") for line in changed)
 
 
-def test_the_two_commands_come_first():
-    assert commands()[:2] == ["make demo", "make test"]
+def test_installing_comes_first_and_the_clone_second():
+    readme = [line for line in commands() if line.startswith(("pip install", "make "))]
+    assert readme[:3] == [f'pip install "hf-mlx[{extras}]"' for extras in ("hf", "cpu,hf", "cuda,hf")]
+    assert readme.index("make demo") + 1 == readme.index("make test")
+
+
+def test_each_claim_of_the_readme_names_a_command():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.split("## Each claim")[1].split("```")[0], flags=re.MULTILINE)
+    claims = [proof for claim, proof in rows if claim not in ("claim", "---")]
+    assert len(claims) >= 5
+    assert all(re.search(r"`(make \w+|hf-mlx [-\w]+)", proof) for proof in claims)
 
 
 def test_make_commands_are_targets():
@@ -71,7 +81,10 @@ def test_make_commands_are_targets():
 def test_pip_commands_name_real_extras():
     extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     asked = {
-        extra for line in commands() for group in re.findall(r'\.\[([\w,]+)\]"', line) for extra in group.split(",")
+        extra
+        for line in commands()
+        for group in re.findall(r'(?:\.|hf-mlx)\[([\w,]+)\]"', line)
+        for extra in group.split(",")
     }
     assert {"hf", "cpu", "cuda"} <= asked <= extras
 

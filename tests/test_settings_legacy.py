@@ -6,8 +6,10 @@ import warnings
 import pytest
 
 from hf_mlx.errors import SettingError
-from hf_mlx.settings.legacy import merge_trainer_keywords, translate_arguments
+from hf_mlx.settings.config_tables import DPO_TABLE
+from hf_mlx.settings.legacy import translate_arguments
 from hf_mlx.settings.resolve import resolve_plan
+from hf_mlx.settings.trainer_keywords import merge_trainer_keywords
 
 TRANSLATED = [
     ({"evaluation_strategy": "steps"}, {"eval_strategy": "steps"}),
@@ -35,6 +37,9 @@ TRANSLATED = [
     ({"save_safetensors": True}, {}),
     ({"use_mps_device": True}, {}),
     ({"fp16_backend": "auto"}, {}),
+    ({"num_of_sequences": 64}, {}),
+    ({"chars_per_token": 4.2}, {}),
+    ({"report_to": None}, {"report_to": "all"}),
 ]
 REFUSED = [
     {"save_safetensors": False},
@@ -46,8 +51,6 @@ REFUSED = [
     {"jit_mode_eval": True},
     {"torchdynamo": "inductor"},
     {"sharded_ddp": "simple"},
-    {"num_of_sequences": 64},
-    {"chars_per_token": 4.2},
 ]
 
 
@@ -96,6 +99,20 @@ def test_older_trainer_keywords_mean_what_they_meant():
     plan, ledger = resolve_plan({"max_length": 1024}, overrides=overrides)
     assert (plan.data.max_length, plan.data.packing) == (512, True)
     assert ledger["max_length"].value == 512
+
+
+def test_a_preference_trainers_older_keywords_mean_what_they_meant():
+    keywords = {"tokenizer": "tok", "beta": 0.3, "loss_type": "ipo", "max_length": 64, "label_pad_token_id": -100}
+    with pytest.warns(DeprecationWarning) as caught:
+        overrides, tokenizer = merge_trainer_keywords({}, keywords, "DPOTrainer")
+    assert (tokenizer, len(caught)) == ("tok", 4)
+    assert any("write DPOConfig(beta=...)" in str(warning.message) for warning in caught)
+    plan, _ = resolve_plan({}, overrides=overrides, table=DPO_TABLE)
+    assert (plan.loss.beta, plan.loss.losses, plan.data.max_length) == (0.3, (("ipo", 1.0),), 64)
+    with pytest.raises(SettingError, match="max_prompt_length=32"):
+        merge_trainer_keywords({}, {"max_prompt_length": 32}, "DPOTrainer")
+    with pytest.raises(SettingError, match=r"beta=0\.1"):
+        merge_trainer_keywords({}, {"beta": 0.1}, "Trainer")
 
 
 def test_keywords_that_were_not_given_say_nothing():

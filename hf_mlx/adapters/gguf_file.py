@@ -36,7 +36,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "smollm3": "SMOLLM3",
 }
 # llama.cpp rotates neighbouring dimensions there, so rows of queries and keys change their order.
-_INTERLEAVED = ("granite", "llama", "mistral", "smollm3")
+INTERLEAVED = ("granite", "llama", "mistral", "smollm3")
 
 
 def write_gguf(adapter: Adapter, path: str | Path, *, base: str | None = None) -> Path:
@@ -125,13 +125,17 @@ def _second(adapter: Adapter, target: Target, b: np.ndarray, alpha: float) -> np
     factor = target.scale * target.r / alpha
     b = b if factor == 1 else (b * np.float32(factor)).astype(np.float32)
     leaf = target.hf_path.rsplit(".", 1)[-1]
-    if adapter.loaded.model_type not in _INTERLEAVED or leaf not in ("q_proj", "k_proj"):
+    if adapter.loaded.model_type not in INTERLEAVED or leaf not in ("q_proj", "k_proj"):
         return np.ascontiguousarray(b)
     config = adapter.loaded.config
     heads = int(config["num_attention_heads"])
-    heads = heads if leaf == "q_proj" else int(config.get("num_key_value_heads") or heads)
-    halves = b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(b.shape))
+    return interleave(b, heads if leaf == "q_proj" else int(config.get("num_key_value_heads") or heads))
+
+
+def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of queries or keys (heads · head_dim, ...) in llama.cpp's order: halves of a head become neighbours."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 
 
 def _write(path: Path, model_type: str, tensors: Mapping[str, np.ndarray], alpha: float, base: str) -> None:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..models.blockwise import BlockLinear
+from ..models.padding_row import without_gradient
 from ..models.products import matmul
 from .dropout import KeyedDropout
 from .low_rank import add_low_rank, scaled
@@ -176,7 +177,10 @@ class LoRAEmbedding(nn.Module):
     Attributes:
         lora_embedding_A: (r, vocabulary), fp32.
         lora_embedding_B: (dim, r), fp32.
+        padding_row: Token whose column of A gets no gradient, or None.
     """
+
+    padding_row: int | None = None
 
     def __init__(self, base_layer: Any, r: int, scale: float, compute_dtype: mx.Dtype = mx.float32) -> None:
         super().__init__()
@@ -190,7 +194,10 @@ class LoRAEmbedding(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         base = self.base_layer(x)
         dtype = self.compute_dtype
-        low = matmul(self.lora_embedding_A.T[x].astype(dtype), self.lora_embedding_B.astype(dtype).T)
+        columns = self.lora_embedding_A.T[x]
+        if self.padding_row is not None:
+            columns = without_gradient(columns, x == self.padding_row)
+        low = matmul(columns.astype(dtype), self.lora_embedding_B.astype(dtype).T)
         return (base + scaled(low, self.scale)).astype(base.dtype)
 
     def delta(self) -> mx.array:

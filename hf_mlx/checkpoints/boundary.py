@@ -14,12 +14,16 @@ from .random_states import RandomStates
 ACTIONS = ("log", "evaluate", "save")
 
 
-Layout = tuple[int, int, int]
+Layout = tuple[int, ...]
 
 
 def make_layout(steps: Steps, plan: BatchPlan) -> Layout:
-    """Steps of an epoch, micro-batches of a step, rows of a micro-batch: what a position is counted in."""
-    return steps.updates_per_epoch, plan.gradient_accumulation_steps, plan.train_batch_size
+    """Steps of an epoch, micro-batches of a step, rows of a micro-batch, and the processes where there are several.
+
+    It is what a position is counted in.
+    """
+    several = () if plan.processes == 1 else (plan.processes,)
+    return steps.updates_per_epoch, plan.gradient_accumulation_steps, plan.train_batch_size, *several
 
 
 @dataclass

@@ -14,7 +14,7 @@ from .damage import FILES, DamagedCheckpoint
 from .files import tidy
 from .folders import list_checkpoints
 from .manifest import MANIFEST, find_damage, recorded_files
-from .state_files import OPTIMIZER, SCHEDULER, TORCH_NAMES, has_state, state_files
+from .state_files import OPTIMIZER, RANDOM, SCHEDULER, TORCH_NAMES, has_state, random_kind, state_files
 
 STATE = "trainer_state.json"
 ARGUMENTS = "training_args.bin"
@@ -51,11 +51,11 @@ _KNOWN = re.compile(
     r"|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|trainer_state\.json|training_args\.bin"
     r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.\w+|merges\.txt|spiece\.model|.*\.jinja"
     r"|(pre)?processor_config\.json|chat_template\.json|.*\.py|hf_mlx_\w+\.\w+"
-    r"|(optimizer|scheduler|rng_state)\.(pt|pth|json|safetensors)"
+    r"|(optimizer|scheduler|rng_state(_\d+)?)\.(pt|pth|json|safetensors)"
 )
 # Folders that hold a part of the training state of engines that shard it.
 _SHARDED = re.compile(r"global_step\d+|pytorch_model_fsdp.*|optimizer_\d+|.*distcp.*")
-_RANK = re.compile(r"rng_state_(\d+)\.pth")
+_RANK = re.compile(r"rng_state_(\d+)\.(pth|json)")
 
 
 def find_checkpoint(output_dir: str | Path, asked: str | Path | bool | None) -> tuple[Path | None, list[str]]:
@@ -126,21 +126,34 @@ def check_complete(folder: Path) -> None:
         )
 
 
+def count_processes(folder: Path) -> int:
+    """How many processes wrote the folder, as its random states tell; 0 where there are none."""
+    ranks = _ranks(folder)
+    return max(ranks) + 1 if ranks else int(has_state(folder, RANDOM))
+
+
+def _ranks(folder: Path) -> set[int]:
+    return {int(found[1]) for path in folder.iterdir() if (found := _RANK.fullmatch(path.name))}
+
+
 def check_foreign(folder: Path) -> None:
-    """Raise when the folder belongs to several processes, or holds files whose meaning is not known.
+    """Raise when the folder holds a part of what several processes wrote, or files whose meaning is not known.
 
     Raises:
         CheckpointError: With the files.
     """
-    ranks = {int(found[1]) for path in folder.iterdir() if (found := _RANK.fullmatch(path.name))}
-    sharded = sorted(path.name for path in folder.iterdir() if path.is_dir() and _SHARDED.fullmatch(path.name))
-    if ranks or sharded:
-        what = (
-            f"random states of {max(ranks) + 1} processes" if ranks else f"{sharded[0]}/, state sharded over processes"
-        )
+    ranks = _ranks(folder)
+    if ranks and (len(ranks) <= max(ranks) or has_state(folder, RANDOM)):
         raise CheckpointError(
-            f"{folder}: {what}",
-            "a checkpoint of one process: with another number of them a step is made of other rows",
+            f"{folder}: random states of {max(ranks) + 1} processes, and not one for each",
+            "rng_state.pth of one process, or rng_state_0.pth and so on of several",
+            "the checkpoint folder as the run wrote it",
+        )
+    sharded = sorted(path.name for path in folder.iterdir() if path.is_dir() and _SHARDED.fullmatch(path.name))
+    if sharded:
+        raise CheckpointError(
+            f"{folder}: {sharded[0]}/, state sharded over processes",
+            "a checkpoint whose weights and moments are whole, as those of DDP are",
             "go on where it was written, or begin a new run here: trainer.train() without resume_from_checkpoint",
         )
     recorded = recorded_files(folder)
@@ -180,7 +193,9 @@ def _find_structural_damage(folder: Path) -> str | None:
     try:
         read_trainer_state(folder)
         _check_weights(folder)
-        for kind in TORCH_NAMES:
+        # One process's beside those of several is another fault, which check_foreign names.
+        ranks = () if has_state(folder, RANDOM) else sorted(_ranks(folder))
+        for kind in (*TORCH_NAMES, *(random_kind(rank, 2) for rank in ranks)):
             for name in state_files(kind):
                 _check_file(folder / name)
     except (CheckpointError, ModelError) as error:

@@ -11,14 +11,24 @@ from typing import Any
 
 
 class Interrupt:
-    """Remembers a Ctrl-C until :meth:`check` is called; the second one is not held back."""
+    """Remembers a Ctrl-C until :meth:`check` is called; the second one is not held back.
 
-    def __init__(self) -> None:
+    Args:
+        is_shared: Other processes have to stop at the same step, so :meth:`check` leaves it to what asks all of them.
+    """
+
+    def __init__(self, *, is_shared: bool = False) -> None:
         self._requested = False
+        self._is_shared = is_shared
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._requested
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if Ctrl-C was pressed since the last call."""
-        if self._requested:
+        if self._requested and not self._is_shared:
             self._requested = False
             raise KeyboardInterrupt
 

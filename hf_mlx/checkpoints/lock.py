@@ -8,13 +8,14 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError
 from ..intake import Intake
 from ..locks import host, is_at, runs, try_lock
+from ..processes.world import the_world
 
 LOCK = ".hf_mlx.lock"
 _FILES = Intake(CheckpointError, "delete that file; it only says which run is in the folder")
@@ -42,11 +43,11 @@ def held(folder: str | Path) -> Iterator[None]:
 
 
 def alone_in_output_dir(method: _Method) -> _Method:
-    """A trainer's method that runs with its ``args.output_dir`` :func:`held`."""
+    """A trainer's method that runs with its ``args.output_dir`` :func:`held`, by the first of several processes."""
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with held(self.args.output_dir):
+        with held(self.args.output_dir) if the_world().is_main else nullcontext():
             return method(self, *args, **kwargs)
 
     return wrapped  # pyright: ignore[reportReturnType]

@@ -72,6 +72,17 @@ class RandomStates:
             "torch": None if self.torch is None else self.torch.tobytes().hex(),
         }
 
+    def pack(self) -> dict[str, Any]:
+        """All of it as JSON has it, for another process."""
+        numpy = [part.tolist() if isinstance(part, np.ndarray) else part for part in self.numpy]
+        return {"python": self.python, "numpy": numpy, **self.to_tree()}
+
+    @classmethod
+    def unpack(cls, packed: Mapping[str, Any]) -> RandomStates:
+        """What :meth:`pack` returned."""
+        name, words, *rest = packed["numpy"]
+        return cls.from_files({"python": packed["python"], "numpy": (name, np.array(words, np.uint32), *rest)}, packed)
+
     @classmethod
     def from_files(cls, hf: Mapping[str, Any], tree: Mapping[str, Any] | None) -> RandomStates:
         """From the content of ``rng_state.pth`` and, where this library wrote it, of :meth:`to_tree`."""

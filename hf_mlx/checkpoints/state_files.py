@@ -17,24 +17,34 @@ OPTIMIZER, SCHEDULER, RANDOM = "optimizer", "scheduler", "rng_state"
 TORCH_NAMES = {OPTIMIZER: "optimizer.pt", SCHEDULER: "scheduler.pt", RANDOM: "rng_state.pth"}
 
 
+def random_kind(rank: int, processes: int) -> str:
+    """What the random states of a process are stored as: of several each has its own."""
+    return RANDOM if processes == 1 else f"{RANDOM}_{rank}"
+
+
+def torch_name(kind: str) -> str:
+    """Torch's name for what is stored as ``kind``."""
+    return TORCH_NAMES.get(kind, f"{kind}.pth")
+
+
 def write_state(tree: Any, folder: Path, kind: str, *, torch: bool | None = None) -> None:
     """Write one state.
 
     Args:
         tree: As torch would save it, arrays as ``mx.array``.
         folder: Where to write.
-        kind: One of :data:`TORCH_NAMES`.
+        kind: One of :data:`TORCH_NAMES`, or of :func:`random_kind`.
         torch: True writes torch's file, False safetensors and JSON, None what can be written.
     """
     if has_torch() if torch is None else torch:
-        save_torch(tree, folder / TORCH_NAMES[kind])
+        save_torch(tree, folder / torch_name(kind))
     else:
         write_tree(tree, folder, kind)
 
 
 def has_state(folder: Path, kind: str) -> bool:
     """Whether the state is there, in either form."""
-    return lies(folder / TORCH_NAMES[kind]) or lies(folder / f"{kind}.json")
+    return lies(folder / torch_name(kind)) or lies(folder / f"{kind}.json")
 
 
 def read_state(folder: Path, kind: str) -> Any:
@@ -44,9 +54,9 @@ def read_state(folder: Path, kind: str) -> Any:
         CheckpointError: It is cut short or edited.
         MissingDependency: Only torch can read it, and torch is not installed.
     """
-    in_torch = lies(folder / TORCH_NAMES[kind])
-    path = folder / (TORCH_NAMES[kind] if in_torch else f"{kind}.json")
-    tree = load_torch(path, random_states=kind == RANDOM) if in_torch else read_tree(folder, kind)
+    in_torch = lies(folder / torch_name(kind))
+    path = folder / (torch_name(kind) if in_torch else f"{kind}.json")
+    tree = load_torch(path, random_states=kind.startswith(RANDOM)) if in_torch else read_tree(folder, kind)
     if not _is_finite(tree):
         raise FILES.refuse(path, "NaN or infinite values", "finite values")
     return tree
@@ -61,4 +71,4 @@ def _is_finite(tree: Any) -> bool:
 
 def state_files(kind: str) -> tuple[str, ...]:
     """Every file name that the state may have."""
-    return TORCH_NAMES[kind], f"{kind}.json", f"{kind}.safetensors"
+    return torch_name(kind), f"{kind}.json", f"{kind}.safetensors"

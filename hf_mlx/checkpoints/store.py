@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from .manifest import MANIFEST, extend_manifest, write_manifest
 from .optimizer_state import Moments, dump_optimizer, load_optimizer
 from .own_optimizer import load_own, save_own
 from .parameters import make_parameters
+from .random_files import read_random, write_random
 from .random_states import RandomStates
 from .schedules import compare_schedules
-from .state_files import OPTIMIZER, RANDOM, SCHEDULER, TORCH_NAMES, has_state, read_state, write_state
+from .state_files import OPTIMIZER, SCHEDULER, TORCH_NAMES, has_state, read_state, write_state
 from .torch_files import has_torch, pickle_object
 from .trainer_state import write_trainer_state
 from .trees import read_tree, write_tree
@@ -87,6 +88,7 @@ class CheckpointStore:
         schedule: Any,
         callbacks: dict[str, Any],
         write_model: Callable[[Path], None],
+        random: Sequence[RandomStates] = (),
     ) -> Path:
         """Write ``checkpoint-{global_step}`` and delete what ``save_total_limit`` leaves no room for.
 
@@ -96,6 +98,7 @@ class CheckpointStore:
             schedule: The learning rate's schedule.
             callbacks: The callbacks' states.
             write_model: Writes weights, config and tokenizer into the folder it is given.
+            random: Of several processes the random states of each, by rank.
 
         Returns:
             The folder.
@@ -113,7 +116,7 @@ class CheckpointStore:
             if has_torch():
                 pickle_object(self.args, temporary / ARGUMENTS)
             if not self.args.save_only_model:
-                self._write_progress(temporary, state.global_step, boundary, schedule)
+                self._write_progress(temporary, state.global_step, boundary, schedule, random)
             history = state.log_history[: boundary.history]
             write_trainer_state(state, temporary / STATE, log_history=history, **boundary.seen)
             write_manifest(temporary)
@@ -165,7 +168,7 @@ class CheckpointStore:
         weights, frozen = self._load_weights(folder)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if lies(folder / f"{RUN}.json") else None
-        random = self._read_random(folder, run)
+        random = read_random(folder, run, self.session.world, self.data.rng)
         if run is not None:
             self._compare_runs(folder, run, replaced=frozen)
             boundary = Boundary.from_tree(run["boundary"], random)
@@ -202,14 +205,18 @@ class CheckpointStore:
         folder = named if (named / ADAPTER).is_file() else folder
         return load_weights(folder, session.step.params, self.parameters, session.adapter, session.loaded)
 
-    def _write_progress(self, folder: Path, global_step: int, boundary: Boundary, schedule: Any) -> None:
+    def _write_progress(
+        self, folder: Path, global_step: int, boundary: Boundary, schedule: Any, random: Sequence[RandomStates]
+    ) -> None:
         made = global_step - boundary.offset
         if self.session.step.optimizer.on_host:
             save_own(self.session.step.optimizer.torch, schedule.scheduler, folder)
         else:
             self._write_optimizer(folder, made, schedule)
-        write_state(boundary.random.to_hf(), folder, RANDOM)
+        write_random(random or [boundary.random], folder)
         run = {"format": _FORMAT, "boundary": boundary.to_tree(), "base": self._base(), "settings": self._settings()}
+        if random:
+            run["random"] = [state.to_tree() for state in random]
         write_tree(run, folder, RUN)
 
     def _write_optimizer(self, folder: Path, made: int, schedule: Any) -> None:
@@ -240,11 +247,6 @@ class CheckpointStore:
         schedule = {"lr_scheduler_type": self.plan.schedule.name, "warmup_steps": self.plan.schedule.warmup_steps}
         return {**batch, **schedule, "rows of train_dataset": self.rows}
 
-    def _read_random(self, folder: Path, run: dict[str, Any] | None) -> RandomStates:
-        if not has_state(folder, RANDOM):
-            return RandomStates.capture(self.data.rng)
-        return RandomStates.from_files(read_state(folder, RANDOM), run and run["boundary"]["random"])
-
     def _compare_runs(self, folder: Path, run: dict[str, Any], replaced: Iterable[str]) -> None:
         if run.get("format") not in _READ:
             raise CheckpointError(
@@ -259,9 +261,10 @@ class CheckpointStore:
         changed = [
             f"{name} {run['settings'].get(name)!r} → {now[name]!r}"
             for name in now
-            if run["settings"].get(name) != now[name]
+            # What a later version has added was at its default.
+            if name in run["settings"] and run["settings"][name] != now[name]
         ]
-        if changed:
+        if changed and self.session.world.is_main:
             logger.warning(
                 f"Changed since {folder.name}, so the run goes on but not as it would have: {', '.join(changed)}."
             )

@@ -46,6 +46,10 @@ def pickle_object(value: Any, path: Path) -> None:
     if getattr(value, "hub_token", None):
         value = copy.copy(value)
         value.hub_token = None
+    if "main_process_first" in getattr(value, "__dict__", ()):
+        # How the processes of this run wait for each other is nothing to whoever reads the file.
+        value = copy.copy(value)
+        del value.main_process_first
     torch.save(value, path)
 
 

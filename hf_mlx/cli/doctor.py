@@ -26,14 +26,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="with --self-test: also write the report as JSON, for an issue"
     )
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="with --self-test: how long one check may take (180)"
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.self_test:
         return _self_test(arguments)
-    if arguments.model is None or arguments.report:
-        given = "hf-mlx doctor without a model" if arguments.model is None else "--report without --self-test"
+    alone = next((flag for flag in ("report", "limit") if getattr(arguments, flag)), None)
+    if arguments.model is None or alone:
+        given = "hf-mlx doctor without a model" if arguments.model is None else f"--{alone} without --self-test"
         raise SettingError(
             given, "a model, or --self-test", "hf-mlx doctor OWNER/MODEL, or hf-mlx doctor --self-test --report FILE"
         )
@@ -59,9 +63,12 @@ def _self_test(arguments: argparse.Namespace) -> int:
         )
     # MLX asks at its first product: fp32 is to be compared as fp32.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
-    from ..self_test import run_self_test
+    from ..self_test.watch import LIMIT, run_self_test
 
-    report = run_self_test(announce=lambda name: print(f"{name} ...", file=sys.stderr, flush=True))
+    limit = LIMIT if arguments.limit is None else arguments.limit
+    if not 0 < limit <= 86_400:
+        raise SettingError(f"--limit {limit:g}", "seconds, more than none", "hf-mlx doctor --self-test --limit 180")
+    report = run_self_test(announce=lambda name: print(f"{name} ...", file=sys.stderr, flush=True), limit=limit)
     print(report)
     if target:
         target.write_text(report.to_json() + "\n", encoding="utf-8")

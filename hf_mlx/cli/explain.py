@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import HFMLXError, SettingError
 from ..intake import Intake
+from ..settings.config_tables import DPO_TABLE, LM_TABLE, SFT_TABLE
 from ..settings.ledger import Ledger, explain
 from ..settings.legacy import translate_arguments
 
@@ -41,6 +42,7 @@ _SCRIPT_FLAGS = re.compile(
     r"model_name_or_path|use_peft|bnb_4bit_.*|use_bnb_nested_quant|datasets|dataset_(name|config|train_split|test_split"
     r"|streaming)|streaming|test_split_size|ignore_bias_buffers|config|env"
 )
+TABLES = {table.name: table for table in (SFT_TABLE, LM_TABLE, DPO_TABLE)}
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
@@ -53,6 +55,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "when one of them is refused.",
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="JSON or YAML: the fields of SFTConfig, or of trl sft")
+    parser.add_argument("--config", choices=sorted(TABLES), help="the class that the fields are of (by the fields)")
     parser.add_argument("--all", action="store_true", help="list the fields that are at their default too")
     parser.add_argument("--strict", action="store_true", help="also refuse what is done with other numbers")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of a table")
@@ -72,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the ledger of a file of settings; 0 when they can all be honoured, 1 when not."""
     try:
         args, peft_config, notes = read_settings(options.file)
-        ledger = explain(args, peft_config)
+        ledger = explain(args, peft_config, table=TABLES.get(options.config))
     except HFMLXError as error:
         print(error)
         return 1

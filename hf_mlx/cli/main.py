@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The command alone where one is named: a script under `hf-mlx run` starts as soon as it does under python.
     arguments = build_parser(words[0] if words else None).parse_args(words)
     if getattr(arguments, "needs_mlx", True):
-        from hf_mlx.blas import load_openblas
+        from hf_mlx.backends import prepare_backend
 
-        load_openblas()
+        prepare_backend()
     try:
         return int(arguments.run(arguments) or 0)
     except HFMLXError as error:
@@ -47,9 +47,9 @@ class _Version(argparse.Action):
     """Looks the version up when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        import hf_mlx
+        from hf_mlx.version import describe_tested, installed_version
 
-        print(f"hf-mlx {hf_mlx.__version__}")
+        print(f"hf-mlx {installed_version()} ({describe_tested()})")
         parser.exit()
 
 

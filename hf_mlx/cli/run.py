@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import SettingError
+from ..reports.place import VARIABLE
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -33,6 +35,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print plan, ledger, parameters, steps and memory; train nothing"
     )
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="also write the last run's curves, settings and rows as HTML"
+    )
+
+
+def place_report(options: argparse.Namespace) -> None:
+    """A script's output_dir holds what upstream writes there: a report only where one is asked for."""
+    if options.report is not None:
+        os.environ[VARIABLE] = str(options.report.absolute())
+    os.environ.setdefault(VARIABLE, "0")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
     script: Path = options.script
     if not script.is_file():
         raise SettingError(f"SCRIPT {script}", "a Python file", "hf-mlx run train.py --your-own flags")
+    place_report(options)
     bystanders = Bystanders(say, strict=options.strict)
 
     def built() -> None:
@@ -53,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     sys.argv = [str(script), *options.arguments]
     sys.path[0:0] = [str(script.resolve().parent)]
     try:
-        status = execute(script)
+        status = execute(script, talk)
     except SystemExit as end:
         if end.code not in (None, 0):
             raise
@@ -64,18 +77,30 @@ def run(options: argparse.Namespace) -> int:
     return 1 if status == 0 and bystanders.end() else status
 
 
-def execute(script: Path) -> int:
+def execute(script: Path, talk: Any) -> int:
     """Run a file as ``__main__``, as ``python FILE`` does; an error prints the script's own traceback.
+
+    Args:
+        script: The file; a notebook's cells one after the other.
+        talk: Says which of a notebook's own lines are not run.
 
     Returns:
         0, or 1 after an uncaught exception. ``SystemExit`` passes through.
     """
+    from ..stand_in import Shell, compile_script
+
     module = ModuleType("__main__")
     module.__file__ = str(script)
     vars(module)["__builtins__"] = builtins
     sys.modules["__main__"] = module
-    # Not inheriting: this file's own __future__ imports are not the script's.
-    code = compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
+    try:
+        code, is_notebook = compile_script(script)
+    except SyntaxError as error:
+        sys.excepthook(type(error), error.with_traceback(None), None)
+        return 1
+    if is_notebook:
+        shell = Shell(talk, vars(module))
+        vars(module)["get_ipython"] = lambda: shell
     try:
         exec(code, vars(module))
     except Exception as error:
@@ -83,5 +108,7 @@ def execute(script: Path) -> int:
         # This function's own frame is not part of the script.
         error.__traceback__ = trace.tb_next if trace else None
         sys.excepthook(type(error), error, error.__traceback__)
+        if (together := sys.modules.get("hf_mlx.processes.world")) is not None:
+            together.report_failure(error)
         return 1
     return 0

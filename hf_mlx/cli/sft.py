@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import MissingDependency
-from .run import add_flags
+from .run import add_flags, place_report
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def run(name: str, options: argparse.Namespace) -> int:
         raise MissingDependency(received, "trl, which defines its flags", "pip install trl")
     from ..stand_in import install
 
+    place_report(options)
     install(strict=options.strict, dry_run=options.dry_run)
     script = import_module(f"trl.scripts.{name}")
     parser = script.make_parser(prog=f"hf-mlx {name}")

@@ -23,7 +23,8 @@ class Batch:
         segments: (B, T) int32 document number of each token, where documents must not see each other; else None.
         has_mask: Whether upstream's batch has an attention mask.
         keys: (B, T) bool, False for positions that none may see; None where padding on the right is all there is to it.
-        collated: What the user's own collator returned, where a loss of the script's own reads it.
+        collated: What the collator returned, where a loss or metrics of the script's own may read it.
+        has_labels: False for rows that are only predicted from; ``labels`` are then -100.
     """
 
     input_ids: np.ndarray
@@ -34,6 +35,17 @@ class Batch:
     has_mask: bool = True
     keys: np.ndarray | None = None
     collated: Mapping[str, Any] | None = None
+    has_labels: bool = True
+
+    @property
+    def collated_ids(self) -> np.ndarray:
+        """``input_ids`` with the rows in upstream's order."""
+        return self.input_ids
+
+    @property
+    def examples(self) -> int:
+        """Rows of the dataset that it was made of."""
+        return len(self.input_ids)
 
     @property
     def num_items(self) -> int:

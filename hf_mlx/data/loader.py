@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import TrainingError
 from .collate import Batch
+from .order import Share, deal
 
 Item = TypeVar("Item")
 Rows = list[dict[str, Any]]
@@ -29,19 +30,30 @@ class RowLoader:
         collate: Rows to a :class:`~hf_mlx.data.collate.Batch`.
         order: Row indices of an epoch; None reads from first to last.
         drop_last: Leave out a last micro-batch that is not full.
+        share: The part of one of several processes; None reads every row.
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, collate: Collate, *, order: Order | None = None, drop_last: bool = False
+        self,
+        dataset: Any,
+        batch_size: int,
+        collate: Collate,
+        *,
+        order: Order | None = None,
+        drop_last: bool = False,
+        share: Share | None = None,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.collate = collate
         self.order = order
         self.drop_last = drop_last
+        self.share = share
 
     def __len__(self) -> int:
         rows = len(self.dataset)
+        if self.share is not None:
+            return self.share.count(rows, self.batch_size, drop_last=self.drop_last)
         return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -52,6 +64,14 @@ class RowLoader:
         order = np.arange(len(self.dataset)) if self.order is None else self.order(epoch)
         return self._cut(order, range(skip, len(self)))
 
+    def kept(self, number: int) -> int:
+        """Processes whose metrics of micro-batch ``number`` count; see :meth:`~hf_mlx.data.order.Share.kept`."""
+        if self.share is None:
+            return 1
+        if number < len(self) - 1:
+            return self.share.processes
+        return self.share.kept(len(self.dataset), self.batch_size, drop_last=self.drop_last)
+
     def sample(self, count: int) -> Iterator[Batch]:
         """Up to ``count`` micro-batches, spread evenly over the first epoch, in an order that any part of is, too."""
         order = np.arange(len(self.dataset)) if self.order is None else self.order(0)
@@ -59,8 +79,9 @@ class RowLoader:
         return self._cut(order, np.random.default_rng(0).permutation(numbers).tolist())
 
     def _cut(self, order: np.ndarray, numbers: Iterable[int]) -> Iterator[Batch]:
+        dealt = self.share and deal(order, self.batch_size, self.share, drop_last=self.drop_last)
         for batch in numbers:
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size] if dealt is None else dealt[batch]
             yield self.collate(_fetch(self.dataset, chosen.tolist()))
 
 
@@ -68,13 +89,27 @@ class StreamLoader:
     """Micro-batches of an ``IterableDataset``, in the stream's own order; it has no length.
 
     A last one that is not full is kept whatever ``dataloader_drop_last`` says, as transformers 5.23
-    ``Trainer._get_dataloader`` does for streams.
+    ``Trainer._get_dataloader`` does for streams. Of several processes each reads shards of its own where there are
+    enough, and else its part of every round of rows (accelerate 1.15 ``prepare_data_loader``).
+
+    Args:
+        dataset: A stream.
+        batch_size: Rows in a micro-batch.
+        collate: Rows to a :class:`~hf_mlx.data.collate.Batch`.
+        share: The part of one of several processes; None reads every row.
+
+    Attributes:
+        has_own_shards: Whether the process reads shards of its own, which may end before those of others.
     """
 
-    def __init__(self, dataset: Any, batch_size: int, collate: Collate) -> None:
+    def __init__(self, dataset: Any, batch_size: int, collate: Collate, *, share: Share | None = None) -> None:
+        self.has_own_shards = share is not None and has_shards(dataset, share)
+        if share is not None and self.has_own_shards:
+            dataset, share = dataset.shard(num_shards=share.processes, index=share.rank), None
         self.dataset = dataset
-        self.batch_size = batch_size
+        self.batch_size = batch_size if share is None else share.round_rows(batch_size) // share.processes
         self.collate = collate
+        self.share = share
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(0)
@@ -83,9 +118,26 @@ class StreamLoader:
         """Micro-batches of ``epoch``, without the first ``skip``."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        rows = islice(iter(self.dataset), skip * self.batch_size, None)
+        read = iter(self.dataset) if self.share is None else self._deal(self.share)
+        rows = islice(read, skip * self.batch_size, None)
         while chosen := list(islice(rows, self.batch_size)):
             yield self.collate(chosen)
+
+    def _deal(self, share: Share) -> Iterator[dict[str, Any]]:
+        """This process's rows; the last round is filled from the first."""
+        rows, first = iter(self.dataset), []
+        own = slice(share.rank * self.batch_size, (share.rank + 1) * self.batch_size)
+        dealt = self.batch_size * share.processes
+        while block := list(islice(rows, dealt)):
+            first = first or block
+            while len(block) < dealt:
+                block = block + first
+            yield from block[own]
+
+
+def has_shards(dataset: Any, share: Share) -> bool:
+    """Whether a stream has shards for every process."""
+    return not share.split and hasattr(dataset, "shard") and getattr(dataset, "n_shards", 0) >= share.processes
 
 
 def _fetch(dataset: Any, numbers: list[int]) -> Rows:
@@ -96,12 +148,18 @@ def _fetch(dataset: Any, numbers: list[int]) -> Rows:
 
 
 def make_loader(
-    dataset: Any, batch_size: int, collate: Collate, *, order: Order | None = None, drop_last: bool = False
+    dataset: Any,
+    batch_size: int,
+    collate: Collate,
+    *,
+    order: Order | None = None,
+    drop_last: bool = False,
+    share: Share | None = None,
 ) -> RowLoader | StreamLoader:
     """The loader that fits ``dataset``; arguments as for :class:`RowLoader`."""
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last)
-    return StreamLoader(dataset, batch_size, collate)
+        return RowLoader(dataset, batch_size, collate, order=order, drop_last=drop_last, share=share)
+    return StreamLoader(dataset, batch_size, collate, share=share)
 
 
 def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:

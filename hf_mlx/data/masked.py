@@ -18,8 +18,9 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
     """Reads the tensors that a causal model's forward would get.
 
     Args:
-        mapping: ``input_ids`` and ``labels`` (B, T), optionally ``attention_mask`` (B, T), 0 for keys that no position
-            sees, and ``position_ids`` (B, T) that count up from 0, or restart there where a document starts.
+        mapping: ``input_ids`` and, to learn from, ``labels`` (B, T), optionally ``attention_mask`` (B, T), 0 for keys
+            that no position sees, and ``position_ids`` (B, T) that count up from 0, or restart there where a document
+            starts.
 
     Raises:
         DataError: Keys that are missing, unknown or of other shapes, or positions that the model here does not take.
@@ -29,20 +30,14 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
     if not isinstance(mapping, Mapping):
         raise _refuse(f"a {type(mapping).__name__}", "a dict of arrays", "return {'input_ids': …, 'labels': …}")
     given = {key: value for key, value in mapping.items() if value is not None}
-    if "labels" not in given:
-        raise DataError(
-            "The model did not return a loss from the inputs, only the following keys: logits. For reference, the "
-            f"inputs it received are {','.join(given)}.",
-            "labels in each batch",
-            "data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), or batch['labels'] = …",
-        )
     if unknown := sorted(set(given) - _READ - DERIVED):
         names = ", ".join(unknown)
         raise _refuse(f"the keys {unknown}", f"only {sorted(_READ)}", f"leave out {names}: batch.pop({unknown[0]!r})")
     if "input_ids" not in given:
         raise _refuse(f"no 'input_ids' (keys {sorted(given)})", "input_ids and labels", "batch['input_ids'] = …")
-    arrays = {key: read_array(given[key], key) for key in sorted(_READ & set(given))}
-    ids, labels = arrays["input_ids"], arrays["labels"]
+    arrays = {key: _read(given[key], key) for key in sorted(_READ & set(given))}
+    ids = arrays["input_ids"]
+    labels = arrays.get("labels", np.full(ids.shape, IGNORE, np.int32))
     for key, array in arrays.items():
         if array.shape != ids.shape or ids.ndim != 2:
             raise _refuse(f"{key} of shape {array.shape}, input_ids of {ids.shape}", "(B, T) each", "pad to one length")
@@ -52,7 +47,45 @@ def convert_masked(mapping: Mapping[str, Any]) -> Batch:
     segments = _read_documents(arrays.get("position_ids"), labels, mask, whole)
     lengths = whole if keys is None else _lengths(keys)
     tokens = ids.size if mask is None else int(mask.sum())
-    return Batch(ids, labels, lengths, tokens, segments, has_mask=mask is not None, keys=keys)
+    return Batch(
+        ids, labels, lengths, tokens, segments, mask is not None, keys, collated=given, has_labels="labels" in given
+    )
+
+
+def _read(value: Any, key: str) -> np.ndarray:
+    # A mask may be of any dtype: transformers casts it to bool.
+    return read_array(value != 0 if key == "attention_mask" and hasattr(value, "dtype") else value, key)
+
+
+def check_labelled(batch: Batch) -> Batch:
+    """``batch`` as it is, where it can be trained on.
+
+    Raises:
+        DataError: With transformers' text.
+    """
+    if not batch.has_labels:
+        raise DataError(
+            "The model did not return a loss from the inputs, only the following keys: logits. For reference, the "
+            f"inputs it received are {','.join(batch.collated or ())}.",
+            "labels in each batch",
+            "data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), or batch['labels'] = …",
+        )
+    return batch
+
+
+def check_labels(batch: Batch) -> None:
+    """Refuse labels that torch's cross entropy has no class for.
+
+    Raises:
+        DataError: Names the label.
+    """
+    odd = batch.labels[(batch.labels < 0) & (batch.labels != IGNORE)]
+    if odd.size:
+        raise DataError(
+            f"Target {int(odd[0])} is out of bounds.",
+            "token ids as labels, and -100 where nothing is scored",
+            "labels = [-100 if label < 0 else label for label in labels]",
+        )
 
 
 def needs_keys(batch: Batch) -> bool:

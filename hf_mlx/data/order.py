@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import DataError, SettingError
 from ..settings.plan import BatchPlan
+from .buckets import bucket_length
 from .generator import TorchGenerator
 
 
@@ -20,7 +21,7 @@ class Steps:
     """The counts of a run. For a stream without a length they are what ``max_steps`` implies.
 
     Attributes:
-        batches_per_epoch: Micro-batches of one epoch; the last one may be short.
+        batches_per_epoch: Micro-batches of one epoch, of one process; the last one may be short.
         updates_per_epoch: Optimizer steps of one epoch; the last may cover fewer micro-batches.
         total_steps: Optimizer steps of the run, the schedule's horizon.
         epochs: Epochs to start, ``sys.maxsize`` for a stream.
@@ -37,7 +38,8 @@ def count_steps(n_rows: int | None, plan: BatchPlan) -> Steps:
 
     Args:
         n_rows: Rows of the train dataset, or None for a stream.
-        plan: Batch size, accumulation, ``max_steps``, ``num_train_epochs`` and ``drop_last`` are read.
+        plan: Batch size, accumulation, ``max_steps``, ``num_train_epochs``, ``drop_last``, ``processes`` and
+            ``split_batches`` are read.
 
     Raises:
         SettingError: A stream without ``max_steps``.
@@ -56,7 +58,15 @@ def count_steps(n_rows: int | None, plan: BatchPlan) -> Steps:
 
 
 def count_batched_steps(batches: int, plan: BatchPlan) -> Steps:
-    """The same from the number of micro-batches of an epoch."""
+    """The same from the number of micro-batches of an epoch.
+
+    Raises:
+        DataError: There is none.
+    """
+    if batches == 0:
+        raise DataError(
+            "a training loader of 0 batches", "at least one batch an epoch", "look at its batch_size and drop_last"
+        )
     accumulate = plan.gradient_accumulation_steps
     updates = max(math.ceil(batches / accumulate), 1)
     if plan.max_steps > 0:
@@ -66,10 +76,12 @@ def count_batched_steps(batches: int, plan: BatchPlan) -> Steps:
 
 def _count_batches(n_rows: int, plan: BatchPlan) -> int:
     size = plan.train_batch_size
-    batches = n_rows // size if plan.drop_last else math.ceil(n_rows / size)
+    dealt = size if plan.split_batches else size * plan.processes
+    batches = n_rows // dealt if plan.drop_last else math.ceil(n_rows / dealt)
     if batches == 0:
+        shared = f" on {plan.processes} processes" if plan.processes > 1 else ""
         raise DataError(
-            f"a train_dataset of {n_rows} rows with per_device_train_batch_size={size}"
+            f"a train_dataset of {n_rows} rows with per_device_train_batch_size={size}{shared}"
             f" and dataloader_drop_last={plan.drop_last}",
             "at least one batch an epoch",
             "SFTConfig(dataloader_drop_last=False, ...)" if n_rows else "pass a train_dataset with rows",
@@ -149,9 +161,73 @@ def micro_batches(order: Sequence[int] | np.ndarray, batch_size: int, drop_last:
         yield rows[start : start + batch_size]
 
 
-def count_tokens(dataset: Any) -> list[int]:
+@dataclass(frozen=True)
+class Share:
+    """The part of every epoch that one of several processes reads.
+
+    Attributes:
+        rank: Of the process.
+        processes: How many there are.
+        split: Each batch is dealt to all of them; else each batch is one process's.
+    """
+
+    rank: int
+    processes: int
+    split: bool = False
+
+    def round_rows(self, batch_size: int) -> int:
+        """Rows that all processes read together, in a micro-batch each."""
+        return batch_size if self.split else batch_size * self.processes
+
+    def count(self, rows: int, batch_size: int, *, drop_last: bool = False) -> int:
+        """Micro-batches of an epoch of ``rows`` rows; the same for every process."""
+        dealt = self.round_rows(batch_size)
+        return rows // dealt if drop_last else math.ceil(rows / dealt)
+
+    def kept(self, rows: int, batch_size: int, *, drop_last: bool = False) -> int:
+        """Of how many processes accelerate's ``gather_for_metrics`` keeps a scalar in an epoch's last round.
+
+        It cuts what it gathers to the rows that are no repetition, as if each process had gathered one row.
+        """
+        rest = rows % self.round_rows(batch_size)
+        return min(rest, self.processes) if rest and not drop_last else self.processes
+
+
+def deal(order: Sequence[int] | np.ndarray, batch_size: int, share: Share, *, drop_last: bool = False) -> np.ndarray:
+    """The micro-batches of one process: each round deals a batch to every one, the last filled from the first rows.
+
+    Args:
+        order: An epoch's row indices.
+        batch_size: ``per_device_train_batch_size``.
+        share: Whose.
+        drop_last: Leave a round that is not full out instead of filling it.
+
+    Returns:
+        int64, shape [rounds, rows of a micro-batch].
+
+    Reference: accelerate 1.15 ``BatchSamplerShard`` with ``even_batches``.
+    """
+    rows = np.asarray(order, dtype=np.int64)
+    dealt = share.round_rows(batch_size)
+    rounds = share.count(len(rows), batch_size, drop_last=drop_last)
+    if not drop_last:
+        first = rows[:dealt]
+        missing = rounds * dealt - len(rows)
+        rows = np.concatenate([rows, np.tile(first, math.ceil(missing / max(len(first), 1)))[:missing]])
+    own = dealt // share.processes
+    return rows[: rounds * dealt].reshape(rounds, share.processes, own)[:, share.rank]
+
+
+def count_tokens(dataset: Any, column: str = "input_ids") -> list[int]:
     """Tokens of every row of a prepared dataset, without turning the tokens into Python numbers."""
     from pyarrow.compute import call_function
 
-    tables = dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
-    return [n for table in tables for n in call_function("list_value_length", [table["input_ids"]]).to_pylist()]
+    tables = dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000)
+    return [n for table in tables for n in call_function("list_value_length", [table[column]]).to_pylist()]
+
+
+def longest_row(dataset: Any, otherwise: int) -> int:
+    """Tokens of the longest row, in its bucket; ``otherwise`` where only reading all rows would tell."""
+    if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return otherwise
+    return bucket_length(max(count_tokens(dataset), default=1))

@@ -27,6 +27,7 @@ class OwnLoader:
 
     Attributes:
         loader: As it was given.
+        collate: Reads what it yields into a batch.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class OwnLoader:
                 "return torch.utils.data.DataLoader(self.train_dataset, collate_fn=self.data_collator, …)",
             )
         self.loader = loader
-        self._convert_batch = convert
+        self.collate = convert
         self._rng = rng
         self._method = method
         self._first_rows = 1
@@ -60,12 +61,18 @@ class OwnLoader:
     @property
     def batch_size(self) -> int:
         """Rows of a batch as the loader says; those of the last epoch's first batch where it does not."""
-        return getattr(self.loader, "batch_size", None) or self._first_rows
+        said = getattr(self.loader, "batch_size", None) or (self.is_prepared and self.loader.total_batch_size)
+        return said or self._first_rows
 
     @property
     def is_prepared(self) -> bool:
         """Whether it went through ``accelerator.prepare``, as transformers' own loaders do."""
         return hasattr(self.loader, "gradient_state")
+
+    @property
+    def drops_last(self) -> bool:
+        """Whether accelerate leaves its last batch uncut, because it was asked to drop one that is not full."""
+        return bool(getattr(self.loader, "_drop_last", False))
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(None)
@@ -94,7 +101,7 @@ class OwnLoader:
                     "batches that are dicts of input_ids, labels and attention_mask",
                     "torch.utils.data.DataLoader(..., collate_fn=self.data_collator)",
                 )
-            made = self._convert_batch(batch)
+            made = self.collate(batch)
             if first:
                 self._first_rows, first = len(made.input_ids), False
             yield made

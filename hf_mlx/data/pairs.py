@@ -31,6 +31,16 @@ class PairBatch(Batch):
     answers: np.ndarray = None  # pyright: ignore[reportAssignmentType]
     reference: np.ndarray | None = None
 
+    @property
+    def collated_ids(self) -> np.ndarray:
+        """All chosen rows, then all rejected ones."""
+        return np.concatenate([self.input_ids[::2], self.input_ids[1::2]])
+
+    @property
+    def examples(self) -> int:
+        """Pairs."""
+        return len(self.input_ids) // 2
+
 
 def collate_pairs(
     rows: Sequence[Mapping[str, Any]],
@@ -118,19 +128,19 @@ def convert_pairs(mapping: Mapping[str, Any]) -> PairBatch:
     )
 
 
-def pair_arrays(batch: PairBatch, width: int) -> dict[str, np.ndarray]:
+def pair_arrays(batch: PairBatch, targets: np.ndarray) -> dict[str, np.ndarray]:
     """What a pair objective reads beside the tokens, as numpy arrays.
 
     Args:
         batch: Of :func:`collate_pairs` or :func:`convert_pairs`.
-        width: Of the rows as they are computed.
+        targets: (2P, width) int32, the next token of each position of the answers' rows as they are computed, or -100.
 
     Returns:
-        ``answers`` (R, 1) float32; ``shared`` (R, width) bool, False where a target lies past the shorter answer of
-        its pair; ``reference`` (R, 1) float32 where it is known; and the counts of the micro-batch, float32 scalars
+        ``answers`` (2P, 1) float32; ``shared`` (2P, width) bool, False where a target lies past the shorter answer of
+        its pair; ``reference`` (2P, 1) float32 where it is known; and the counts of the micro-batch, float32 scalars
         that are at least 1: ``pairs``, ``tokens``, ``chosen_tokens`` and ``rejected_tokens``.
     """
-    scored = batch.labels[:, 1:] != IGNORE
+    scored = targets != IGNORE
     counts = scored.sum(axis=1)
     arrays = {
         "answers": batch.answers[:, None].astype(np.float32),
@@ -143,9 +153,7 @@ def pair_arrays(batch: PairBatch, width: int) -> dict[str, np.ndarray]:
     if batch.reference is not None:
         arrays["reference"] = batch.reference[:, None]
     shorter = np.repeat(np.minimum(counts[::2], counts[1::2]), 2)
-    shared = np.ones((len(counts), width), bool)
-    shared[:, : scored.shape[1]] = np.cumsum(scored, axis=1) <= shorter[:, None]
-    return arrays | {"shared": shared}
+    return arrays | {"shared": np.cumsum(scored, axis=1) <= shorter[:, None]}
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import TrainingError
+from ..processes.world import World
 from ..session import Session
 from ..training.inputs import Inputs
 from ..training.measured import StepMetrics
@@ -67,7 +68,8 @@ class Pending:
         for metrics in self._steps[self._checked :]:
             step = self.last_logged + self._checked + 1
             self._checked += 1
-            loss = read_scalar(metrics.loss)
+            with self._session.world.waiting(f"step {step}"):
+                loss = read_scalar(metrics.loss)
             if math.isfinite(loss):
                 continue
             if not self._session.plan.nan_inf_filter:
@@ -90,13 +92,19 @@ class Pending:
         """Of the last step; None where no update was made."""
         return self._steps[-1].grad_norm
 
-    def drain(self) -> float:
-        """Sum and forget the losses, those of an unfinished window too; feeds the running metrics."""
+    def drain(self, *, own: bool = False) -> float:
+        """Sum and forget the losses, those of an unfinished window too; feeds the running metrics.
+
+        Args:
+            own: Of several processes add up what this one alone sees, as transformers 5.23
+                ``Trainer._inner_training_loop`` does with the steps after the last log.
+        """
         carried = self._session.step.take_carried()
         if carried is not None:
-            self._steps.append(carried)
+            self._steps.append(sum_metrics(carried, self._session.world))
         self.check()
-        total = self._unfinite + sum(read_scalar(metrics.loss) for metrics in self._steps)
+        losses = [m.own_loss if own and m.own_loss is not None else m.loss for m in self._steps]
+        total = self._unfinite + sum(read_scalar(loss) for loss in losses)
         # Upstream sets its sum back by taking it from itself, so what is not finite stays in every later entry.
         self._unfinite = total - total
         means = self._session.progress.means
@@ -112,5 +120,15 @@ class Pending:
         """What :meth:`resume` takes; the scalars may be lazy."""
         return [
             {"loss": m.loss, "grad_norm": m.grad_norm, "micro_batches": m.micro_batches, **m.metrics}
+            | ({} if m.own_loss is None else {"own_loss": m.own_loss})
             for m in self._steps
         ]
+
+
+def sum_metrics(metrics: StepMetrics, world: World) -> StepMetrics:
+    """Of a window that no update has ended, what all processes measured together."""
+    if world.is_alone:
+        return metrics
+    sums = world.sum({"loss": metrics.loss, **metrics.metrics}, "the metrics of an unfinished step")
+    own = metrics.loss * world.size
+    return StepMetrics(sums.pop("loss"), metrics.grad_norm, metrics.micro_batches, sums, own)

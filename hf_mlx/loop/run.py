@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import mlx.core as mx
 
@@ -14,9 +13,10 @@ from ..checkpoints.boundary import Boundary
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
 from ..data.order import Steps
+from ..errors import TrainingError
 from ..feed import Feed, Loader
+from ..processes.world import World
 from ..session import Session
-from ..training.handed import HandedStep
 from ..training.inputs import Inputs
 from ..training.memory import show_bytes
 from ..training.schedules.contract import Schedule
@@ -25,9 +25,11 @@ from ..training.splitting import choose_computation
 from ..training.step import StepMetrics
 from ..training.wired_memory import wired_memory
 from .actions import Actions
+from .counters import count_micro_batch
 from .host import GradientLoan, Host, Rates, fire
 from .pending import Pending
 from .place import Place
+from .windows import open_windows
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +72,12 @@ class Loop:
         self.schedule = schedule
         self._rates = rates
         self._gradients = gradients
-        self._handed: HandedStep | None = None
         self.plan = session.plan
         self.compute = choose_computation(session.step, self.plan, host.model.config)
         self.first_step = host.state.global_step
-        self.interrupt = interrupt or Interrupt()
+        self.world = session.world
+        self._pad_token_id = getattr(data.tokenizer, "pad_token_id", None)
+        self.interrupt = interrupt or Interrupt(is_shared=not self.world.is_alone)
         self._place = place = Place(host, session, data, steps)
         self._pending = Pending(session, self.first_step, lambda step: schedule.lr(step - 1 - place.offset))
         self._act = Actions(host, place, self._pending, schedule, self.interrupt)
@@ -112,7 +115,7 @@ class Loop:
                 self._run_epochs()
             finally:
                 model.eval()
-            self._pending.drain()
+            self._pending.drain(own=True)
         logger.info(f"{self.session.describe_shapes()}; at most {show_bytes(mx.get_peak_memory())} were held at once")
         return {"train_loss": self._pending.total_loss / max(host.state.global_step - self.first_step, 0.001)}
 
@@ -147,9 +150,8 @@ class Loop:
 
     def _run_epoch(self, epoch: int, done: int) -> None:
         host = self.host
-        accumulation = self.plan.batch.gradient_accumulation_steps
-        batches = self._place.open_epoch(self.loader, epoch, done)
-        micro = done * accumulation
+        windows = open_windows(self._place.open_epoch(self.loader, epoch, done), self)
+        micro = done * self.plan.batch.gradient_accumulation_steps
         stopped = False
         if self._place.resumed is not None:
             self._act.catch_up(self._place.resumed)
@@ -158,9 +160,8 @@ class Loop:
             # Upstream looks only after a micro-batch: a stop that was asked for before the first lets it pass.
             if stopped:
                 break
-            last = update == self.steps.updates_per_epoch - 1
-            size = (self.steps.batches_per_epoch - 1) % accumulation + 1 if last else accumulation
-            window = [(batch, laid.to_device()) for batch, laid in islice(batches, size)]
+            size = self._window_size(update)
+            window = windows.take(size, self._window_size(update + 1))
             if not window:
                 break
             micro += len(window)
@@ -181,8 +182,9 @@ class Loop:
             self._place.mark(self._pending, "stepped")
             fire(self.host, "on_step_end")
             self._act()
-            stopped = self._is_stopped()
-        if micro == 0:
+            # Several processes agree on a stop that is not the plan's own, before they take the next window.
+            stopped = self._is_stopped() and (self.world.is_alone or self._is_finished())
+        if micro == 0 and (self.world.is_alone or not self._is_stopped()):
             warnings.warn(
                 f"the dataset ran out at step {host.state.global_step} of {host.state.max_steps}; training stops here",
                 stacklevel=2,
@@ -190,6 +192,14 @@ class Loop:
             host.control.should_training_stop = True
         fire(self.host, "on_epoch_end")
         self._act("ended")
+        windows.end()
+
+    def _window_size(self, update: int) -> int:
+        """Micro-batches of an epoch's window; 0 after the last."""
+        accumulation, last = self.plan.batch.gradient_accumulation_steps, self.steps.updates_per_epoch - 1
+        if update > last:
+            return 0
+        return (self.steps.batches_per_epoch - 1) % accumulation + 1 if update == last else accumulation
 
     def _announce_substeps(self, window: list[tuple[Batch, Inputs]]) -> int:
         """Count the micro-batches and fire ``on_substep_end`` after all but the last.
@@ -198,24 +208,13 @@ class Loop:
             How many are to be trained: fewer than there are when a callback asked to stop between two.
         """
         for number, (batch, inputs) in enumerate(window, 1):
-            self._count(batch, inputs)
+            count_micro_batch(self.host, self.session, batch, inputs, self._pad_token_id)
             if number < len(window):
                 fire(self.host, "on_substep_end")
                 if self._is_stopped():
+                    _check_alone(self.world)
                     return number
         return len(window)
-
-    def _count(self, batch: Batch, inputs: Inputs) -> None:
-        args, state, progress = self.host.args, self.host.state, self.session.progress
-        progress.mode = "train"
-        progress.num_tokens += inputs.tokens
-        progress.padding += inputs.padding
-        progress.positions += inputs.arrays["input_ids"].size
-        if args.include_num_input_tokens_seen == "all":
-            state.num_input_tokens_seen += batch.input_ids.size
-        elif args.include_num_input_tokens_seen == "non_padding":
-            state.num_input_tokens_seen += batch.count_input_tokens(getattr(self.data.tokenizer, "pad_token_id", None))
-        state.total_flos += self.session.flops_per_token * batch.input_ids.size
 
     def _optimize(self, window: list[Inputs]) -> None:
         host, place = self.host, self._place
@@ -245,9 +244,8 @@ class Loop:
     def _optimize_shown(self, window: list[Inputs], gradients: GradientLoan) -> StepMetrics:
         """The step in two halves: callbacks see the gradients in between, and may write them."""
         step = self.session.step
-        handed = self._handed = self._handed or HandedStep(step)
         self.compute.accumulate(window, len(window))
-        grads = handed.collect()
+        grads, sums = step.collect()
         gradients.lend(grads)
         try:
             fire(self.host, "on_pre_optimizer_step")
@@ -255,7 +253,7 @@ class Loop:
             written = gradients.take()
         rate = self._take_rate()
         self._place.boundary = None
-        return handed.apply({**grads, **written}, step.updates + 1, rate)
+        return step.apply({**grads, **written}, sums, step.updates + 1, rate)
 
     def _take_rate(self) -> float:
         """The learning rate of the step, which a callback may have set."""
@@ -272,8 +270,21 @@ class Loop:
         step, number, config = self.session.step, self.host.state.global_step + 1, self.host.model.config
         held = step.hold()
         try:
-            with naming_shortage(lambda: describe_training(step, self.plan, config, number, window)):
+            with (
+                # MLX may wait for what is under way before it takes more.
+                self.world.waiting(f"step {number}", computes=True),
+                naming_shortage(lambda: describe_training(step, self.plan, config, number, window)),
+            ):
                 yield
         except BaseException:
             step.restore(held)
             raise
+
+
+def _check_alone(world: World) -> None:
+    if not world.is_alone:
+        raise TrainingError(
+            "a callback that asked to stop in on_substep_end, between two micro-batches of a step",
+            "on several processes, a stop between two steps: the others are in the middle of this one",
+            "set control.should_training_stop in on_step_end",
+        )

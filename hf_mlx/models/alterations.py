@@ -19,7 +19,7 @@ _FLAGS = """
     training gradient_checkpointing padding_idx vocab_size layer_idx name_or_path dtype device max_seq_len_cached
     num_labels main_input_name
 """
-_SILENT = frozenset(_FLAGS.split())
+SILENT = frozenset(_FLAGS.split())
 _AGAIN = "AutoModelForCausalLM.from_pretrained(...) again, without that change; then hand the model over"
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
@@ -35,6 +35,12 @@ def check_alterations(model: Any, base: Any, adapter: str | None) -> None:
     Raises:
         SettingError: Names the place, the change and the remedy.
     """
+    if adapter is None and getattr(base, "_hf_peft_config_loaded", False):
+        raise SettingError(
+            "a model with an adapter that model.add_adapter(…) or load_adapter(…) put in",
+            "a PeftModel, or a model without an adapter",
+            "model = get_peft_model(model, config) in place of model.add_adapter(config)",
+        )
     check_parametrizations(model)
     check_hooks(model)
     check_methods(model)
@@ -137,7 +143,7 @@ def _overrides(cls: type, stock: type) -> Iterator[str]:
 def _check_values(path: str, mine: Any, theirs: Any) -> None:
     held = vars(mine)
     for name, wanted in vars(theirs).items():
-        if name.startswith("_") or name in _SILENT or name not in held or not isinstance(wanted, _PLAIN):
+        if name.startswith("_") or name in SILENT or name not in held or not isinstance(wanted, _PLAIN):
             continue
         if isinstance(held[name], (*_PLAIN, list)) and held[name] != wanted:
             where = f"{path}.{name}".lstrip(".")
@@ -188,18 +194,31 @@ def _check_sharing(pairs: list[tuple[str, Any, Any]]) -> None:
 def _check_buffers(pairs: list[tuple[str, Any, Any]], fresh: Any) -> None:
     import torch
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]):
         for path, mine, theirs in pairs:
-            names = [name for name, value in theirs._buffers.items() if value is not None and value.is_meta]
-            # transformers' own way of filling what no checkpoint holds (core_model_loading, buffers on meta).
-            for name in names:
-                theirs._buffers[name] = torch.full_like(theirs._buffers[name], 0, device="cpu")
+            names = fill_buffers(fresh, theirs)
             if names and _recomputed_as_it_runs(theirs):
                 continue
-            if names:
-                fresh._init_weights(theirs)
             for name in names:
                 _compare_buffer(f"{path}.{name}".lstrip("."), mine._buffers.get(name), theirs._buffers[name])
+
+
+def fill_buffers(model: Any, module: Any) -> list[str]:
+    """Give the buffers of ``module``, a part of a ``model`` on torch's meta device, the values that they begin with.
+
+    Returns:
+        Names of those that were filled.
+    """
+    import torch
+
+    names = [name for name, value in module._buffers.items() if value is not None and value.is_meta]
+    # transformers' own way of filling what no checkpoint holds (core_model_loading, buffers on meta).
+    for name in names:
+        module._buffers[name] = torch.full_like(module._buffers[name], 0, device="cpu")
+    if names:
+        with torch.no_grad():
+            model._init_weights(module)
+    return names
 
 
 def _recomputed_as_it_runs(module: Any) -> bool:

@@ -14,7 +14,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..backends import macos_version
 from ..blas import load_openblas
+from ..device import on_cpu
 from ..errors import MissingDependency, ModelError
 from ..intake import describe
 from ..settings.plan import ModelPlan
@@ -124,11 +126,29 @@ def environment() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return {
-        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "device": str(mx.default_device()),
+        "machine": f"{_system()} {platform.machine()}, Python {platform.python_version()}",
+        "device": _device(),
         "BLAS": _blas(),
         "versions": ", ".join(f"{k} {v}" for k, v in found.items()),
     }
+
+
+def _system() -> str:
+    version = macos_version()
+    return platform.system() if version is None else f"macOS {version[0]}.{version[1]}"
+
+
+def _device() -> str:
+    name = str(mx.default_device())
+    if on_cpu():
+        return name
+    info: dict[str, Any] = dict(mx.device_info())
+    sizes = [
+        f"{info[key] / 2**30:.0f} GiB {what}"
+        for key, what in (("memory_size", "of memory"), ("max_recommended_working_set_size", "of it recommended"))
+        if key in info
+    ]
+    return ", ".join([name, *(str(info[key]) for key in ("device_name",) if key in info), *sizes])
 
 
 def _blas() -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from ..errors import ModelError
 from .activations import check_activation
 from .bitsandbytes import is_four_bit
+from .config import FILES
+from .weights import Checkpoint
 
 Config = dict[str, Any]
 
@@ -77,6 +79,23 @@ def check_config(config: Config, folder: Path) -> None:
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
+
+
+def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
+    """Refuse a config of more layers than there are tensors, before a loop makes them.
+
+    Raises:
+        ModelError: Names the key.
+    """
+    for part in (config, config.get("text_config")):
+        for key in ("num_hidden_layers", "n_layer", "n_layers"):
+            layers = part.get(key) if isinstance(part, dict) else None
+            if isinstance(layers, int) and layers > len(checkpoint.tensors):
+                raise FILES.refuse(
+                    folder / "config.json",
+                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
+                    "the config that was saved with these weights",
+                )
 
 
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -229,9 +229,10 @@ class Concat:
         return out
 
     def _split(self, value: mx.array) -> list[mx.array]:
-        if not self.strided:
-            return mx.split(value, len(self.mlx), axis=self.axis)
-        return list(mx.unstack(mx.unflatten(value, self.axis, (-1, len(self.mlx))), axis=self.axis + 1))
+        parts: Any = mx.split(value, len(self.mlx), axis=self.axis)
+        if self.strided:
+            parts = mx.unstack(mx.unflatten(value, self.axis, (-1, len(self.mlx))), axis=self.axis + 1)
+        return list(parts)
 
     def _join(self, parts: list[mx.array]) -> mx.array:
         if not self.strided:

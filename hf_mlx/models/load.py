@@ -27,9 +27,10 @@ from .architectures import (
 )
 from .bitsandbytes import compute_dtype, describe_packed, find_packed, hold_packed, is_four_bit, unpack
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
-from .guards import check_config
+from .guards import check_config, check_layers
 from .names import NameMap
 from .overrides import adapt, model_classes, own_head
+from .padding_row import named_padding_row
 from .quantize import quantize_base
 from .source import resolve_folder
 from .weights import Checkpoint, inspect_checkpoint
@@ -55,6 +56,7 @@ class LoadedModel:
         resized: Embedding and head have another number of rows than in the base that ``path`` names.
         decomposed: PEFT has taken an adapter's start (PiSSA, OLoRA) out of these weights already.
         untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
+        padding_row: Id whose row of the input embedding gets no gradient (torch's ``padding_idx``), or None.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class LoadedModel:
     resized: bool = False
     untied: bool = False
     decomposed: bool = False
+    padding_row: int | None = None
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
@@ -146,7 +149,7 @@ def _assemble(
     checkpoint, weights = read()
     four_bit = is_four_bit(config) and weights is None
     checkpoint, weights, packed = unpack(folder, checkpoint) if four_bit else (checkpoint, weights, {})
-    _check_layers(full, checkpoint, folder)
+    check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
     converts = checkpoint.layout == "hf" and (bool(packed) or not config.get("quantization_config"))
@@ -181,6 +184,7 @@ def _assemble(
         counts_every_label(config),
         buffers,
         notes,
+        padding_row=named_padding_row(full),
     )
     loaded.freeze_buffers()
     return loaded
@@ -215,19 +219,6 @@ def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str,
             "save it again with transformers 5: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)",
         ) from error
     return model
-
-
-def _check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
-    """Refuse a config of more layers than there are tensors, before a loop makes them."""
-    for part in (config, config.get("text_config")):
-        for key in ("num_hidden_layers", "n_layer", "n_layers"):
-            layers = part.get(key) if isinstance(part, dict) else None
-            if isinstance(layers, int) and layers > len(checkpoint.tensors):
-                raise FILES.refuse(
-                    folder / "config.json",
-                    f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
-                    "the config that was saved with these weights",
-                )
 
 
 def _check_dtypes(model: nn.Module, folder: Path) -> None:

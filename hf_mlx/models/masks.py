@@ -26,13 +26,8 @@ class SegmentCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The boolean mask (B, 1, T, T): causal, within a segment, and within ``window_size`` tokens if given."""
-        positions = mx.arange(N)
-        behind = positions[:, None] - positions[None, :]
-        mask = behind >= 0
-        if window_size is not None:
-            mask = mask & (behind < window_size)
         same = self.segments[:, :, None] == self.segments[:, None, :]
-        return (same & mask)[:, None]
+        return (same & _before(N, window_size))[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values as they are."""
@@ -59,18 +54,21 @@ class KeyCache(SegmentCache):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The boolean mask (B, 1, T, 1 + T): causal, of visible keys, and within ``window_size`` tokens if given."""
-        positions = mx.arange(N)
-        behind = positions[:, None] - positions[None, :]
-        mask = behind >= 0
-        if window_size is not None:
-            mask = mask & (behind < window_size)
-        seen = self.keys[:, None, :] & mask
+        seen = self.keys[:, None, :] & _before(N, window_size)
         blind = mx.logical_not(seen.any(axis=-1, keepdims=True))
         return mx.concatenate([blind, seen], axis=-1)[:, None]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values (B, heads, T, size), with zeros in front."""
         return tuple(mx.pad(x, [(0, 0), (0, 0), (1, 0), (0, 0)]) for x in (keys, values))  # pyright: ignore
+
+
+def _before(tokens: int, window: int | None) -> mx.array:
+    """(T, T) bool: each position and those before it, within ``window`` of them if given."""
+    positions = mx.arange(tokens)
+    behind = positions[:, None] - positions[None, :]
+    mask = behind >= 0
+    return mask if window is None else mask & (behind < window)
 
 
 def masked_cache(model: Any, keys: mx.array) -> list[KeyCache]:

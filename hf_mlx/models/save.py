@@ -16,13 +16,14 @@ from ..errors import ModelError
 from ..intake import lies
 from .config import FILES
 from .load import LoadedModel
+from .spelling import spell_out
 
 WEIGHTS = "model.safetensors"
 _DTYPES = {mx.float32: "float32", mx.bfloat16: "bfloat16", mx.float16: "float16"}
 
 
 def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx.array] | None = None) -> None:
-    """Write weights under HF names and layouts, config.json and generation_config.json.
+    """Write weights under HF names and layouts, generation_config.json, and a config.json that mlx-lm reads alike.
 
     Nothing is seen of it before all of it is on disk (:func:`hf_mlx.atomic.staged`).
 
@@ -77,4 +78,4 @@ def _config(loaded: LoadedModel, weights: Mapping[str, mx.array]) -> dict[str, A
                 part["tie_word_embeddings"] = False
     if len(dtypes) == 1:
         config["dtype"] = _DTYPES[dtypes.pop()]
-    return config
+    return spell_out(config)

@@ -50,9 +50,18 @@ def check_hooks(model: Any) -> None:
                     f"a {type(hook).__name__} of accelerate's kind", where, "accelerate.hooks.remove_hook_from_module"
                 )
     for path, value in model.named_parameters():
-        for name, what in _TENSOR_HOOKS.items() if value.requires_grad else ():
-            for hook in (getattr(value, name, None) or {}).values():
-                _check_hook(path, what, hook, "handle.remove(); max_grad_value= and max_grad_norm= clip gradients here")
+        check_tensor_hooks(path, value)
+
+
+def check_tensor_hooks(path: str, parameter: Any) -> None:
+    """Refuse hooks of a script's own on a trained parameter.
+
+    Raises:
+        SettingError: Names the parameter and the function.
+    """
+    for name, what in _TENSOR_HOOKS.items() if getattr(parameter, "requires_grad", False) else ():
+        for hook in (getattr(parameter, name, None) or {}).values():
+            _check_hook(path, what, hook, "handle.remove(); read or write p.grad in a callback's on_pre_optimizer_step")
 
 
 def check_methods(model: Any) -> None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from ..data.batch import IGNORE
+from ..data.buckets import pad_batch
+from ..data.documents import counted_lengths
+from ..data.layout import shift_labels
+from ..data.order import count_tokens
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
 from ..data.prepare import prepare_tokenizer
+from ..data.prompts import SharedPrompts, pair_width, share_prompts
 from ..errors import SettingError
 from ..models.load import LoadedModel
 from ..settings.config_tables import DPO_TABLE
 from ..settings.plan import DataPlan, PairLossPlan, TrainPlan
-from ..training.inputs import HostInputs, make_host_inputs
+from ..training.inputs import HostInputs, gather_scored
 from ..training.pairs import PairObjective
 from ..training.router import Routers
 from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
-from .recipe import Recipe, Row
+from .recipe import Paper, Recipe, Row
 
 _LOSS = "the loss is compiled here: choose it in DPOConfig (loss_type, loss_weights, beta, f_divergence_type, …)"
 _REFERENCE = "DPOConfig(precompute_ref_log_probs=True), or MLXDPOTrainer(ref_model=…)"
@@ -39,6 +46,7 @@ class PairRows:
     signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
     reads_tokenizer = True
     shaped = False
+    odd_labels = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)
@@ -61,6 +69,14 @@ class PairRows:
             "DPOConfig(train_sampling_strategy='random')",
         )
 
+    def extent(self, dataset: Any, examples: int, plan: DataPlan) -> tuple[int, int]:
+        longest = plan.max_length or 1024
+        if hasattr(dataset, "__len__"):
+            prompts, *answers = (count_tokens(dataset, column) for column in ID_COLUMNS)
+            found = max(prompt + max(pair) for prompt, *pair in zip(prompts, *answers, strict=True))
+            longest = found if plan.max_length is None else min(found, plan.max_length)
+        return 2 * examples, pair_width(longest, 2 * examples)
+
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> PairBatch:
         return collate_pairs(
             rows,
@@ -74,8 +90,32 @@ class PairRows:
         return convert_pairs(collated)
 
     def lay_out(self, batch: PairBatch, pad_token_id: int, shapes: Any, *, limit: int | None) -> HostInputs:
-        laid = make_host_inputs(batch, pad_token_id, None, limit=limit)
-        return replace(laid, arrays=laid.arrays | pair_arrays(batch, laid.arrays["input_ids"].shape[1]))
+        shared = share_prompts(batch, pad_token_id, limit) if shapes is not None and shapes.share else None
+        return _lay_whole(batch, pad_token_id, limit) if shared is None else _lay_shared(batch, shared)
+
+
+def _lay_whole(batch: PairBatch, pad_token_id: int, limit: int | None) -> HostInputs:
+    rows, longest = len(batch.lengths), int(batch.lengths.max())
+    # Where the model has a table of positions, rows beyond it stay as they are, and are refused elsewhere.
+    padded = pad_batch(batch, pair_width(longest, rows, limit), pad_token_id)
+    targets = shift_labels(padded.labels)
+    arrays = {"input_ids": padded.input_ids, "lengths": counted_lengths(batch)}
+    arrays |= {"width": np.array(batch.input_ids.shape[1], np.float32)}
+    arrays |= gather_scored(targets) | pair_arrays(batch, targets)
+    return _host_inputs(batch, arrays, int(batch.lengths.sum()))
+
+
+def _lay_shared(batch: PairBatch, shared: SharedPrompts) -> HostInputs:
+    answers = shared.targets.reshape(-1, shared.unit, shared.targets.shape[1])[:, -2:]
+    known = pair_arrays(batch, answers.reshape(-1, shared.targets.shape[1]))
+    spread = {name: value if np.ndim(value) == 0 else shared.spread(value) for name, value in known.items()}
+    arrays = {"input_ids": shared.input_ids, "prompts": shared.prompts, **gather_scored(shared.targets), **spread}
+    return _host_inputs(batch, arrays, shared.tokens)
+
+
+def _host_inputs(batch: PairBatch, arrays: dict[str, np.ndarray], held: int) -> HostInputs:
+    valid, labelled = int((batch.labels[:, 1:] != IGNORE).sum()), int((batch.labels != IGNORE).sum())
+    return HostInputs(arrays, valid, batch.num_tokens, arrays["input_ids"].size - held, labelled)
 
 
 def default_args(model: str) -> Any:
@@ -108,6 +148,20 @@ def log_pair_metrics(means: Mapping[str, float], num_tokens: float) -> dict[str,
     return entry
 
 
+_TITLE = "Direct Preference Optimization: Your Language Model is Secretly a Reward Model"
+_PAPER = Paper(
+    title=_TITLE,
+    number="2305.18290",
+    citation=f"""@inproceedings{{rafailov2023direct,
+    title     = {{{{{_TITLE}}}}},
+    author    = {{Rafael Rafailov and Archit Sharma and Eric Mitchell and Christopher D. Manning and Stefano Ermon
+                 and Chelsea Finn}},
+    year      = 2023,
+    booktitle = {{Advances in Neural Information Processing Systems 36}},
+    url       = {{https://huggingface.co/papers/2305.18290}},
+}}""",
+)
+
 DPO = Recipe(
     name="MLXDPOTrainer",
     config=DPO_TABLE,
@@ -120,4 +174,5 @@ DPO = Recipe(
     never_called={**NEVER_CALLED, **_OWN},
     tags=("generated_from_trainer", "trl", "dpo", "hf-mlx"),
     method="DPO",
+    paper=_PAPER,
 )

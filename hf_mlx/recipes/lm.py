@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.batch import Batch
 from ..data.masked import convert_masked
+from ..data.order import longest_row
 from ..data.plain import row_lengths, take_rows, view_columns
 from ..data.prepare import Prepared
 from ..data.shapes import Shapes
@@ -28,6 +29,7 @@ class PlainRows:
     signature_columns: tuple[str, ...] | None = None
     reads_tokenizer = False
     shaped = True
+    odd_labels = False
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return tokenizer
@@ -46,6 +48,9 @@ class PlainRows:
     def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
         names = getattr(tokenizer, "model_input_names", None) or ["input_ids"]
         return row_lengths(dataset, column, names[0])
+
+    def extent(self, dataset: Any, examples: int, plan: DataPlan) -> tuple[int, int]:
+        return examples, longest_row(dataset, plan.max_length or 1024)
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> Batch:
         return convert_masked(default_collator(tokenizer)(rows))
@@ -112,4 +117,5 @@ LM = Recipe(
     tags=("generated_from_trainer", "hf-mlx"),
     method="transformers' Trainer",
     writes_router_settings=False,
+    trains_together=True,
 )

@@ -23,12 +23,14 @@ class RowTable(Protocol):
         signature_columns: Columns of a prepared row that a user's collator gets when ``remove_unused_columns`` is on;
             None for those that the model's forward takes.
         reads_tokenizer: Whether the model's own tokenizer is read where none is given.
+        odd_labels: Whether labels below 0 other than -100 pass, as with trl.
         shaped: Whether :meth:`lay_out` reads the shapes of the run, which are chosen from a sample of its batches.
     """
 
     signature_columns: tuple[str, ...] | None
     reads_tokenizer: bool
     shaped: bool
+    odd_labels: bool
 
     def prepare_tokenizer(self, tokenizer: Any, plan: Any) -> Any:
         """The tokenizer as rows are prepared with."""
@@ -50,6 +52,10 @@ class RowTable(Protocol):
         """Tokens of every row of what :meth:`view` returned; ``column`` may hold them."""
         ...
 
+    def extent(self, dataset: Any, examples: int, plan: Any) -> tuple[int, int]:
+        """Rows and their width of the largest micro-batch of ``examples`` of a prepared set, as they are computed."""
+        ...
+
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: Any, *, padding_free: bool) -> Any:
         """Prepared rows as a batch."""
         ...
@@ -61,6 +67,21 @@ class RowTable(Protocol):
     def lay_out(self, batch: Any, pad_token_id: int, shapes: Any, *, limit: int | None) -> Any:
         """A batch as :class:`~hf_mlx.training.inputs.HostInputs`; ``shapes`` None keeps the rows as they are."""
         ...
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was introduced.
+
+    Attributes:
+        title: Its title.
+        number: On https://huggingface.co/papers.
+        citation: BibTeX.
+    """
+
+    title: str
+    number: str
+    citation: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +101,9 @@ class Recipe:
         never_called: Methods of the upstream trainer that no step would call, with what to write instead.
         tags: Of the model card.
         method: What the card says it was trained with.
+        paper: Where the method was introduced, or None.
         writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
+        trains_together: Whether several processes train it with upstream's numbers.
     """
 
     name: str
@@ -94,4 +117,6 @@ class Recipe:
     never_called: Mapping[str, str]
     tags: tuple[str, ...]
     method: str
+    paper: Paper | None = None
     writes_router_settings: bool = True
+    trains_together: bool = False

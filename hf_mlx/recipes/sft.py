@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.batch import Batch
 from ..data.collate import collate, convert_batch
-from ..data.order import count_tokens
+from ..data.order import count_tokens, longest_row
 from ..data.prepare import Prepared, prepare, prepare_eval, prepare_tokenizer
 from ..data.shapes import Shapes
 from ..models.load import LoadedModel
@@ -28,6 +28,7 @@ class SFTRows:
     signature_columns: tuple[str, ...] | None = ("input_ids", "labels", "seq_lengths")
     reads_tokenizer = True
     shaped = True
+    odd_labels = True
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)
@@ -46,6 +47,9 @@ class SFTRows:
         if keep_columns and column in dataset.column_names:
             return list(dataset[column])
         return count_tokens(dataset)
+
+    def extent(self, dataset: Any, examples: int, plan: DataPlan) -> tuple[int, int]:
+        return examples, longest_row(dataset, plan.max_length or 1024)
 
     def collate(self, rows: Sequence[Row], tokenizer: Any, plan: DataPlan, *, padding_free: bool) -> Batch:
         if not padding_free:
@@ -106,4 +110,5 @@ SFT = Recipe(
     never_called=NEVER_CALLED,
     tags=("generated_from_trainer", "sft", "trl", "hf-mlx"),
     method="SFT",
+    trains_together=True,
 )

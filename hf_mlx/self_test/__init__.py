@@ -4,6 +4,7 @@ A tiny model is trained in ways whose every loss and gradient norm TRL was asked
 stored number is compared with the same thing computed another way. Nothing is downloaded.
 """
 
-from .report import SelfTestReport, run_self_test
+from .report import SelfTestReport
+from .watch import run_self_test
 
 __all__ = ["SelfTestReport", "run_self_test"]

@@ -6,13 +6,13 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..errors import HFMLXError, MissingDependency
-from ..models.doctor import environment
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class Measured:
     value: float
     limit: float | None
     unit: str
+
+
+Checks = Mapping[str, Callable[[Path], Iterator[tuple[str, Measured]]]]
 
 
 @dataclass(frozen=True)
@@ -81,44 +84,37 @@ class SelfTestReport:
         return "\n".join(lines)
 
 
-def run_self_test(
-    checks: dict[str, Callable[[Path], Iterator[tuple[str, Measured]]]] | None = None,
-    announce: Callable[[str], Any] = lambda name: None,
-) -> SelfTestReport:
-    """Run every check, also after one that failed.
+def run_checks(checks: Checks, announce: Callable[[str], Any] = lambda name: None) -> Iterator[tuple[str, Check]]:
+    """Run checks in this process, also after one that failed; each line with the name of its check.
 
     Args:
-        checks: Name to a function of a scratch folder that yields (what, number); None runs all.
+        checks: Name to a function of a scratch folder that yields (what, number).
         announce: Called with each check's name before it runs.
-
-    Raises:
-        MissingDependency: trl, peft or torch, whose configuration classes the runs use, is not installed.
     """
-    try:
-        import peft
-        import trl  # noqa: F401
-
-        del peft
-    except ImportError as error:
-        raise MissingDependency(
-            f"hf-mlx doctor --self-test: {error}",
-            "trl, peft and torch, as scripts use them",
-            'pip install "hf-mlx[hf]"',
-        ) from error
-    if checks is None:
-        from .checks import CHECKS
-
-        checks = CHECKS
-    found: list[Check] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number, (name, check) in enumerate(checks.items()):
             announce(name)
-            found += _run(name, check, Path(scratch) / str(number))
-    return SelfTestReport(tuple(found), environment())
+            for line in _run(name, check, Path(scratch) / str(number)):
+                yield name, line
 
 
-def _run(name: str, check: Callable[[Path], Iterator[tuple[str, Measured]]], folder: Path) -> list[Check]:
-    start, found = time.perf_counter(), []
+def require_libraries() -> None:
+    """Refuse to begin without what the runs need.
+
+    Raises:
+        MissingDependency: trl, peft or torch, whose configuration classes they use, is not installed.
+    """
+    absent = [name for name in ("torch", "peft", "trl") if find_spec(name) is None]
+    if absent:
+        raise MissingDependency(
+            f"hf-mlx doctor --self-test without {', '.join(absent)}",
+            "trl, peft and torch, as scripts use them",
+            'pip install "hf-mlx[hf]"',
+        )
+
+
+def _run(name: str, check: Callable[[Path], Iterator[tuple[str, Measured]]], folder: Path) -> Iterator[Check]:
+    start = time.perf_counter()
     folder.mkdir()
     try:
         for what, measured in check(folder):
@@ -129,13 +125,16 @@ def _run(name: str, check: Callable[[Path], Iterator[tuple[str, Measured]]], fol
             error = None if math.isfinite(measured.value) else f"{measured.value} {measured.unit}"
             value = None if error else measured.value
             line = (value, measured.limit, measured.unit, error, round(seconds, 2))
-            found.append(Check(f"{name}: {what}", ok and error is None, *line))
+            yield Check(f"{name}: {what}", ok and error is None, *line)
     except Exception as error:
         # Whatever this machine raises is what the report is for.
         text = error.received if isinstance(error, HFMLXError) else " ".join(str(error).split())[:300]
-        seconds = round(time.perf_counter() - start, 2)
-        found.append(Check(name, False, None, None, "", f"{type(error).__name__}: {text}", seconds))
-    return found
+        yield failed(name, f"{type(error).__name__}: {text}", time.perf_counter() - start)
+
+
+def failed(name: str, error: str, seconds: float) -> Check:
+    """The line of a check that gave no number."""
+    return Check(name, False, None, None, "", error, round(seconds, 2))
 
 
 def _line(check: Check) -> str:

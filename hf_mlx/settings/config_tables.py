@@ -45,8 +45,8 @@ def choose_table(settings: Any) -> ConfigTable:
     if isinstance(settings, Mapping):
         own = {rule.field for rule in DPO_CONFIG} - SFT_TABLE.all_rules.keys()
         return SFT_TABLE if own.isdisjoint(settings) else DPO_TABLE
-    names = {cls.__name__ for cls in type(settings).__mro__}
-    return DPO_TABLE if DPO_TABLE.name in names else SFT_TABLE
+    names = [cls.__name__ for cls in type(settings).__mro__]
+    return next((table for table in (DPO_TABLE, SFT_TABLE, LM_TABLE) if table.name in names), SFT_TABLE)
 
 
 SFT_TABLE = ConfigTable("SFTConfig", SFT_CONFIG, SFT_DEFAULTS, resolve_data, resolve_loss)

@@ -14,7 +14,6 @@ from .verdicts import (
     Rule,
     Values,
     adapted,
-    always,
     cases,
     enabled,
     given,
@@ -117,14 +116,19 @@ DPO_CONFIG: tuple[Rule, ...] = (
     honour("use_weighting", False, "WPO's weights of pairs"),
     honour("discopop_tau", 0.05, "of discopop"),
     ignore("activation_offloading", False, "has no place to offload to in unified memory"),
-    refuse(
+    cases(
         "sync_ref_model",
         False,
-        "moves the reference while training, and it is a constant of the compiled step",
-        write="sync_ref_model=False",
+        given(
+            "True, with precompute_ref_log_probs=True",
+            lambda value, values: bool(value and values["precompute_ref_log_probs"]),
+            refused("moves a reference that was read before training (TRL raises too)", write="sync_ref_model=False"),
+        ),
+        enabled(honoured("the reference follows the policy; without an adapter only, as in TRL")),
+        otherwise(honoured("off")),
     ),
-    cases("ref_model_mixup_alpha", 0.6, always(no_op("counts with sync_ref_model only"))),
-    cases("ref_model_sync_steps", 512, always(no_op("counts with sync_ref_model only"))),
+    honour("ref_model_mixup_alpha", 0.6, "how far the reference goes towards the policy at each sync"),
+    honour("ref_model_sync_steps", 512, "steps between two syncs"),
     honour("pad_token", None, "must be in the vocabulary"),
     # Fields of TrainingArguments that mean something else under this trainer.
     ignore("label_smoothing_factor", 0.0, "is not read by TRL's preference loss; label_smoothing is"),
@@ -140,6 +144,8 @@ DPO_CONFIG: tuple[Rule, ...] = (
         "would cast the policy and not its reference",
         write="bf16_full_eval=False",
     ),
+    refuse("batch_eval_metrics", False, "calls compute_metrics once a batch", write="batch_eval_metrics=False"),
+    refuse("include_for_metrics", [], "hands compute_metrics the pairs' inputs", write="include_for_metrics=[]"),
     cases(
         "train_sampling_strategy",
         "random",
@@ -207,6 +213,10 @@ def resolve_pair_loss(values: Mapping[str, Any]) -> PairLossPlan:
         precompute_batch_size=check_optional_count(
             "precompute_ref_batch_size", values["precompute_ref_batch_size"], "precompute_ref_batch_size=8"
         ),
+        sync_steps=check_count("ref_model_sync_steps", values["ref_model_sync_steps"], "ref_model_sync_steps=512")
+        if check_flag("sync_ref_model", values["sync_ref_model"])
+        else None,
+        mixup_alpha=check_number("ref_model_mixup_alpha", values["ref_model_mixup_alpha"], "ref_model_mixup_alpha=0.6"),
     )  # fmt: skip
     _check_together(plan)
     return plan

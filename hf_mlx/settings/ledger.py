@@ -11,7 +11,7 @@ from .entries import Ledger
 from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .reading import owner, read_defaults, read_values
-from .verdicts import Rule, Ruling, Values, Verdict, is_default, no_op, refused
+from .verdicts import PROCESS_COUNT, Rule, Ruling, Values, Verdict, is_default, no_op, refused
 
 __all__ = ["Entry", "Ledger", "complete_adapter", "complete_arguments", "explain"]
 
@@ -19,15 +19,22 @@ _LORA_RULES: Mapping[str, Rule] = {rule.field: rule for rule in LORA_CONFIG}
 
 
 def explain(
-    args: Any, peft_config: Any = None, *, overrides: Values | None = None, table: ConfigTable | None = None
+    args: Any,
+    peft_config: Any = None,
+    *,
+    overrides: Values | None = None,
+    table: ConfigTable | None = None,
+    processes: int = 1,
 ) -> Ledger:
     """Say what happens to every field of a configuration on MLX.
 
     Args:
-        args: A ``TrainingArguments``, ``SFTConfig`` or ``DPOConfig``, or a dict of fields. None is ``SFTConfig()``.
+        args: A ``TrainingArguments``, ``SFTConfig`` or ``DPOConfig``, judged for the trainer of its class; or a dict of
+            fields. None is ``SFTConfig()``.
         peft_config: A ``LoraConfig``, or a dict of its fields.
         overrides: Fields that a keyword of the trainer sets over ``args``.
         table: The configuration class of the trainer in question; None goes by the class or the fields of ``args``.
+        processes: How many train together.
 
     Returns:
         The ledger: print it, iterate over it as ``(field, value, verdict, reason)``, or call ``raise_refused()``.
@@ -42,7 +49,8 @@ def explain(
         settings, overrides = dict(settings) | dict(overrides or {}), None
     values = _merge_arguments(settings, overrides, table)
     present = values if isinstance(settings, Mapping) else read_values(settings) | dict(overrides or {})
-    entries = _judge(settings, table.all_rules, values, present, _argument_defaults(settings, table), table.name)
+    together = {**values, PROCESS_COUNT: processes}
+    entries = _judge(settings, table.all_rules, together, present, _argument_defaults(settings, table), table.name)
     if peft_config is not None:
         entries += _judge_adapter(peft_config)
     return Ledger(entries)

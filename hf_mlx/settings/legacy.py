@@ -2,73 +2,54 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import SettingError
 
-# Same meaning under another name.
-RENAMED: Mapping[str, str] = {
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "push_to_hub_token": "hub_token",
-    "push_to_hub_model_id": "hub_model_id",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "max_seq_length": "max_length",
-    "use_liger": "use_liger_kernel",
-}
 
-# Gone, with the value that asked for nothing (or for what always happens now), and what to do otherwise.
-_GONE: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "overwrite_output_dir": ((True, False), "remove it: transformers 5 never empties the folder"),
-    "save_safetensors": ((True,), "remove it: safetensors is the one format that is written"),
-    "fp16_opt_level": (("O1",), "bf16=True"),
-    "fp16_backend": (("auto",), "bf16=True"),
-    "half_precision_backend": (("auto",), "bf16=True"),
-    "use_mps_device": ((True, False), "remove it: MLX uses the Mac's GPU by itself"),
-    "use_ipex": ((False,), "remove it"),
-    "past_index": ((-1,), "remove it: transformers 5 has no such feature"),
-    "jit_mode_eval": ((False,), "remove it"),
-    "torchdynamo": ((None,), "remove it: the step is compiled by MLX"),
-    "sharded_ddp": (("", None, False, []), "remove it: memory is unified here"),
-    "fsdp_min_num_params": ((0,), "remove it: memory is unified here"),
-    "fsdp_transformer_layer_cls_to_wrap": ((None,), "remove it: memory is unified here"),
-    "xpu_backend": ((None,), "remove it"),
-    "tpu_num_cores": ((None,), "remove it"),
-    "tpu_metrics_debug": ((False,), "remove it"),
-    "mp_parameters": (("",), "remove it"),
-    "ray_scope": (("last",), "remove it: hyperparameter search is not part of this trainer"),
-    "dataset_batch_size": ((None, 1000), "remove it: it only sized the tokenizer's batches"),
-    "num_of_sequences": ((None, 1024), "packing=True with max_length"),
-    "chars_per_token": ((None, 3.6), "packing=True with max_length"),
-    # The rows are gone through again anyway, until max_steps or num_train_epochs is reached.
-    "infinite": ((None, False, True), "max_steps"),
-    "use_legacy_prediction_loop": ((False,), "remove it"),
-    # Of DPOConfig, before trl 1.
-    "reference_free": ((False,), "remove it: TRL 1 always has a reference"),
-    "max_prompt_length": ((None,), "max_length for prompt and answer together; TRL 1 cuts no prompt alone"),
-    "max_completion_length": ((None,), "max_length for prompt and answer together"),
-    "label_pad_token_id": ((-100, None), "remove it: -100 is what is left out"),
-    "padding_value": ((None,), "processing_class with its pad_token"),
-    "is_encoder_decoder": ((None, False), "remove it: causal language models are trained here"),
-    "generate_during_eval": ((False,), "a TrainerCallback that generates"),
-    "model_adapter_name": ((None,), "remove it: the model's active adapter is trained"),
-    "ref_adapter_name": ((None,), "remove it: the reference is the adapter as it was"),
-    "force_use_ref_model": ((False,), "remove it: MLXDPOTrainer(ref_model=…) is always used"),
-    "base_model_attribute_name": (("model",), "remove it"),
-    "ref_model_init_kwargs": ((None, {}), "MLXDPOTrainer(ref_model=model) with a model that is loaded already"),
-    "tools": ((None,), "a column 'tools' in each row"),
-    "use_logits_to_keep": ((True, False), "remove it: only scored positions are projected here"),
-}
+class Renamed(NamedTuple):
+    """A field of the same meaning under another name.
+
+    Attributes:
+        left: The first release without it.
+        now: Its name today.
+    """
+
+    left: str
+    now: str
+
+
+class Gone(NamedTuple):
+    """A field without a successor.
+
+    Attributes:
+        left: The first release without it.
+        harmless: The values that asked for nothing, or for what always happens now; None for every value.
+        remedy: What to do where it asked for something.
+    """
+
+    left: str
+    harmless: tuple[Any, ...] | None
+    remedy: str
+
+
+class Rewritten(NamedTuple):
+    """A field whose meaning is said another way.
+
+    Attributes:
+        left: The first release without it.
+        rewrite: Puts the meaning into today's fields; returns what is said about it.
+    """
+
+    left: str
+    rewrite: Callable[[dict[str, Any], str, Any], str]
 
 
 def is_older(name: str) -> bool:
     """Whether a keyword of ``TrainingArguments`` or ``SFTConfig`` is one of an older release."""
-    return name in RENAMED or name in _GONE or name in _REWRITTEN
+    return name in OLDER_FIELDS
 
 
 def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -97,15 +78,19 @@ def translate_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list
         _set(current, name, RENAMED[name], old[name])
     # The rewritten ones may build on the renamed ones, which are all in place now.
     for name, value in old.items():
-        if name in RENAMED:
-            notes.append(f"{name} is now {RENAMED[name]}")
-        elif name in _GONE:
-            notes.append(_drop(name, value))
-        else:
-            notes.append(_REWRITTEN[name](current, name, value))
+        match OLDER_FIELDS[name]:
+            case Renamed(now=now):
+                notes.append(f"{name} is now {now}")
+            case Gone():
+                notes.append(drop(name, value))
+            case Rewritten(rewrite=rewrite):
+                notes.append(rewrite(current, name, value))
     if current.get("optim") == "adamw_hf":
         current["optim"] = "adamw_torch"
         notes.append('optim="adamw_hf" is now optim="adamw_torch"')
+    if "report_to" in current and current["report_to"] is None:
+        current["report_to"] = "all"
+        notes.append('report_to=None is now report_to="all": every tracker that is installed')
     return current, notes
 
 
@@ -119,10 +104,18 @@ def _set(current: dict[str, Any], old: str, new: str, value: Any) -> None:
     current[new] = value
 
 
-def _drop(name: str, value: Any) -> str:
-    harmless, remedy = _GONE[name]
-    if not any(value is option or (type(value) is type(option) and value == option) for option in harmless):
-        raise SettingError(f"{name}={value!r}", f"{name} is gone from transformers 5 and TRL 1", f"write {remedy}")
+def drop(name: str, value: Any) -> str:
+    """Say that a field without a successor asked for nothing.
+
+    Raises:
+        SettingError: It asked for something.
+    """
+    gone = OLDER_FIELDS[name]
+    assert isinstance(gone, Gone)
+    if gone.harmless is not None and not any(
+        value is option or (type(value) is type(option) and value == option) for option in gone.harmless
+    ):
+        raise SettingError(f"{name}={value!r}", f"{name} left in {gone.left}", f"write {gone.remedy}")
     return f"{name}={value!r} is gone, and asked for nothing"
 
 
@@ -135,8 +128,9 @@ def _warmup_ratio(current: dict[str, Any], name: str, ratio: Any) -> str:
 
 
 def _group_by_length(current: dict[str, Any], name: str, value: Any) -> str:
-    if value:
-        _set(current, name, "train_sampling_strategy", "group_by_length")
+    if not value:
+        return "group_by_length=False is gone, and asked for nothing"
+    _set(current, name, "train_sampling_strategy", "group_by_length")
     return 'group_by_length=True is now train_sampling_strategy="group_by_length"'
 
 
@@ -164,7 +158,7 @@ def _organization(current: dict[str, Any], name: str, value: Any) -> str:
 
 
 def _logging_dir(current: dict[str, Any], name: str, value: Any) -> str:
-    return f"logging_dir is gone: set the environment variable TENSORBOARD_LOGGING_DIR={value}"
+    return f"logging_dir is now the environment variable TENSORBOARD_LOGGING_DIR={value}"
 
 
 def _adafactor(current: dict[str, Any], name: str, value: Any) -> str:
@@ -192,75 +186,73 @@ def _accelerator(current: dict[str, Any], name: str, value: Any) -> str:
     return f'{name} is now accelerator_config={{"{name}": {value!r}}}'
 
 
-_REWRITTEN: Mapping[str, Callable[[dict[str, Any], str, Any], str]] = {
-    "warmup_ratio": _warmup_ratio,
-    "group_by_length": _group_by_length,
-    "include_tokens_per_second": _tokens_per_second,
-    "include_inputs_for_metrics": _inputs_for_metrics,
-    "push_to_hub_organization": _organization,
-    "logging_dir": _logging_dir,
-    "adafactor": _adafactor,
-    "rpo_alpha": _rpo_alpha,
-    "dispatch_batches": _accelerator,
-    "split_batches": _accelerator,
+_REMOVE = "remove it"
+# Fields of TrainingArguments ("transformers …"), SFTConfig and DPOConfig ("trl …") that have left.
+OLDER_FIELDS: Mapping[str, Renamed | Gone | Rewritten] = {
+    "evaluation_strategy": Renamed("transformers 4.51", "eval_strategy"),
+    "no_cuda": Renamed("transformers 5.0", "use_cpu"),
+    "push_to_hub_token": Renamed("transformers 5.0", "hub_token"),
+    "push_to_hub_model_id": Renamed("transformers 5.0", "hub_model_id"),
+    "per_gpu_train_batch_size": Renamed("transformers 5.0", "per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": Renamed("transformers 5.0", "per_device_eval_batch_size"),
+    "max_seq_length": Renamed("trl 0.20", "max_length"),
+    "use_liger": Renamed("trl 0.18", "use_liger_kernel"),
+    "use_liger_loss": Renamed("trl 0.28", "use_liger_kernel"),
+    "warmup_ratio": Rewritten("transformers 5.15", _warmup_ratio),
+    "group_by_length": Rewritten("transformers 5.2", _group_by_length),
+    "include_tokens_per_second": Rewritten("transformers 5.0", _tokens_per_second),
+    "include_inputs_for_metrics": Rewritten("transformers 5.0", _inputs_for_metrics),
+    "push_to_hub_organization": Rewritten("transformers 5.0", _organization),
+    "logging_dir": Rewritten("transformers 5.15", _logging_dir),
+    "adafactor": Rewritten("transformers 5.0", _adafactor),
+    "dispatch_batches": Rewritten("transformers 4.51", _accelerator),
+    "split_batches": Rewritten("transformers 4.51", _accelerator),
+    "rpo_alpha": Rewritten("trl 0.29", _rpo_alpha),
+    "overwrite_output_dir": Gone("transformers 5.0", None, _REMOVE),
+    "save_safetensors": Gone("transformers 5.0", (True,), "remove it: safetensors is the one format that is written"),
+    "fp16_opt_level": Gone("transformers 5.0", ("O1",), "bf16=True"),
+    "fp16_backend": Gone("transformers 5.0", ("auto",), "bf16=True"),
+    "half_precision_backend": Gone("transformers 5.0", ("auto",), "bf16=True"),
+    "use_mps_device": Gone("transformers 5.0", None, "remove it: MLX uses the Mac's GPU by itself"),
+    "use_ipex": Gone("transformers 4.57", (False,), _REMOVE),
+    "past_index": Gone("transformers 5.0", (-1,), "remove it: transformers 5 has no such feature"),
+    "jit_mode_eval": Gone("transformers 5.0", (False,), _REMOVE),
+    "torchdynamo": Gone("transformers 5.0", (None,), "remove it: the step is compiled by MLX"),
+    "sharded_ddp": Gone("transformers 4.35", ("", None, False, []), "remove it: memory is unified here"),
+    "fsdp_min_num_params": Gone("transformers 5.0", (0,), "remove it: memory is unified here"),
+    "fsdp_transformer_layer_cls_to_wrap": Gone("transformers 5.0", (None,), "remove it: memory is unified here"),
+    "xpu_backend": Gone("transformers 4.32", (None,), _REMOVE),
+    "tp_size": Gone("transformers 4.52", (0, None), "remove it: one process trains here"),
+    "tpu_num_cores": Gone("transformers 5.0", (None,), _REMOVE),
+    "tpu_metrics_debug": Gone("transformers 5.0", (False,), _REMOVE),
+    "mp_parameters": Gone("transformers 5.0", ("",), _REMOVE),
+    "ray_scope": Gone("transformers 5.0", ("last",), "remove it: hyperparameter search is not part of this trainer"),
+    "use_legacy_prediction_loop": Gone("transformers 5.0", (False,), _REMOVE),
+    # They sized the buffers of texts that were tokenized at once; trl ignored them from 0.15 on.
+    "dataset_batch_size": Gone("trl 0.18", None, _REMOVE),
+    "num_of_sequences": Gone("trl 0.18", None, _REMOVE),
+    "chars_per_token": Gone("trl 0.18", None, _REMOVE),
+    # The rows are gone through again anyway, until max_steps or num_train_epochs is reached.
+    "infinite": Gone("trl 0.13", None, "max_steps"),
+    "reference_free": Gone("trl 0.29", (False,), "remove it: TRL 1 always has a reference"),
+    "max_prompt_length": Gone(
+        "trl 0.29", (None,), "max_length for prompt and answer together; TRL 1 cuts no prompt alone"
+    ),
+    "max_completion_length": Gone("trl 0.29", (None,), "max_length for prompt and answer together"),
+    "max_target_length": Gone("trl 0.14", (None,), "max_length for prompt and answer together"),
+    "label_pad_token_id": Gone("trl 0.29", (-100, None), "remove it: -100 is what is left out"),
+    "padding_value": Gone("trl 0.26", (None,), "processing_class with its pad_token"),
+    "is_encoder_decoder": Gone("trl 0.15", (None, False), "remove it: causal language models are trained here"),
+    "generate_during_eval": Gone("trl 0.29", (False,), "a TrainerCallback that generates"),
+    "model_adapter_name": Gone("trl 0.29", (None,), "remove it: the model's active adapter is trained"),
+    "ref_adapter_name": Gone("trl 0.29", (None,), "remove it: the reference is the adapter as it was"),
+    "force_use_ref_model": Gone("trl 0.29", (False,), "remove it: MLXDPOTrainer(ref_model=…) is always used"),
+    "base_model_attribute_name": Gone("trl 0.29", ("model",), _REMOVE),
+    "ref_model_init_kwargs": Gone(
+        "trl 0.29", (None, {}), "MLXDPOTrainer(ref_model=model) with a model that is loaded already"
+    ),
+    "tools": Gone("trl 0.29", (None,), "a column 'tools' in each row"),
+    "use_num_logits_to_keep": Gone("trl 0.17", None, "remove it: only scored positions are projected here"),
+    "use_logits_to_keep": Gone("trl 0.29", None, "remove it: only scored positions are projected here"),
 }
-
-# Keywords that SFTTrainer's constructor took before they moved to SFTConfig -> the field that has their meaning.
-TRAINER_KEYWORDS: Mapping[str, str] = {
-    "tokenizer": "processing_class",
-    "max_seq_length": "max_length",
-    "dataset_text_field": "dataset_text_field",
-    "packing": "packing",
-    "eval_packing": "eval_packing",
-    "dataset_kwargs": "dataset_kwargs",
-    "dataset_num_proc": "dataset_num_proc",
-    "neftune_noise_alpha": "neftune_noise_alpha",
-    "model_init_kwargs": "model_init_kwargs",
-}
-_DROPPED_KEYWORDS = ("dataset_batch_size", "num_of_sequences", "chars_per_token", "infinite")
-
-
-def merge_trainer_keywords(
-    values: Mapping[str, Any], keywords: Mapping[str, Any], *, stacklevel: int = 3
-) -> tuple[dict[str, Any], Any]:
-    """Lay SFTTrainer's older constructor keywords over the configuration, with a DeprecationWarning each.
-
-    A keyword that is None was not given. One that is given wins over the configuration, as it did in TRL.
-
-    Args:
-        values: Fields that are set already; ``{}`` to get the fields of the keywords alone, which is what
-            :func:`~hf_mlx.settings.resolve.resolve_plan` takes as ``overrides``.
-        keywords: What the constructor received beyond its own parameters.
-        stacklevel: Of the warnings; 3 blames the caller of the function that calls this one.
-
-    Returns:
-        The merged fields, and the tokenizer, or None.
-
-    Raises:
-        SettingError: A keyword that SFTTrainer never had, or one that is gone and asked for something.
-    """
-    merged, tokenizer = dict(values), None
-    for name, value in keywords.items():
-        if name in _DROPPED_KEYWORDS:
-            _drop(name, value)
-        elif name not in TRAINER_KEYWORDS:
-            raise _unknown_keyword(name, value)
-        if value is None or name in _DROPPED_KEYWORDS:
-            continue
-        field = TRAINER_KEYWORDS[name]
-        place = "processing_class=" if name == "tokenizer" else f"SFTConfig({field}=...)"
-        warnings.warn(f"{name}= of SFTTrainer is deprecated; write {place}", DeprecationWarning, stacklevel=stacklevel)
-        if name == "tokenizer":
-            tokenizer = value
-        else:
-            merged[field] = value
-    return merged, tokenizer
-
-
-def _unknown_keyword(name: str, value: Any) -> SettingError:
-    close = difflib.get_close_matches(name, TRAINER_KEYWORDS, n=1)
-    return SettingError(
-        f"{name}={value!r}",
-        f"{name} is a parameter of SFTTrainer, of this release or an older one ({', '.join(TRAINER_KEYWORDS)})",
-        f"write {close[0]}=..." if close else f"remove {name}=, or set it on SFTConfig",
-    )
+RENAMED: Mapping[str, str] = {name: field.now for name, field in OLDER_FIELDS.items() if isinstance(field, Renamed)}

@@ -9,13 +9,24 @@ from typing import Any
 from .plan import DataPlan, LossPlan
 from .run_plan import resolve_loss
 from .sft_config import MODEL_INIT_KWARGS
-from .verdicts import Rule, honour
+from .verdicts import Rule, honour, ignore, refuse
 
 # Not fields of TrainingArguments: what a model that is named by a string is loaded with. transformers 5.23 loads in
 # the checkpoint's own dtype.
 LM_CONFIG: tuple[Rule, ...] = (
     replace(MODEL_INIT_KWARGS, default={"dtype": "auto"}),
     honour("trust_remote_code", False, "not a field of TrainingArguments"),
+    # Fields of Seq2SeqTrainingArguments, whose trainer scripts use for causal language models too.
+    refuse("predict_with_generate", False, "generates in evaluation", write="predict_with_generate=False"),
+    *(
+        ignore(field, default, "is read with predict_with_generate alone")
+        for field, default in (
+            ("sortish_sampler", False),
+            ("generation_max_length", None),
+            ("generation_num_beams", None),
+            ("generation_config", None),
+        )
+    ),
 )
 
 

@@ -40,7 +40,11 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How rows are ordered, batched and accumulated; all counts are in rows, micro-batches or steps."""
+    """How rows are ordered, batched and accumulated; all counts are in rows, micro-batches or steps.
+
+    ``processes`` is how many share the work; ``split_batches`` deals each batch to all of them, and ``average_tokens``
+    divides by the tokens of all, each as accelerate and transformers mean it.
+    """
 
     train_batch_size: int = 8
     eval_batch_size: int = 8
@@ -53,6 +57,14 @@ class BatchPlan:
     sampling: Sampling = "random"
     seedable_sampler: bool = True
     length_column_name: str = "length"
+    processes: int = 1
+    split_batches: bool = False
+    average_tokens: bool = True
+
+    @property
+    def own_batch_size(self) -> int:
+        """Rows of a full micro-batch of one process."""
+        return self.train_batch_size // self.processes if self.split_batches else self.train_batch_size
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,8 @@ class PairLossPlan:
         disable_dropout: The adapter's dropout is off while training.
         precompute: The reference's log-probabilities are computed once, before training.
         precompute_batch_size: Pairs at once then; None is the batch size of the set.
+        sync_steps: Steps after which the reference is moved towards the policy; None leaves it where it is.
+        mixup_alpha: The policy's share then.
     """
 
     losses: tuple[tuple[str, float], ...] = (("sigmoid", 1.0),)
@@ -120,6 +134,8 @@ class PairLossPlan:
     disable_dropout: bool = True
     precompute: bool = False
     precompute_batch_size: int | None = None
+    sync_steps: int | None = None
+    mixup_alpha: float = 0.6
 
     @property
     def sorts(self) -> bool:

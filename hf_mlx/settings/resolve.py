@@ -32,6 +32,7 @@ def resolve_plan(
     quantization_config: Any = None,
     overrides: Mapping[str, Any] | None = None,
     table: ConfigTable = SFT_TABLE,
+    processes: int = 1,
 ) -> tuple[TrainPlan, Ledger]:
     """Resolve what was asked into a plan, before an array exists.
 
@@ -45,8 +46,9 @@ def resolve_plan(
         strict: Also refuse what is done another way with other numbers.
         quantization_config: TRL's constructor keyword of that name.
         overrides: Fields that keywords of the trainer set over ``args``; see
-            :func:`~hf_mlx.settings.legacy.merge_trainer_keywords`.
+            :func:`~hf_mlx.settings.trainer_keywords.merge_trainer_keywords`.
         table: The configuration class of the trainer in question.
+        processes: How many train together.
 
     Returns:
         The plan, and the ledger it was resolved with.
@@ -54,14 +56,14 @@ def resolve_plan(
     Raises:
         SettingError: A field is refused, has a value out of range, or contradicts another one.
     """
-    overrides = dict(overrides or {}) | _quantize(args, quantization_config)
-    ledger = explain(args, peft_config, overrides=overrides, table=table)
+    overrides = read_values(overrides or {}) | _quantize(args, quantization_config)
+    ledger = explain(args, peft_config, overrides=overrides, table=table, processes=processes)
     ledger.raise_refused(strict=strict)
     values = complete_arguments(args, overrides, table)
     check_logistics(values)
     lora = resolve_lora(peft_config)
     plan = TrainPlan(
-        batch=resolve_batch(values),
+        batch=resolve_batch(values, processes),
         data=table.resolve_data(values),
         model=resolve_model(values),
         optim=resolve_optim(values),

@@ -17,11 +17,11 @@ _ROWS = 2**31  # MLX counts an array's rows in int32
 _SEEDS = 2**32  # numpy's range, which transformers.set_seed seeds as well
 
 
-def resolve_batch(values: Mapping[str, Any]) -> BatchPlan:
-    """Order, batch sizes, accumulation and length of the run."""
+def resolve_batch(values: Mapping[str, Any], processes: int = 1) -> BatchPlan:
+    """Order, batch sizes, accumulation and length of the run, on so many processes."""
     max_steps, epochs = _resolve_length(values)
     accelerator = values["accelerator_config"] or {}
-    return BatchPlan(
+    plan = BatchPlan(
         train_batch_size=_count(values, "per_device_train_batch_size", "per_device_train_batch_size=1", below=_ROWS),
         eval_batch_size=_count(values, "per_device_eval_batch_size", "per_device_eval_batch_size=1", below=_ROWS),
         gradient_accumulation_steps=_resolve_accumulation(values, accelerator),
@@ -35,7 +35,32 @@ def resolve_batch(values: Mapping[str, Any]) -> BatchPlan:
         length_column_name=check_text(
             "length_column_name", values["length_column_name"], 'length_column_name="length"'
         ),
+        processes=processes,
+        split_batches=processes > 1 and check_flag("split_batches", accelerator.get("split_batches", False)),
+        average_tokens=check_flag("average_tokens_across_devices", values["average_tokens_across_devices"]),
     )
+    check_split(plan, "train", plan.train_batch_size)
+    return plan
+
+
+def check_split(plan: BatchPlan, kind: str, rows: int) -> None:
+    """Refuse batches that cannot be dealt to all processes (accelerate 1.15 ``prepare_data_loader``).
+
+    Args:
+        plan: Its ``split_batches`` and ``processes`` are read.
+        kind: ``"train"`` or ``"eval"``.
+        rows: Of a batch. One row passes accelerate's check, and then nobody has a row.
+
+    Raises:
+        SettingError: They cannot.
+    """
+    if plan.split_batches and rows % plan.processes:
+        raise SettingError(
+            f"per_device_{kind}_batch_size={rows} with split_batches on {plan.processes} processes",
+            "batches that can be dealt to all of them",
+            f"per_device_{kind}_batch_size={max(rows // plan.processes, 1) * plan.processes}, or "
+            'accelerator_config={"split_batches": False}',
+        )
 
 
 def _resolve_length(values: Mapping[str, Any]) -> tuple[int, float]:

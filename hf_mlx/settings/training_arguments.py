@@ -11,6 +11,7 @@ from .verdicts import (
     Rule,
     adapt,
     adapted,
+    alone,
     cases,
     enabled,
     given,
@@ -68,7 +69,9 @@ RUN = (
         one_of("random", "sequential", "group_by_length", ruling=honoured("order of the rows")),
         one_of(
             "batch_rebalance",
-            ruling=refused("balances batches across processes; there is one", write='train_sampling_strategy="random"'),
+            ruling=refused(
+                "balances batches across processes by their length", write='train_sampling_strategy="random"'
+            ),
         ),
         otherwise(refused("is none of random, sequential, group_by_length", write='train_sampling_strategy="random"')),
     ),
@@ -79,11 +82,15 @@ RUN = (
     honour("do_predict", False, "for the script; transformers never reads it"),
     honour("use_cache", False, "written to the model's config only"),
     adapt("full_determinism", False, "seeds every generator; MLX has no nondeterministic kernels to switch off"),
-    adapt(
+    alone(
         "auto_find_batch_size",
         False,
-        "computes a micro-batch that does not fit in pieces of its rows: batch, order, steps and curve stay as "
-        "written; upstream halves the batch and starts again",
+        adapted(
+            "computes a micro-batch that does not fit in pieces of its rows: batch, order, steps and curve stay as "
+            "written; upstream halves the batch and starts again"
+        ),
+        "has one process compute a step again that others have done",
+        "auto_find_batch_size=False and a smaller per_device_train_batch_size",
     ),
 )
 

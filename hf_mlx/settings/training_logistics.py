@@ -6,6 +6,7 @@ from .verdicts import (
     DictRule,
     Rule,
     adapt,
+    alone,
     cases,
     given,
     honour,
@@ -16,10 +17,12 @@ from .verdicts import (
     otherwise,
     refuse,
     refused,
+    several,
 )
 
 _INTERVALS = ("no", "steps", "epoch")
 _ONE_PROCESS = "concerns several processes; this is one"
+_TORCH_DDP = "is a knob of torch's DistributedDataParallel; MLX adds the gradients up"
 # transformers 5.23, training_args.trainer_log_levels.
 _LOG_LEVELS = ("passive", "detail", "debug", "info", "warning", "error", "critical")
 _LOADER = "is a speed knob of torch's DataLoader; batches are the same"
@@ -31,8 +34,18 @@ def _strategy(field: str, default: str, *names: str) -> Rule:
     return cases(field, default, known, otherwise(unknown))
 
 
+def _shared(field: str, default: object, reason: str) -> Rule:
+    """A field that means what it means upstream on several processes, and nothing on one."""
+    return cases(field, default, several(honoured(reason)), otherwise(no_op(_ONE_PROCESS)))
+
+
 def _asks_nothing(value: object) -> bool:
     return not any(value.values()) if isinstance(value, dict) else not value
+
+
+def _names_known(value: object) -> bool:
+    """Words of ``include_for_metrics``; None asks for nothing."""
+    return value is None or (isinstance(value, (list, tuple)) and set(map(str, value)) <= {"inputs", "loss"})
 
 
 LOGGING = (
@@ -52,8 +65,8 @@ LOGGING = (
         one_of(*_LOG_LEVELS, ruling=honoured("of transformers' loggers")),
         otherwise(refused(f"is none of {', '.join(_LOG_LEVELS)}", write='log_level="passive"')),
     ),
-    ignore("log_level_replica", "warning", _ONE_PROCESS),
-    ignore("log_on_each_node", True, _ONE_PROCESS),
+    _shared("log_level_replica", "warning", "of transformers' loggers on all processes but the first"),
+    _shared("log_on_each_node", True, "whether the first process of each machine logs as the first of all"),
     honour("disable_tqdm", None, "transformers' own progress bar"),
     honour("report_to", "none", "transformers' own integrations"),
     honour("run_name", None, "read by the integrations"),
@@ -73,31 +86,21 @@ EVALUATION = (
     honour("per_device_eval_batch_size", 8, "rows in an evaluation batch"),
     honour("eval_on_start", False, "evaluates before step 1"),
     adapt("prediction_loss_only", False, "keeps no logits, so compute_metrics is not called"),
-    refuse(
-        "eval_do_concat_batches",
-        True,
-        "False hands compute_metrics a list per batch, which is not implemented",
-        write="eval_do_concat_batches=True",
-    ),
+    honour("eval_do_concat_batches", True, "False hands compute_metrics lists of one array a batch"),
     ignore("eval_use_gather_object", False, _ONE_PROCESS),
     ignore("eval_accumulation_steps", None, "moves predictions off the GPU; memory is unified here"),
-    refuse(
+    cases(
         "include_for_metrics",
         [],
-        "hands compute_metrics inputs or losses, which is not implemented",
-        write="include_for_metrics=[]",
+        given("inputs and loss", lambda value, values: _names_known(value), honoured("compute_metrics gets them, too")),
+        otherwise(refused("names something else than inputs and loss", write='include_for_metrics=["inputs", "loss"]')),
     ),
-    refuse(
-        "batch_eval_metrics",
-        False,
-        "calls compute_metrics once a batch, which is not implemented",
-        write="batch_eval_metrics=False",
-    ),
+    honour("batch_eval_metrics", False, "calls compute_metrics once a batch, with compute_result=True for the last"),
     cases(
         "label_names",
         None,
         given("['labels']", lambda value, values: value in (None, [], ["labels"]), honoured("the SFT column")),
-        otherwise(refused("SFT has one label column", write='label_names=["labels"]')),
+        otherwise(refused("a causal model has one label column", write='label_names=["labels"]')),
     ),
     adapt("remove_unused_columns", True, "the collator takes the columns it needs and leaves the others"),
 )
@@ -107,7 +110,13 @@ SAVING = (
     honour("save_steps", 500, "below 1: a share of the run"),
     honour("save_total_limit", None, "oldest checkpoints are deleted, the best one is kept"),
     honour("save_only_model", False, "leaves out the optimizer, scheduler and random state"),
-    ignore("save_on_each_node", False, _ONE_PROCESS),
+    alone(
+        "save_on_each_node",
+        False,
+        no_op(_ONE_PROCESS),
+        "writes each checkpoint on every machine; here the first process hands on what a run resumes from",
+        "save_on_each_node=False",
+    ),
     refuse("enable_jit_checkpoint", False, "waits for a cluster's signal", write="enable_jit_checkpoint=False"),
     honour("load_best_model_at_end", False, "by metric_for_best_model"),
     honour("metric_for_best_model", None, 'None is "loss" when a best model is asked for'),
@@ -129,7 +138,13 @@ PROCESSES = (
         None,
         (otherwise(refused("is not a key of AcceleratorConfig", write="accelerator_config=None")),),
         (
-            honour("use_seedable_sampler", True, "which generator orders the rows"),
+            alone(
+                "use_seedable_sampler",
+                True,
+                honoured("which generator orders the rows"),
+                "draws an order that the processes have to agree on",
+                'accelerator_config={"use_seedable_sampler": True}',
+            ),
             DictRule(
                 "gradient_accumulation_kwargs",
                 None,
@@ -141,9 +156,22 @@ PROCESSES = (
                     ignore("sync_with_dataloader", True, "is not read by the Trainer's own loop"),
                 ),
             ),
-            ignore("split_batches", False, _ONE_PROCESS),
-            ignore("dispatch_batches", None, _ONE_PROCESS),
-            ignore("even_batches", True, _ONE_PROCESS),
+            _shared("split_batches", False, "deals the rows of each batch to all processes"),
+            alone(
+                "dispatch_batches",
+                None,
+                no_op(_ONE_PROCESS),
+                "lets one process read for all",
+                'accelerator_config={"dispatch_batches": False}',
+                (False,),
+            ),
+            alone(
+                "even_batches",
+                True,
+                no_op(_ONE_PROCESS),
+                "gives processes unlike numbers of batches, so that one would wait for ever",
+                'accelerator_config={"even_batches": True}, or dataloader_drop_last=True',
+            ),
             ignore("non_blocking", False, _LOADER),
             refuse(
                 "use_configured_state",
@@ -154,7 +182,7 @@ PROCESSES = (
         ),
     ),
     refuse(
-        "parallelism_config", None, "splits the model over processes; there is one", write="parallelism_config=None"
+        "parallelism_config", None, "splits the model; each process holds all of it", write="parallelism_config=None"
     ),
     refuse("fsdp", None, "shards a torch model; memory is unified here", write="fsdp=None"),
     cases(
@@ -165,16 +193,16 @@ PROCESSES = (
     ),
     refuse("deepspeed", None, "is a torch engine", write="deepspeed=None, and gradient_checkpointing=True for memory"),
     refuse("debug", "", "turns on torch's overflow or TPU debugging", write='debug=""'),
-    ignore("average_tokens_across_devices", True, _ONE_PROCESS),
+    _shared("average_tokens_across_devices", True, "whether a step is divided by the tokens of all processes"),
+    _shared("ddp_timeout", 1800, "seconds that a process waits for another before it ends"),
     *(
-        ignore(field, default, _ONE_PROCESS)
+        ignore(field, default, _TORCH_DDP)
         for field, default in {
             "ddp_find_unused_parameters": None,
             "ddp_bucket_cap_mb": None,
             "ddp_broadcast_buffers": None,
             "ddp_static_graph": None,
             "ddp_backend": None,
-            "ddp_timeout": 1800,
             "local_rank": -1,
         }.items()
     ),

@@ -14,6 +14,8 @@ from enum import StrEnum
 from typing import Any
 
 Values = Mapping[str, Any]
+#: Among the values that a rule sees: how many processes train together. No field has this name.
+PROCESS_COUNT = "<processes>"
 Match = Callable[[Any, Values], bool]
 
 
@@ -180,6 +182,11 @@ def given(when: str, matches: Match, ruling: Ruling) -> Case:
     return Case(when, matches, ruling)
 
 
+def several(ruling: Ruling) -> Case:
+    """More than one process trains."""
+    return Case("several processes", lambda value, values: values.get(PROCESS_COUNT, 1) > 1, ruling)
+
+
 def honour(field: str, default: Any, reason: str) -> Rule:
     """A field that means what it means upstream, whatever its value."""
     return Rule(field, default, (always(honoured(reason)),))
@@ -198,6 +205,18 @@ def adapt(field: str, default: Any, reason: str) -> Rule:
 def refuse(field: str, default: Any, reason: str, *, write: str) -> Rule:
     """A field that only its default is accepted for."""
     return Rule(field, default, (always(refused(reason, write=write)),))
+
+
+def alone(field: str, default: Any, ruling: Ruling, reason: str, write: str, accepted: tuple[Any, ...] = ()) -> Rule:
+    """A field that several processes take at its default only, or at ``accepted``; ``ruling`` is that of one."""
+
+    def matches(value: Any, values: Values) -> bool:
+        return values.get(PROCESS_COUNT, 1) > 1 and value not in (default, *accepted)
+
+    refusal = given(
+        "any other value on several processes", matches, refused(f"on several processes {reason}", write=write)
+    )
+    return cases(field, default, refusal, otherwise(ruling))
 
 
 def cases(field: str, default: Any, *listed: Case) -> Rule:

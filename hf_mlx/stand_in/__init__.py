@@ -12,17 +12,23 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from .absent import offer_absent
 from .arguments import translate_configs
 from .bitsandbytes import offer_bitsandbytes
 from .homes import STAND_INS, replace_trainer
+from .hub import go_on_without_login, translate_datasets
 from .imports import Imports
+from .keywords import translate_keywords
 from .loading import translate_loading
+from .notebooks import Shell, compile_script
 from .older import offer_older_names
 from .parsers import translate_parsers
 from .talk import Talk, say
+from .together import join_processes
+from .tokenizers import keep_tokenizers
 from .trainers import derive_trainer
 
-__all__ = ["Imports", "Talk", "install", "say"]
+__all__ = ["Imports", "Shell", "Talk", "compile_script", "install", "say"]
 
 
 def install(
@@ -39,14 +45,22 @@ def install(
         Where to wait for the script's imports, and what is said about them.
     """
     imports, talk = Imports(), Talk()
+    join_processes(imports)
     for row in STAND_INS:
-        derive = functools.partial(derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built)
+        translate = functools.partial(translate_keywords, talk=talk, trainer=row.name, older=row.older_keywords)
+        derive = functools.partial(
+            derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built, translate=translate
+        )
         replace_trainer(row, derive, imports)
     translate_configs(imports, talk, strict=strict)
     translate_loading(imports, talk)
     offer_older_names(imports, talk)
     translate_parsers(imports, talk)
+    translate_datasets(imports, talk)
+    keep_tokenizers(imports, talk)
     if not strict:
+        offer_absent(imports, talk)
+        go_on_without_login(imports, talk)
         offer_bitsandbytes(imports, talk)
         imports.after("torch", functools.partial(_answer_cuda, talk=talk))
     imports.watch()

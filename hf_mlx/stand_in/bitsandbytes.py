@@ -1,4 +1,4 @@
-"""``import bitsandbytes as bnb`` in a script, which looks for the names of quantised layers with it.
+"""``import bitsandbytes as bnb`` in a script: the names of quantised layers are looked for with it, and its optimizers.
 
 A model that was to be quantised is loaded in floating point here, so its Linear layers are what the script looks for.
 Libraries go on finding that bitsandbytes is not installed.
@@ -6,7 +6,6 @@ Libraries go on finding that bitsandbytes is not installed.
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,33 +14,73 @@ from .imports import Imports
 from .talk import Talk
 
 _NAME = "bitsandbytes"
+_OPTIMIZERS = (
+    "Adam", "Adam8bit", "Adam32bit", "PagedAdam", "PagedAdam8bit", "PagedAdam32bit", "AdamW", "AdamW8bit", "AdamW32bit",
+    "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit",
+)  # fmt: skip
 
 
 def offer_bitsandbytes(imports: Imports, talk: Talk) -> None:
     """Let the script import it where it is not installed."""
-    imports.provide(_NAME, script_imports)
 
     def fill(module: Any) -> None:
-        if module.__spec__.origin is not None:
-            # The real one.
-            return
-        import torch
+        if module.__name__ == _NAME:
+            _fill(module, talk)
+        elif module.__name__ == f"{_NAME}.optim":
+            vars(module).update(vars(_optimizers(talk)))
+        elif module.__name__ == f"{_NAME}.nn":
+            vars(module).update(vars(_layers()))
 
-        talk.once("bitsandbytes is not here: its Linear4bit and Linear8bitLt are torch.nn.Linear")
-        # Below any release that transformers accepts.
-        module.__version__ = "0.0"
-        module.nn = SimpleNamespace(Linear4bit=torch.nn.Linear, Linear8bitLt=torch.nn.Linear)
-
-    imports.after(_NAME, fill)
-    imports.after("peft.import_utils", _tell_peft)
+    imports.provide(_NAME, script_imports, fill)
 
 
-def _tell_peft(module: Any) -> None:
-    """peft asks the import system, once for each of these, and would find what the script imported."""
-    offered = sys.modules.pop(_NAME, None)
-    try:
-        module.is_bnb_available()
-        module.is_bnb_4bit_available()
-    finally:
-        if offered is not None:
-            sys.modules[_NAME] = offered
+def _fill(module: Any, talk: Talk) -> None:
+    talk.once("bitsandbytes is not here: its Linear4bit and Linear8bitLt are torch.nn.Linear")
+    # Below any release that transformers accepts.
+    module.__version__ = "0.0"
+    module.nn, module.optim = _layers(), _optimizers(talk)
+
+
+def _layers() -> SimpleNamespace:
+    import torch
+
+    class Params4bit(torch.nn.Parameter):
+        """No parameter is one."""
+
+    class Int8Params(torch.nn.Parameter):
+        """No parameter is one."""
+
+    return SimpleNamespace(
+        Linear4bit=torch.nn.Linear, Linear8bitLt=torch.nn.Linear, Embedding=torch.nn.Embedding,
+        StableEmbedding=torch.nn.Embedding, Params4bit=Params4bit, Int8Params=Int8Params,
+    )  # fmt: skip
+
+
+def _optimizers(talk: Talk) -> SimpleNamespace:
+    import torch
+
+    def derive(name: str) -> type:
+        decoupled = "AdamW" in name
+        base = torch.optim.AdamW if decoupled else torch.optim.Adam
+        decay = 1e-2 if decoupled else 0.0
+
+        def __init__(self: Any, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.999), eps: float = 1e-8,
+                     weight_decay: float = decay, amsgrad: bool = False, **kept_small: Any) -> None:  # fmt: skip
+            talk.once(f"bitsandbytes.optim.{name} is torch.optim.{base.__name__}: its states are float32")
+            base.__init__(self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+
+        return type(name, (base,), {"__init__": __init__})
+
+    class GlobalOptimManager:
+        """Which parameters keep 32-bit states: all of them."""
+
+        @classmethod
+        def get_instance(cls) -> GlobalOptimManager:
+            return cls()
+
+        def register_module_override(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing is kept in 8 bits."""
+
+        override_config = register_parameters = register_module_override
+
+    return SimpleNamespace(GlobalOptimManager=GlobalOptimManager, **{name: derive(name) for name in _OPTIMIZERS})

@@ -15,10 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from .callers import is_library
+from .cuda_objects import offer_objects
 from .talk import Talk
 
 # The generation whose checks scripts write: bfloat16, flash attention and tf32 begin at 8.0.
 _CAPABILITY = (8, 0)
+# A release that everything written for this generation takes.
+_RELEASE = "12.4"
 
 
 def answer_cuda(torch: Any, talk: Talk) -> None:
@@ -27,6 +30,8 @@ def answer_cuda(torch: Any, talk: Talk) -> None:
         original = getattr(torch.cuda, name, None)
         setattr(torch.cuda, name, _answering(name, answer, original, talk))
     torch.cuda.Event = _Event
+    _answer_version(torch.version, talk)
+    offer_objects(torch)
     # Used by transformers' pipelines around a device that a script named, so not only by scripts.
     torch.cuda.device.__enter__ = lambda self: None
     torch.cuda.device.__exit__ = lambda self, *error: False
@@ -44,17 +49,29 @@ def _answering(name: str, answer: Callable, original: Callable | None, talk: Tal
     return ask if original is None else functools.wraps(original)(ask)
 
 
+def _answer_version(version: Any, talk: Talk) -> None:
+    def cuda(module: Any) -> str | None:
+        if is_library(sys._getframe(1)):
+            return vars(module).get("cuda")
+        talk.answered("version", _RELEASE)
+        return _RELEASE
+
+    version.__class__ = type("Version", (type(version),), {"cuda": property(cuda)})
+
+
 def _shown(value: Any) -> str:
     return value.name if isinstance(value, SimpleNamespace) else str(value)
 
 
-def _device_name(device: Any = None) -> str:
+def device_name(device: Any = None) -> str:
+    """What MLX computes on."""
     import mlx.core as mx
 
     return str(mx.device_info().get("device_name", "MLX"))
 
 
-def _total_memory() -> int:
+def total_memory() -> int:
+    """Bytes that MLX's device has."""
     import mlx.core as mx
 
     # The CPU backend says nothing about memory.
@@ -64,7 +81,7 @@ def _total_memory() -> int:
 def _properties(device: Any = None) -> SimpleNamespace:
     major, minor = _CAPABILITY
     return SimpleNamespace(
-        name=_device_name(), total_memory=_total_memory(), major=major, minor=minor, multi_processor_count=1
+        name=device_name(), total_memory=total_memory(), major=major, minor=minor, multi_processor_count=1
     )
 
 
@@ -74,7 +91,8 @@ def _allocated(device: Any = None) -> int:
     return mx.get_active_memory()
 
 
-def _reserved(device: Any = None) -> int:
+def reserved(device: Any = None) -> int:
+    """Bytes that MLX holds."""
     import mlx.core as mx
 
     return mx.get_active_memory() + mx.get_cache_memory()
@@ -95,7 +113,7 @@ def _reset_peak(device: Any = None) -> None:
 def _memory_stats(device: Any = None) -> dict[str, int]:
     return {
         "allocated_bytes.all.current": _allocated(), "allocated_bytes.all.peak": _peak(),
-        "reserved_bytes.all.current": _reserved(), "reserved_bytes.all.peak": _peak(),
+        "reserved_bytes.all.current": reserved(), "reserved_bytes.all.peak": _peak(),
     }  # fmt: skip
 
 
@@ -110,16 +128,16 @@ _ANSWERS: Mapping[str, Callable[..., Any]] = {
     "is_tf32_supported": lambda: True,
     "device_count": lambda: 1,
     "current_device": lambda: 0,
-    "get_device_name": _device_name,
+    "get_device_name": device_name,
     "get_device_capability": lambda device=None: _CAPABILITY,
     "get_device_properties": _properties,
     "get_arch_list": lambda: [f"sm_{_CAPABILITY[0]}{_CAPABILITY[1]}"],
-    "mem_get_info": lambda device=None: (_total_memory() - _reserved(), _total_memory()),
+    "mem_get_info": lambda device=None: (total_memory() - reserved(), total_memory()),
     "memory_allocated": _allocated,
     "max_memory_allocated": _peak,
-    "memory_reserved": _reserved,
+    "memory_reserved": reserved,
     "max_memory_reserved": _peak,
-    "memory_cached": _reserved,
+    "memory_cached": reserved,
     "max_memory_cached": _peak,
     "memory_stats": _memory_stats,
     "memory_summary": lambda *args, **kwargs: "\n".join(f"{key}: {value}" for key, value in _memory_stats().items()),
@@ -133,6 +151,10 @@ _ANSWERS: Mapping[str, Callable[..., Any]] = {
     "init": _nothing,
     "set_device": _nothing,
     "set_per_process_memory_fraction": _nothing,
+    "can_device_access_peer": lambda *args: False,
+    "is_current_stream_capturing": lambda: False,
+    "get_sync_debug_mode": lambda: 0,
+    "set_sync_debug_mode": _nothing,
 }
 
 

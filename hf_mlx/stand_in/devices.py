@@ -43,6 +43,8 @@ def land_devices(torch: Any, talk: Talk, target: Any = None) -> Any:
                 return args[0].to(land("cuda"))
             if func is torch.Tensor.pin_memory and target.type == "cpu":
                 return args[0]
+            if func is torch.Tensor.type and len(args) > 1 and isinstance(args[1], str):
+                args = (args[0], args[1].replace("torch.cuda.", "torch."), *args[2:])
             if func is torch.Tensor.to and len(args) > 1:
                 args = (args[0], land(args[1]), *args[2:])
             if kwargs.get("device") is not None:
@@ -54,6 +56,8 @@ def land_devices(torch: Any, talk: Talk, target: Any = None) -> Any:
     _enter_in_threads(Landing)
     torch.load = _landing(torch.load, "map_location", 1, land)
     torch.set_default_device = _landing(torch.set_default_device, "device", 0, land)
+    torch.Generator = _landing_generator(torch.Generator, land)
+    _land_tensor_types(torch, talk)
     _land_autocast(torch, land)
     return mode
 
@@ -68,6 +72,33 @@ def _landing(original: Callable, keyword: str, place: int, land: Callable) -> Ca
         return original(*args, **kwargs)
 
     return call
+
+
+def _landing_generator(original: type, land: Callable) -> type:
+    """``torch.Generator("cuda")`` on the device that is here; every generator goes on being an instance."""
+
+    class Meta(type):
+        def __call__(cls, device: Any = "cpu") -> Any:
+            return original(land(device))
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, original)
+
+    return Meta("Generator", (), {"__module__": "torch", "__doc__": original.__doc__})
+
+
+def _land_tensor_types(torch: Any, talk: Talk) -> None:
+    """``torch.cuda.FloatTensor`` and the like are the types of host memory."""
+    names = [name for name in vars(torch.cuda) if name.endswith("Tensor") and hasattr(torch, name)]
+    for name in names:
+        setattr(torch.cuda, name, getattr(torch, name))
+    original = torch.set_default_tensor_type
+
+    @functools.wraps(original)
+    def set_default_tensor_type(kind: Any) -> None:
+        original(kind.replace("torch.cuda.", "torch.") if isinstance(kind, str) else kind)
+
+    torch.set_default_tensor_type = set_default_tensor_type
 
 
 def _enter_in_threads(mode: Callable[[], Any]) -> None:

@@ -20,6 +20,7 @@ class StandIn(NamedTuple):
         homes: Modules that a script may import it from; the first one defines it.
         configs: Its configuration classes, as ``module:Class``; their constructors take older names too.
         heirs: Upstream's modules whose classes derive from upstream's own trainer, and must go on to.
+        older_keywords: Whether the class that trains it here takes keywords of older releases itself.
     """
 
     name: str
@@ -27,12 +28,13 @@ class StandIn(NamedTuple):
     homes: tuple[str, ...]
     configs: tuple[str, ...]
     heirs: tuple[str, ...] = ()
+    older_keywords: bool = True
 
     def load(self) -> type:
         """The class that trains it here."""
-        from ..blas import load_openblas
+        from ..backends import prepare_backend
 
-        load_openblas()
+        prepare_backend()
         module, _, name = self.trainer.partition(":")
         return getattr(import_module(f"hf_mlx.{module}"), name)
 
@@ -58,6 +60,15 @@ STAND_INS = (
         ("transformers.training_args:TrainingArguments",),
         # All of trl's trainers derive from the first.
         ("trl.trainer.base_trainer", "transformers.trainer_seq2seq"),
+        older_keywords=False,
+    ),
+    # What it adds to Trainer is generation in evaluation, which is left to torch.
+    StandIn(
+        "Seq2SeqTrainer",
+        "trainers.lm:MLXTrainer",
+        ("transformers.trainer_seq2seq", "transformers"),
+        ("transformers.training_args_seq2seq:Seq2SeqTrainingArguments",),
+        older_keywords=False,
     ),
 )
 
@@ -79,7 +90,7 @@ def replace_trainer(row: StandIn, derive: Callable[[type, type], type], imports:
         if row.homes[0] not in sys.modules or is_done():
             return
         for heir in row.heirs:
-            if is_initializing(heir):
+            if is_initializing(heir) and sys.modules[heir] is not module:
                 # It is being imported around this import: its own end comes back here.
                 return
             if find_spec(heir.partition(".")[0]) is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -22,6 +24,7 @@ class Imports:
     def watch(self) -> None:
         """Look at every import of this process from here on."""
         sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+        importlib.util.find_spec = _installed(importlib.util.find_spec)
 
     def after(self, name: str, change: Callable[[Any], None]) -> None:
         """Call ``change(module)`` each time ``name`` is executed, and at once where it has been.
@@ -32,26 +35,48 @@ class Imports:
         if name in sys.modules:
             change(sys.modules[name])
 
-    def provide(self, name: str, offered: Callable[[], bool] = lambda: True) -> None:
-        """Let ``name`` be imported as an empty package where there is none, while ``offered()``."""
+    def provide(
+        self,
+        name: str,
+        offered: Callable[[], bool] = lambda: True,
+        fill: Callable[[Any], None] = lambda module: None,
+    ) -> None:
+        """Let ``name`` and what is below it be imported where there is none, while ``offered()``.
+
+        Args:
+            name: A package.
+            offered: Whether whoever imports it now shall find it.
+            fill: Called with each of its modules that is made, to put something in.
+        """
         self._empty[name] = offered
+
+        def fill_empty(module: Any) -> None:
+            if is_offered(module):
+                fill(module)
+
+        self.after(name, fill_empty)
+        self._after.setdefault(f"{name}.", []).append(fill_empty)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that the other finders give, with the changes behind its loader."""
-        if fullname not in self._after and fullname not in self._empty:
+        package = next((name for name in self._empty if fullname == name or fullname.startswith(f"{name}.")), None)
+        if fullname not in self._after and package is None:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
         spec = next((spec for spec in found if spec is not None), None)
-        if spec is None and fullname in self._empty and self._empty[fullname]():
+        if spec is None and package is not None and self._empty[package]():
             spec = ModuleSpec(fullname, _Empty(), is_package=True)  # type: ignore[arg-type]
+        changes = [*self._after.get(fullname, ())]
+        if package is not None and fullname != package:
+            changes += self._after.get(f"{package}.", ())
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                for change in self._after.get(fullname, ()):
+                for change in changes:
                     # A lazy package puts another object in its place.
                     change(sys.modules[fullname])
 
@@ -66,6 +91,22 @@ class _Empty:
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing is in it but what is put there afterwards."""
+
+
+def is_offered(module: Any) -> bool:
+    """Whether a module stands for a package that is not installed."""
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _Empty)
+
+
+def _installed(original: Callable) -> Callable:
+    """Libraries ask ``importlib.util.find_spec`` whether they may use a package."""
+
+    @functools.wraps(original)
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        spec = original(name, package)
+        return None if spec is not None and isinstance(spec.loader, _Empty) else spec
+
+    return find_spec
 
 
 def is_initializing(name: str) -> bool:

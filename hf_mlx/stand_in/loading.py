@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .callers import is_library
 from .imports import Imports
 from .talk import Talk
 
@@ -41,9 +43,9 @@ def portable_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int | No
     if device_map is not None:
         notes.append(f"device_map={device_map!r}: has no effect, memory is unified")
     attention = left.get("attn_implementation")
-    if attention not in _PORTABLE_ATTENTION:
+    if not _is_portable(attention):
         left.pop("attn_implementation")
-        notes.append(f"attn_implementation={attention!r}: has no effect, MLX has its own fused attention")
+        notes.append(_no_effect(attention))
     if left.pop("use_flash_attention_2", None):
         notes.append("use_flash_attention_2=True: has no effect, MLX has its own fused attention")
     token = left.pop("use_auth_token", None)
@@ -51,6 +53,14 @@ def portable_kwargs(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], int | No
         left.setdefault("token", token)
         notes.append("use_auth_token is now token")
     return left, bits, notes
+
+
+def _is_portable(attention: Any) -> bool:
+    return isinstance(attention, Mapping) or attention in _PORTABLE_ATTENTION
+
+
+def _no_effect(attention: Any) -> str:
+    return f"attn_implementation={attention!r}: has no effect, MLX has its own fused attention"
 
 
 def translate_loading(imports: Imports, talk: Talk) -> None:
@@ -63,7 +73,9 @@ def translate_loading(imports: Imports, talk: Talk) -> None:
 
     imports.after("transformers.models.auto.auto_factory", functools.partial(translate, "_BaseAutoModelClass"))
     imports.after("transformers.modeling_utils", functools.partial(translate, "PreTrainedModel"))
+    imports.after("transformers.modeling_utils", _map_devices)
     imports.after("transformers.configuration_utils", _save_floats)
+    imports.after("transformers.configuration_utils", functools.partial(_set_attention, talk=talk))
 
 
 def _portable(original: Callable, talk: Talk) -> Callable:
@@ -115,11 +127,42 @@ def _place(model: Any) -> Any:
     return model.to("mps") if torch.backends.mps.is_available() and hasattr(model, "to") else model
 
 
+def _map_devices(module: Any) -> None:
+    """``model.hf_device_map`` for a script; libraries move models that have one."""
+
+    def read(self: Any) -> dict[str, Any]:
+        kept = vars(self).get("_hf_device_map")
+        if kept is None and is_library(sys._getframe(1)):
+            raise AttributeError("hf_device_map")
+        return {"": self.device} if kept is None else kept
+
+    def write(self: Any, value: Any) -> None:
+        vars(self)["_hf_device_map"] = value
+
+    module.PreTrainedModel.hf_device_map = property(read, write)
+
+
 def _save_floats(module: Any) -> None:
     """A config file says nothing of a quantisation that the weights beside it do not have."""
     cls = getattr(module, "PreTrainedConfig", None) or module.PretrainedConfig
     for name in ("to_dict", "to_diff_dict"):
         setattr(cls, name, _without_quantization(getattr(cls, name)))
+
+
+def _set_attention(module: Any, talk: Talk) -> None:
+    """``config._attn_implementation = "flash_attention_2"`` keeps the attention that is here."""
+    cls = getattr(module, "PreTrainedConfig", None) or module.PretrainedConfig
+    found = cls._attn_implementation
+
+    def write(self: Any, value: Any) -> None:
+        if _is_portable(value):
+            found.fset(self, value)
+            return
+        talk.once(_no_effect(value))
+        if not hasattr(self, "_attn_implementation_internal"):
+            found.fset(self, None)
+
+    cls._attn_implementation = property(found.fget, write)
 
 
 def _without_quantization(original: Callable) -> Callable:

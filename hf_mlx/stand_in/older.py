@@ -19,38 +19,72 @@ class Older(NamedTuple):
 
     Attributes:
         homes: Modules that had it.
-        left: The first release without it; None where that is not known.
+        left: The first release without it.
         now: What takes its place, as ``module:name``.
     """
 
     homes: tuple[str, ...]
-    left: str | None
+    left: str
     now: str
 
 
 _OWN = "hf_mlx.stand_in.older_objects"
+_HARDWARE = "hf_mlx.stand_in.older_hardware"
 _TRL_UTILS = ("trl", "trl.trainer", "trl.trainer.utils")
+_CLI = ("trl.commands.cli_utils", "trl.commands")
+_TRL_IMPORTS = ("trl", "trl.import_utils")
+_FORMATTING = ("trl.extras.dataset_formatting",)
 
 OLDER: Mapping[str, Older] = {
     "setup_chat_format": Older(("trl", "trl.models", "trl.models.utils"), "trl 0.26", f"{_OWN}:setup_chat_format"),
-    "ChatMlSpecialTokens": Older(("trl.models.utils",), "trl 0.26", f"{_OWN}:ChatMlSpecialTokens"),
+    "ChatMlSpecialTokens": Older(("trl.models.utils",), "trl 0.27", f"{_OWN}:ChatMlSpecialTokens"),
     "DataCollatorForCompletionOnlyLM": Older(_TRL_UTILS, "trl 0.20", f"{_OWN}:DataCollatorForCompletionOnlyLM"),
     "ConstantLengthDataset": Older(_TRL_UTILS, "trl 0.20", f"{_OWN}:ConstantLengthDataset"),
-    "get_kbit_device_map": Older(_TRL_UTILS, None, f"{_OWN}:get_kbit_device_map"),
-    "peft_module_casting_to_bf16": Older(("trl.trainer.utils",), None, f"{_OWN}:peft_module_casting_to_bf16"),
-    "get_peft_config": Older(("trl.commands.cli_utils",), "trl 0.12", "trl:get_peft_config"),
-    "TrlParser": Older(("trl.commands.cli_utils", "trl.commands"), "trl 0.12", "trl:TrlParser"),
-    "init_zero_verbose": Older(("trl.commands.cli_utils", "trl.commands"), "trl 0.12", "trl:init_zero_verbose"),
-    "SFTScriptArguments": Older(("trl.commands.cli_utils", "trl"), "trl 0.12", f"{_OWN}:SFTScriptArguments"),
-    "is_peft_available": Older(("trl.import_utils", "trl"), None, "peft.import_utils:is_peft_available"),
-    "get_formatting_func_from_dataset": Older(
-        ("trl.extras.dataset_formatting",), None, f"{_OWN}:get_formatting_func_from_dataset"
+    "get_kbit_device_map": Older(_TRL_UTILS, "trl 1.8", f"{_OWN}:get_kbit_device_map"),
+    "peft_module_casting_to_bf16": Older(
+        ("trl.trainer", "trl.trainer.utils"), "trl 0.27", f"{_OWN}:peft_module_casting_to_bf16"
     ),
-    "prepare_model_for_int8_training": Older(("peft",), "peft 0.10", "peft:prepare_model_for_kbit_training"),
-    "AdamW": Older(("transformers", "transformers.optimization"), "transformers 5.0", f"{_OWN}:AdamW"),
+    "SIMPLE_CHAT_TEMPLATE": Older(("trl.trainer.utils",), "trl 0.27", f"{_OWN}:SIMPLE_CHAT_TEMPLATE"),
+    "SIMPLE_SFT_CHAT_TEMPLATE": Older(("trl.trainer.utils",), "trl 0.25", f"{_OWN}:SIMPLE_SFT_CHAT_TEMPLATE"),
+    "TrlParser": Older(_CLI, "trl 0.13", "trl:TrlParser"),
+    "init_zero_verbose": Older(_CLI, "trl 0.13", "trl:init_zero_verbose"),
+    "SFTScriptArguments": Older(("trl", *_CLI), "trl 0.13", f"{_OWN}:SFTScriptArguments"),
+    "SftScriptArguments": Older(_CLI, "trl 0.9", f"{_OWN}:SftScriptArguments"),
+    "get_formatting_func_from_dataset": Older(_FORMATTING, "trl 0.27", f"{_OWN}:get_formatting_func_from_dataset"),
+    "conversations_formatting_function": Older(_FORMATTING, "trl 0.27", f"{_OWN}:conversations_formatting_function"),
+    "instructions_formatting_function": Older(_FORMATTING, "trl 0.27", f"{_OWN}:instructions_formatting_function"),
+    "strtobool": Older(("trl.env_utils",), "trl 0.13", f"{_HARDWARE}:strtobool"),
+    "set_seed": Older(("trl", "trl.core"), "trl 0.14", "transformers:set_seed"),
+    "is_peft_available": Older(_TRL_IMPORTS, "trl 0.11", "transformers.utils:is_peft_available"),
+    "is_xpu_available": Older(_TRL_IMPORTS, "trl 0.11", "transformers:is_torch_xpu_available"),
+    "is_npu_available": Older(_TRL_IMPORTS, "trl 0.11", "transformers:is_torch_npu_available"),
+    "is_rich_available": Older(_TRL_IMPORTS, "trl 0.18", "transformers.utils:is_rich_available"),
+    "is_unsloth_available": Older(("trl",), "trl 0.17", f"{_HARDWARE}:no"),
+    "is_deepspeed_available": Older(("trl",), "trl 0.17", f"{_HARDWARE}:no"),
+    "prepare_model_for_int8_training": Older(
+        ("peft", "peft.utils", "peft.utils.other"), "peft 0.10", "peft:prepare_model_for_kbit_training"
+    ),
+    "AdamW": Older(("transformers", "transformers.optimization"), "transformers 4.50", f"{_OWN}:AdamW"),
+    "AutoModelWithLMHead": Older(("transformers",), "transformers 4.52", "transformers:AutoModelForCausalLM"),
+    "is_torch_tpu_available": Older(("transformers",), "transformers 4.51", f"{_HARDWARE}:no"),
+    "is_ipex_available": Older(("transformers.utils",), "transformers 5.1", f"{_HARDWARE}:no"),
+    "send_example_telemetry": Older(("transformers.utils",), "transformers 4.57", f"{_HARDWARE}:send_nothing"),
+    "TextDataset": Older(("transformers",), "transformers 5.0", "hf_mlx.stand_in.older_data:TextDataset"),
+    "LineByLineTextDataset": Older(
+        ("transformers",), "transformers 5.0", "hf_mlx.stand_in.older_data:LineByLineTextDataset"
+    ),
+    "is_deepspeed_zero3_enabled": Older(
+        ("transformers.deepspeed",), "transformers 4.46", "transformers.integrations:is_deepspeed_zero3_enabled"
+    ),
+    "HfDeepSpeedConfig": Older(
+        ("transformers.deepspeed",), "transformers 4.46", "transformers.integrations:HfDeepSpeedConfig"
+    ),
+    "HfFolder": Older(("huggingface_hub",), "huggingface_hub 1.0", f"{_HARDWARE}:HfFolder"),
 }
-# Modules of that table that are gone as a whole, each after the package it is in.
-GONE_MODULES = ("trl.commands", "trl.commands.cli_utils", "trl.extras.dataset_formatting")
+# Modules of that table that are gone as a whole.
+GONE_MODULES = (
+    "trl.commands", "trl.core", "trl.env_utils", "trl.extras.dataset_formatting", "transformers.deepspeed",
+)  # fmt: skip
 
 
 def offer_older_names(imports: Imports, talk: Talk) -> None:
@@ -66,15 +100,6 @@ def offer_older_names(imports: Imports, talk: Talk) -> None:
     imports.after("transformers.processing_utils", lambda module: again(sys.modules["transformers"]))
     for name in GONE_MODULES:
         imports.provide(name)
-    imports.after("transformers.tokenization_utils_base", _keep_encode_plus)
-
-
-def _keep_encode_plus(module: Any) -> None:
-    """``encode_plus`` and ``batch_encode_plus`` left in transformers 5.0: calling the tokenizer does both."""
-    cls = module.PreTrainedTokenizerBase
-    for name in ("encode_plus", "batch_encode_plus"):
-        if not hasattr(cls, name):
-            setattr(cls, name, lambda self, *args, **kwargs: self(*args, **kwargs))
 
 
 def _answering(home: str, talk: Talk) -> Any:
@@ -98,8 +123,7 @@ def _answering(home: str, talk: Talk) -> Any:
                             raise AttributeError(f"module {home!r} has no attribute {name!r}") from None
                         raise
                 older = names[name]
-                left = f" left in {older.left}" if older.left else " is not in this release"
-                talk.once(f"{home}.{name}{left}; its older meaning is kept")
+                talk.once(f"{home}.{name} left in {older.left}; its older meaning is kept")
                 where, _, now = older.now.partition(":")
                 value = getattr(import_module(where), now)
                 setattr(self, name, value)

@@ -20,6 +20,13 @@ _CHATML = (
 )
 
 
+SIMPLE_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{message['role'].capitalize() + ': ' + message['content'] + '\n\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SIMPLE_SFT_CHAT_TEMPLATE = "{% for message in messages %}{{' ' + message['content']}}{% endfor %}{{ eos_token }}"
+
+
 @dataclass
 class ChatMlSpecialTokens:
     """ChatML's tokens and template, as ``trl.models.utils`` had them."""
@@ -223,19 +230,50 @@ def get_formatting_func_from_dataset(dataset: Any, tokenizer: Any) -> Callable |
     columns = dataset.column_names or []
     for name in ("messages", "conversations"):
         if name in columns:
+            return conversations_formatting_function(tokenizer, name)
+    return instructions_formatting_function(tokenizer) if {"prompt", "completion"} <= set(columns) else None
 
-            def chat(row: Any, name: str = name) -> str:
-                return tokenizer.apply_chat_template(row[name], tokenize=False)
 
-            return chat
-    if {"prompt", "completion"} <= set(columns):
+@dataclass
+class SftScriptArguments(SFTScriptArguments):
+    """What trl's script of 0.8 added, which then passed it on to the trainer."""
 
-        def instruction(row: Any) -> str:
-            turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-            return tokenizer.apply_chat_template(turns, tokenize=False)
+    dataset_text_field: str | None = field(default="text", metadata={"help": "the text field of the dataset"})
+    dataset_train_name: str = field(default="train", metadata={"help": "the name of the training set"})
+    dataset_test_name: str = field(default="test", metadata={"help": "the name of the evaluation set"})
+    max_seq_length: int = field(default=512, metadata={"help": "the maximum sequence length"})
+    packing: bool = field(default=False, metadata={"help": "whether to pack rows"})
+    config: str | None = field(default=None, metadata={"help": "path to a config file"})
 
-        return instruction
-    return None
+
+def conversations_formatting_function(tokenizer: Any, messages_field: str, tools: list | None = None) -> Callable:
+    """A function that writes the messages of a row, or a list of texts for a batch of them.
+
+    Source: trl 0.26.
+    """
+
+    def write(row: Any) -> Any:
+        found = row[messages_field]
+        if isinstance(found[0], list):
+            return [tokenizer.apply_chat_template(messages, tokenize=False, tools=tools) for messages in found]
+        return tokenizer.apply_chat_template(found, tokenize=False, tools=tools)
+
+    return write
+
+
+def instructions_formatting_function(tokenizer: Any) -> Callable:
+    """Likewise for rows of prompt and completion."""
+
+    def turns(prompt: str, completion: str) -> str:
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    def write(row: Any) -> Any:
+        if isinstance(row["prompt"], list):
+            return [turns(*pair) for pair in zip(row["prompt"], row["completion"], strict=True)]
+        return turns(row["prompt"], row["completion"])
+
+    return write
 
 
 class AdamW(torch.optim.AdamW):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from .arguments import keep_logging_dir
 from .imports import Imports
 from .talk import Talk
 
 # ModelConfig's fields that have another name today.
 _MODEL_FIELDS: Mapping[str, str] = {"torch_dtype": "dtype"}
+# One that asked for a kernel of CUDA's.
+_KERNEL = "use_flash_attention_2"
 
 
 def translate_parsers(imports: Imports, talk: Talk) -> None:
@@ -58,6 +62,9 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     from ..settings.legacy import translate_arguments
 
     found, notes = translate_arguments(values)
+    if found.pop(_KERNEL, None):
+        notes.append(f"{_KERNEL}=True: has no effect, MLX has its own fused attention")
+    keep_logging_dir(values)
     for old, new in _MODEL_FIELDS.items():
         if old in found and new not in found:
             found[new] = found.pop(old)
@@ -68,7 +75,7 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def _is_older(name: str) -> bool:
     from ..settings.legacy import is_older
 
-    return name in _MODEL_FIELDS or is_older(name)
+    return name in _MODEL_FIELDS or name == _KERNEL or is_older(name)
 
 
 def _read(value: str) -> Any:
@@ -94,6 +101,18 @@ def _translate_flags(module: Any, talk: Talk) -> None:
         return original(self, current if notes else args, *more, **kwargs)
 
     cls.parse_args_into_dataclasses = parse_args_into_dataclasses
+    read: Callable = cls.parse_dict
+
+    @functools.wraps(read)
+    def parse_dict(self: Any, args: Mapping[str, Any], *more: Any, **kwargs: Any) -> Any:
+        known = {field.name for kind in self.dataclass_types for field in dataclasses.fields(kind)}
+        older = {name: value for name, value in args.items() if name not in known and _is_older(name)}
+        current, notes = _translate(older)
+        for note in notes:
+            talk.once(note)
+        return read(self, {name: args[name] for name in args if name not in older} | current, *more, **kwargs)
+
+    cls.parse_dict = parse_dict
 
 
 def _translate_file(module: Any, talk: Talk) -> None:
@@ -123,11 +142,14 @@ def _translate_model_config(module: Any, talk: Talk) -> None:
                 kwargs[new] = kwargs.pop(old)
                 talk.once(f"ModelConfig's {old} is now {new}")
         trusted = kwargs.pop("trust_remote_code", None)
+        kwargs.pop(_KERNEL, None)
         original(self, *args, **kwargs)
         if trusted is not None:
             self.trust_remote_code = trusted
 
     cls.__init__ = __init__
+    if not hasattr(cls, _KERNEL):
+        setattr(cls, _KERNEL, False)
     if not hasattr(cls, "trust_remote_code"):
         cls.trust_remote_code = False
     for old, new in _MODEL_FIELDS.items():

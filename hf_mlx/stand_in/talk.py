@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from ..processes.launcher import read_launcher
+
 
 def say(line: str) -> None:
-    """Print to standard error: the script's own output stays as it is."""
-    print(line, file=sys.stderr, flush=True)
+    """Print to standard error, on the first of several processes: the script's own output stays as it is."""
+    launched = read_launcher()
+    if launched is None or launched.rank == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 class Talk:

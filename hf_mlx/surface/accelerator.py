@@ -1,4 +1,4 @@
-"""``trainer.accelerator``: what scripts ask of accelerate, answered for one process on one device."""
+"""``trainer.accelerator``: what scripts ask of accelerate, answered for MLX's own processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import SettingError
+from ..processes.world import World
 from .facade import Device
+from .gathering import gather, pad, reduce
+from .together import first
 
 
 class UnknownAccelerate(SettingError, AttributeError):
@@ -17,30 +20,36 @@ class UnknownAccelerate(SettingError, AttributeError):
 class Accelerator:
     """The part of ``accelerate.Accelerator`` that scripts use around a trainer.
 
+    Args:
+        world: The processes; None for one.
+
     Attributes:
-        is_main_process, is_local_main_process, is_last_process: True.
-        process_index, local_process_index: 0.
-        num_processes: 1.
+        is_main_process, is_local_main_process, is_last_process: Whether this is the first, the first of its machine,
+            the last process.
+        process_index, local_process_index: Which process this is, of all and of its machine.
+        num_processes: How many there are.
         device: ``"cpu"``: where inputs are handed over.
         mixed_precision: ``"bf16"`` under autocast, else ``"no"``.
         gradient_accumulation_steps: Of the run.
     """
 
-    is_main_process = is_local_main_process = is_last_process = True
-    process_index = local_process_index = 0
-    num_processes = 1
-    use_distributed = False
     sync_gradients = True
     distributed_type = "NO"
 
     def __init__(
         self,
+        world: World | None = None,
         *,
         mixed_precision: str = "no",
         gradient_accumulation_steps: int = 1,
         seedable_sampler: bool = True,
         data_seed: int | None = None,
     ) -> None:
+        self._world = world = world or World()
+        self.num_processes, self.process_index, self.local_process_index = world.size, world.rank, world.local_rank
+        self.is_main_process, self.is_local_main_process = world.is_main, world.is_local_main
+        self.is_last_process = world.rank == world.size - 1
+        self.use_distributed = not world.is_alone
         self.use_seedable_sampler = seedable_sampler
         self._data_seed = data_seed
         self.device = Device("cpu")
@@ -48,11 +57,13 @@ class Accelerator:
         self.gradient_accumulation_steps = gradient_accumulation_steps
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """``print``, once."""
-        print(*args, **kwargs)
+        """``print``, once on each machine."""
+        if self.is_local_main_process:
+            print(*args, **kwargs)
 
     def wait_for_everyone(self) -> None:
-        """There is nobody else."""
+        """Wait until every process is here."""
+        self._world.barrier("accelerator.wait_for_everyone")
 
     def prepare(self, *objects: Any, device_placement: Any = None) -> Any:
         """What training needs of ``objects``: nothing, but that loaders shuffle by the run's seed as upstream's do."""
@@ -62,13 +73,13 @@ class Accelerator:
         return made[0] if len(made) == 1 else tuple(made)
 
     def prepare_data_loader(self, data_loader: Any, **options: Any) -> Any:
-        """accelerate's own wrapper of a loader, for one process."""
+        """accelerate's own wrapper of a loader, for this process's part of it."""
         from accelerate.data_loader import prepare_data_loader
 
         return prepare_data_loader(
             data_loader,
-            num_processes=1,
-            process_index=0,
+            num_processes=self.num_processes,
+            process_index=self.process_index,
             use_seedable_sampler=self.use_seedable_sampler,
             data_seed=self._data_seed,
         )
@@ -78,17 +89,22 @@ class Accelerator:
         return model
 
     def gather(self, tensor: Any) -> Any:
-        """The tensor: one process holds it all."""
-        return tensor
+        """The tensors of all processes, one after the other along their first dimension; nested ones likewise."""
+        return gather(tensor, self._world)
 
     gather_for_metrics = gather
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Runs the block."""
-        yield
+        """A block that the first process runs before the others do."""
+        with first(self._world, local=False):
+            yield
 
-    local_main_process_first = main_process_first
+    @contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """A block that the first process of each machine runs before the others do."""
+        with first(self._world):
+            yield
 
     def get_state_dict(self, model: Any, unwrap: bool = True) -> dict[str, Any]:
         """``model.state_dict()``."""
@@ -123,22 +139,32 @@ class Accelerator:
         yield
 
     def on_main_process(self, function: Any = None) -> Any:
-        """``function``, which runs on this process."""
-        return function if function is not None else (lambda wrapped: wrapped)
+        """``function`` on the first process, and nothing on the others."""
+        return _only(self.is_main_process, function)
 
-    on_local_main_process = on_last_process = on_main_process
+    def on_local_main_process(self, function: Any = None) -> Any:
+        """``function`` on the first process of each machine, and nothing on the others."""
+        return _only(self.is_local_main_process, function)
+
+    def on_last_process(self, function: Any = None) -> Any:
+        """``function`` on the last process, and nothing on the others."""
+        return _only(self.is_last_process, function)
 
     def autocast(self, autocast_handler: Any = None) -> Any:
         """A block in which nothing changes: MLX's models cast by themselves."""
         return nullcontext()
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """The tensor: one process holds it all."""
-        return tensor
+        """The sum, or with ``reduction="mean"`` the mean, over all processes; one process keeps its tensor.
+
+        Raises:
+            SettingError: Another reduction.
+        """
+        return reduce(tensor, self._world, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
-        """The tensor: there is no other to be as long as."""
-        return tensor
+        """The tensor as long along ``dim`` as the longest of all processes."""
+        return pad(tensor, self._world, dim, pad_index, pad_first)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -158,3 +184,9 @@ class Accelerator:
 
     def end_training(self) -> None:
         """Trackers are the callbacks' own business."""
+
+
+def _only(runs: bool, function: Any) -> Any:
+    if function is None:
+        return lambda wrapped: _only(runs, wrapped)
+    return function if runs else lambda *args, **kwargs: None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import SettingError
@@ -99,14 +100,15 @@ def check_assignment(trainer: Any, name: str, value: Any) -> bool:
     """
     if name in _NOT_HFS:
         logger.warning(f"trainer.{name} is no attribute of HF's trainer, and nothing reads it: {_NOT_HFS[name]}")
-    if name not in _REMEDIES:
+    remedies = {**_REMEDIES, **trainer.remedies}
+    if name not in remedies:
         return False
     missing = object()
     if getattr(trainer, name, missing) is value or (value is None and name in _EMPTY and not started(trainer)):
         return True
     if name == "label_names" and value == ["labels"]:
         return True
-    raise _refuse(name, value)
+    raise _refuse(name, value, remedies)
 
 
 def check_presets(trainer: Any) -> None:
@@ -117,15 +119,15 @@ def check_presets(trainer: Any) -> None:
     """
     for name, value in vars(trainer).items():
         if name in NEVER_CALLED or name in _METHODS.split():
-            raise _refuse(name, value)
+            raise _refuse(name, value, _REMEDIES)
 
 
-def _refuse(name: str, value: Any) -> SettingError:
+def _refuse(name: str, value: Any, remedies: Mapping[str, str]) -> SettingError:
     return SettingError(
         f"trainer.{name} = {_show(value)}",
         "an attribute that this trainer reads (args, data_collator, train_dataset, eval_dataset, compute_metrics, "
         "preprocess_logits_for_metrics, processing_class)",
-        _REMEDIES[name],
+        remedies[name],
     )
 
 

@@ -15,6 +15,7 @@ from ..errors import SettingError
 from ..models.alterations import check_alterations
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model, model_dtype
 from ..models.load import LoadedModel, open_model
+from ..models.padding_row import torch_padding_row
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
 from ..models.tokenizer import load_tokenizer
@@ -179,7 +180,7 @@ class NamedBase:
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded, recipe)
         self._session = session
-        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer)
+        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
         self._model.settle = lambda: self.take_over("")
         return session, self._model
 
@@ -187,6 +188,7 @@ class NamedBase:
         self.take_over("")
 
     def take_over(self, event: str) -> None:
+        self._model.check_modules(event)
         take_over_loans(self._session, self._model.lent, event)
 
     def parameters(self, paths: Iterable[str]) -> list[Any]:
@@ -259,6 +261,7 @@ class TorchBase:
             source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
         loaded = load_torch_model(source, plan.model)
         loaded.decomposed = True
+        loaded.padding_row = torch_padding_row(source.base)
         session = Session(plan, loaded, recipe)
         session.adapter_name = source.adapter or session.adapter_name
         # Where transformers' trainer puts a model.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ..processes.world import World
+from .trackers import prepare_trackers
 from .writes import follow_events
 
 
@@ -28,6 +30,9 @@ def make_handler(
 
     Returns:
         The handler and a fresh ``TrainerControl``.
+
+    Raises:
+        SettingError: A tracker is asked for what no step here can show it.
     """
     from transformers.integrations import get_reporting_integration_callbacks
     from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, PrinterCallback, TrainerControl
@@ -35,17 +40,20 @@ def make_handler(
     chosen = [DefaultFlowCallback, *get_reporting_integration_callbacks(args.report_to), *(callbacks or [])]
     handler = CallbackHandler(chosen, model, tokenizer, None, None)
     handler.add_callback(PrinterCallback if args.disable_tqdm else progress_callback())
+    prepare_trackers(handler)
     follow_events(handler, before, after)
     return handler, TrainerControl()
 
 
-def make_state(handler: Any, control: Any) -> Any:
-    """A fresh ``TrainerState`` that carries the state of the callbacks that have one."""
+def make_state(handler: Any, control: Any, world: World) -> Any:
+    """A fresh ``TrainerState`` that carries the state of the callbacks that have one, and says which process it is."""
     from transformers.trainer_callback import ExportableState, TrainerState
 
     carriers = (*handler.callbacks, control)
     stateful: list[Any] = [callback for callback in carriers if isinstance(callback, ExportableState)]
-    return TrainerState(stateful_callbacks=stateful)
+    return TrainerState(
+        is_local_process_zero=world.is_local_main, is_world_process_zero=world.is_main, stateful_callbacks=stateful
+    )
 
 
 def progress_callback() -> type:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import mlx.core as mx
 
 from ..checkpoints.boundary import Boundary, make_layout
 from ..checkpoints.callback_states import collect_states, restore_states
 from ..checkpoints.damage import FILES
+from ..checkpoints.random_states import RandomStates
+from ..checkpoints.sharing import SharedFolder
 from ..checkpoints.store import CheckpointStore
 from ..checkpoints.trainer_state import load_trainer_state
 from ..errors import CheckpointError, HFMLXError
+from ..processes.world import World
+from ..training.optimizers.contract import Arrays
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +37,53 @@ class Checkpoints:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        self.world: World = trainer.world
         dataset = trainer.train_dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         layout = make_layout(trainer.steps, trainer.plan.batch)
         self.store = CheckpointStore(trainer.args, trainer.session, trainer.data, rows, layout)
+
+    def find(self, asked: str | bool | None) -> Path | None:
+        """The folder that ``resume_from_checkpoint`` means, of several processes on the machine of the first."""
+        if self.world.is_alone:
+            return self.store.find(asked)
+
+        def find() -> str | None:
+            folder = self.store.find(asked)
+            return None if folder is None else str(folder)
+
+        found = self._on_main(find, "the checkpoint to go on from")
+        return None if found is None else Path(found)
+
+    def load_best(self, folder: str) -> None:
+        """Put the weights of the best checkpoint into the model."""
+        with self._shared(Path(folder)) as path:
+            self.store.load_best(path)
+            mx.eval(self._trainer.session.step.params)
+
+    def _on_main(self, run: Callable[[], Any], what: str) -> Any:
+        """What ``run`` returns on the first process, in JSON; its error is raised on all of them."""
+        said: dict[str, Any] = {}
+        if self.world.is_main:
+            try:
+                said["value"] = run()
+            except HFMLXError as error:
+                said["error"] = [error.received, error.required, error.remedy]
+        said = self.world.hand_on(said, what)
+        if "error" in said:
+            raise CheckpointError(*said["error"])
+        return said["value"]
+
+    @contextmanager
+    def _shared(self, folder: Path) -> Iterator[Path]:
+        if self.world.is_alone:
+            yield folder
+            return
+        shared = SharedFolder(folder, self.world)
+        try:
+            yield shared.path
+        finally:
+            shared.close()
 
     def restore(self, folder: Path, schedule: Any) -> Boundary:
         """Bring the trainer to where ``folder`` was written, once everything in it is known to fit.
@@ -46,6 +98,25 @@ class Checkpoints:
         Raises:
             CheckpointError: It does not fit this run; nothing was changed.
         """
+        with self._shared(folder) as path:
+            boundary = self._restore(path, schedule)
+            # The files may be a copy that is about to go.
+            mx.eval(self._trainer.session.step.params, self._trainer.session.step.state)
+        if not self.world.is_alone:
+            self._share_state(boundary)
+        return boundary
+
+    def _share_state(self, boundary: Boundary) -> None:
+        """What only the first process knows, or is to count."""
+        state = self._trainer.state
+        state.best_model_checkpoint = self.world.hand_on(state.best_model_checkpoint, "the best checkpoint")
+        state.is_world_process_zero, state.is_local_process_zero = self.world.is_main, self.world.is_local_main
+        if boundary.carry is not None and not self.world.is_main:
+            grads, sums = boundary.carry
+            counted = {"micro_batches": sums["micro_batches"]}
+            boundary.carry = _zeros(grads), {**_zeros(sums), **counted}
+
+    def _restore(self, folder: Path, schedule: Any) -> Boundary:
         trainer = self._trainer
         state = load_trainer_state(folder, trainer.state)
         loaded = self.store.load(folder)
@@ -64,6 +135,7 @@ class Checkpoints:
             step.optimizer.torch.load_state_dict(loaded.own_optimizer)
         if loaded.updates is not None:
             step.updates = loaded.updates
+        trainer._read_checkpoint(folder)
         logger.info(f"Resuming from {folder} at step {state.global_step}.")
         return loaded.boundary
 
@@ -80,13 +152,28 @@ class Checkpoints:
         if boundary is None:
             raise no_step()
         trainer = self._trainer
-        return self.store.save(
-            trainer.state,
-            boundary,
-            schedule,
-            collect_states(trainer.callback_handler, trainer.control),
-            lambda folder: trainer.save_model(str(folder), _internal_call=True),
-        )
+        callbacks = collect_states(trainer.callback_handler, trainer.control)
+
+        write = trainer._write_checkpoint
+        if self.world.is_alone:
+            return self.store.save(trainer.state, boundary, schedule, callbacks, write)
+        packed = self.world.gather_object(boundary.random.pack(), "the random states of a checkpoint")
+        random = [RandomStates.unpack(states) for states in packed]
+        if boundary.carry is not None:
+            boundary = replace(boundary, carry=self._sum_carry(*boundary.carry))
+
+        def save() -> list[str | None]:
+            folder = self.store.save(trainer.state, boundary, schedule, callbacks, write, random)
+            return [str(folder), trainer.state.best_model_checkpoint]
+
+        folder, best = self._on_main(save, "a checkpoint that rank 0 writes")
+        trainer.state.stateful_callbacks, trainer.state.best_model_checkpoint = callbacks, best
+        return Path(folder)
+
+    def _sum_carry(self, grads: Arrays, sums: Arrays) -> tuple[Arrays, Arrays]:
+        counted = {"micro_batches": sums["micro_batches"]}
+        what = "the gradients of a checkpoint"
+        return self.world.sum(grads, what), {**self.world.sum(sums, what), **counted}
 
     def save_interrupted(self, boundary: Boundary | None) -> None:
         """After Ctrl-C: keep what there is, and say how to go on."""
@@ -103,6 +190,10 @@ class Checkpoints:
             f"Interrupted at step {step}, saved as checkpoint-{step}: "
             "trainer.train(resume_from_checkpoint=True) goes on from there."
         )
+
+
+def _zeros(arrays: Arrays) -> Arrays:
+    return {name: mx.zeros_like(array) for name, array in arrays.items()}
 
 
 def no_step() -> CheckpointError:

@@ -6,8 +6,6 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from ..data.buckets import bucket_length
-from ..data.order import count_tokens
 from ..training.memory import MemoryEstimate, estimate_step, planned_limit, show_bytes
 from ..training.splitting import halve
 
@@ -23,16 +21,9 @@ def estimate_memory(trainer: Any, rows: int | None = None) -> MemoryEstimate:
         rows: That are computed at once; None for a whole micro-batch.
     """
     plan = trainer.plan
-    computed = plan.batch.train_batch_size if rows is None else rows
-    return estimate_step(trainer.session.step, plan, trainer.model.config, computed, longest_row(trainer))
-
-
-def longest_row(trainer: Any) -> int:
-    """Length in tokens of the longest training row, in its bucket; ``max_length`` for a stream."""
-    dataset = trainer.train_dataset
-    if hasattr(dataset, "__len__"):
-        return bucket_length(max(count_tokens(dataset), default=1))
-    return trainer.plan.data.max_length or 1024
+    examples = plan.batch.train_batch_size if rows is None else rows
+    computed = trainer.recipe.rows.extent(trainer.train_dataset, examples, plan.data)
+    return estimate_step(trainer.session.step, plan, trainer.model.config, *computed)
 
 
 def describe_run(trainer: Any) -> str:

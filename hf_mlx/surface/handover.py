@@ -21,6 +21,7 @@ from ..errors import AdapterError, SettingError, TrainingError
 from ..models.bridge import TorchModel, without_adapter
 from ..models.heads import module_at
 from ..models.torch_arrays import to_mlx, to_torch
+from ..models.torch_hooks import check_hooks
 from ..session import Session
 from .gradients import read_written
 from .marks import FrozenMarks
@@ -64,11 +65,13 @@ class Handover:
 
         Raises:
             TrainingError: Into what is not trained, where no step would see it in time, or requires_grad was set.
+            SettingError: A hook was set.
         """
         # Weights of a checkpoint were loaded meanwhile: upstream's would have overwritten what was written.
         if not self._out or self.session.step.params is not self._written:
             return
         self._out = False
+        check_hooks(self.source.model)
         trained = self.source.trained()
         toggled = next(iter(sorted(trained ^ self._trained)), None)
         if toggled is not None:

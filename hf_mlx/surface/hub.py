@@ -11,9 +11,10 @@ from typing import Any
 
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
+from ..recipes.recipe import Paper
 
-# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine.
-_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*"]
+# What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine, and the report, which shows rows.
+_IGNORED = ["_*", "checkpoint-*", ".hf_mlx*", "report.html"]
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "trl", "peft")
 
 
@@ -124,10 +125,12 @@ def write_card(
     hub_model_id: str | None,
     trainer_tags: Iterable[str],
     method: str,
+    paper: Paper | None = None,
     dataset_name: str | None = None,
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
     settings: Mapping[str, Any] | None = None,
+    links: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md: the metadata of TRL's card, how to use the model, how it was trained.
@@ -139,13 +142,18 @@ def write_card(
         hub_model_id: Its id on the hub, if it has one.
         trainer_tags: Those that every model of this trainer has.
         method: What it was trained with.
+        paper: Where that was introduced.
         dataset_name: Id of the training data.
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
         settings: Hyperparameters to list.
+        links: Trackers that show the run, and where.
         extra: Further front matter (language, license, …).
     """
-    given = [tags] if isinstance(tags, str) else list(tags or [])
+    given, links = [tags] if isinstance(tags, str) else list(tags or []), links or {}
+    if "Trackio" in links:
+        # The hub shows the run on the model's page.
+        given = [*(tag for tag in given if not tag.startswith("trackio:")), f"trackio:{links['Trackio']}"]
     front: dict[str, Any] = {
         "base_model": base_model,
         "datasets": dataset_name,
@@ -161,13 +169,19 @@ def write_card(
         if adapter
         else _USE_MODEL.format(model=where)
     )
+    introduced = cited = ""
+    if paper is not None:
+        introduced = f", a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.number})"
+        cited = f"\n## Citation\n\n```bibtex\n{paper.citation}\n```\n"
     table = "\n".join(f"- {key}: {value}" for key, value in (settings or {}).items())
+    shown = "".join(f"[Visualize in {name}]({url})\n\n" for name, url in links.items())
     text = (
         "---\n" + "\n".join(lines) + "\n---\n\n"
         f"# {model_name}\n\nA fine-tuned version of {f'`{base_model}`' if base_model else 'its base model'}"
-        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx.\n\n"
+        f"{f' on `{dataset_name}`' if dataset_name else ''}, trained with {method} on Apple MLX by hf_mlx"
+        f"{introduced}.\n\n"
         f"## Use\n\n```python\n{use}```\n\n"
-        f"## Training\n\n{table}\n\n### Framework versions\n\n{_versions()}\n"
+        f"## Training\n\n{shown}{table}\n\n### Framework versions\n\n{_versions()}\n{cited}"
     )
     path = Path(folder) / "README.md"
     with disk_errors(path, CheckpointError):

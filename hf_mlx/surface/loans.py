@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.torch_arrays import to_mlx
+from ..models.torch_hooks import check_tensor_hooks
 from ..session import Session
 from .writes import differs, refuse_frozen, refuse_toggled, refuse_within, take_over
 
@@ -42,9 +43,16 @@ class Loan:
 
 @dataclass
 class Loans:
-    """All copies that are out."""
+    """All copies that are out.
+
+    Attributes:
+        out: Of each, what is known of it.
+        fresh: Those handed out since they were last looked at, by name: they are handed out again.
+        kept: Bytes of frozen weights that are kept alive.
+    """
 
     out: list[Loan] = field(default_factory=list)
+    fresh: dict[str, Any] = field(default_factory=dict)
     kept: int = 0
 
     def add(self, loan: Loan) -> None:
@@ -54,10 +62,13 @@ class Loans:
             if self.kept > _KEPT:
                 loan.copy = None
         self.out.append(loan)
+        if loan.copy is not None:
+            self.fresh[loan.name] = loan.copy
 
     def settle(self) -> None:
         """Forget the copies that nobody holds any more."""
         self.kept = 0
+        self.fresh.clear()
         for loan in self.out:
             loan.copy = None
         self.out = [loan for loan in self.out if loan.held() is not None]
@@ -78,6 +89,7 @@ def take_over_loans(session: Session, loans: Loans, event: str) -> None:
 
     Raises:
         TrainingError: Into what is not trained, where no step would see it in time, or requires_grad was set.
+        SettingError: A hook was set on a copy.
     """
     written: dict[str, mx.array] = {}
     names: dict[str, str] = {}
@@ -91,6 +103,7 @@ def take_over_loans(session: Session, loans: Loans, event: str) -> None:
             continue
         if getattr(copy, "requires_grad", loan.trained) != loan.trained:
             refuse_toggled(loan.name, not loan.trained, event)
+        check_tensor_hooks(loan.name, copy)
         if differs(copy, loan.array):
             loan.array = copy if isinstance(copy, mx.array) else to_mlx(copy)
             if not loan.trained:

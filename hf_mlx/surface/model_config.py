@@ -36,15 +36,21 @@ def record_settings(
     saved.update(output_router_logits=enabled, router_aux_loss_coef=text.router_aux_loss_coef)
 
 
-def read_config(loaded: LoadedModel) -> Any:
-    """The model's config as transformers' class for it."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+def is_known(loaded: LoadedModel) -> bool:
+    """Whether transformers has a class for the model's config."""
+    from transformers import CONFIG_MAPPING
 
     # The mapping is lazy: its get() knows nothing that has not been imported yet.
-    known = loaded.model_type in CONFIG_MAPPING
-    kind = CONFIG_MAPPING[loaded.model_type] if known else PretrainedConfig
+    return loaded.model_type in CONFIG_MAPPING
+
+
+def read_config(loaded: LoadedModel, name: str) -> Any:
+    """The model's config as transformers' class for it, which says that it was loaded from ``name``."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    kind = CONFIG_MAPPING[loaded.model_type] if is_known(loaded) else PretrainedConfig
     values = {k: v for k, v in loaded.config.items() if k not in ("quantization", "quantization_config")}
-    return kind.from_dict(values, name_or_path=str(loaded.path))
+    return kind.from_dict(values, name_or_path=name)
 
 
 def read_generation_config(loaded: LoadedModel, config: Any) -> Any:

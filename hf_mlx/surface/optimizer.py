@@ -73,7 +73,9 @@ class OptimizerView:
                     raise TrainingError(
                         f"optimizer.param_groups[…][{name!r}] = {group.get(name)!r}",
                         f"{name}={value!r}, which the step is compiled with; lr alone may be set during a run",
-                        f"SFTConfig({_FIELDS.get(name, name)}=…), in a run of its own",
+                        f"def create_optimizer(self, model=None): return super().create_optimizer(model), in the "
+                        f"trainer: torch's own then takes the steps, and {name} may change at any time; or "
+                        f"{_write(name, group.get(name))} from the start",
                     )
         # A group without parameters is there, as in torch, and changes nothing.
         pairs = zip(self.param_groups, self._counts, strict=True)
@@ -82,7 +84,8 @@ class OptimizerView:
             raise TrainingError(
                 f"optimizer.param_groups with the learning rates {sorted(rates)}",
                 "one learning rate for all groups of this optimizer",
-                'for group in optimizer.param_groups: group["lr"] = rate',
+                'for group in optimizer.param_groups: group["lr"] = rate; groups with rates of their own: override '
+                "create_optimizer() (super's is torch's own, which then takes the steps)",
             )
         found = rates.pop() if rates else scheduled
         return scheduled if found == self._shown else found
@@ -172,4 +175,7 @@ class SchedulerView:
         raise TrainingError("lr_scheduler.step()", _LATER, "leave it out, or set lr in optimizer.param_groups")
 
 
-_FIELDS = {"betas": "adam_beta1", "eps": "adam_epsilon"}
+def _write(name: str, value: Any) -> str:
+    if name == "betas" and isinstance(value, (tuple, list)) and len(value) == 2:
+        return f"SFTConfig(adam_beta1={value[0]!r}, adam_beta2={value[1]!r})"
+    return f"SFTConfig({'adam_epsilon' if name == 'eps' else name}={value!r})"

@@ -81,7 +81,9 @@ class OwnLoss:
         import torch
 
         trainer = self._trainer
-        if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None):
+        if not micro.batch.has_labels or not (
+            trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+        ):
             return None
         return torch.tensor(micro.items, device=device)
 
@@ -214,7 +216,7 @@ def check_supported(session: Any) -> None:
         raise SettingError(
             "a loss of the script's own in a trainer of pairs",
             "one of the losses of the trainer's configuration, whose pairs are laid out their own way",
-            'DPOConfig(loss_type="sigmoid", …); MLXSFTTrainer and MLXTrainer take compute_loss',
+            'DPOConfig(loss_type="sigmoid", …): trainers of texts take compute_loss',
         )
     if session.routers is not None and session.routers.coefficient:
         raise SettingError(

@@ -53,6 +53,8 @@ class Parameters:
         Raises:
             KeyError: There is none of that name.
         """
+        if name in self.lent.fresh:
+            return self.lent.fresh[name]
         path, stored = self.paths[name], self.read(name)
         trained = path in self._trainable()
         copy = to_parameter(stored, trainable=trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from ..data.generator import TorchGenerator
 from ..data.loader import make_loader
 from ..data.order import epoch_order
 from ..data.pairs import REFERENCE_COLUMNS
-from ..errors import HFMLXError, SettingError
+from ..errors import DataError, HFMLXError, SettingError
 from ..feed import Feed
 from ..models.bridge import TorchModel, is_torch_model, load_torch_model
 from ..models.load import LoadedModel, load_model
 from ..models.precision import apply_autocast, store_frozen_weights
 from ..session import Session
-from ..settings.plan import ModelPlan, TrainPlan
+from ..settings.plan import ModelPlan, PairLossPlan, TrainPlan
 from ..training.pairs import PairObjective, Reference
 from ..training.reference import AdapterOff, OtherModel, StartCopy, same_weights
 
@@ -57,6 +57,39 @@ def check_reference(model: Any, ref_model: Any) -> None:
         )
 
 
+def check_rows(train_dataset: Any) -> None:
+    """Refuse what TRL's trainer raises over: no rows, or a dict of them.
+
+    Raises:
+        DataError: Of that.
+    """
+    if train_dataset is None:
+        raise DataError(
+            "no train_dataset: `train_dataset` is required", "rows with chosen and rejected", "train_dataset=my_rows"
+        )
+    if isinstance(train_dataset, Mapping):
+        raise DataError(
+            f"train_dataset of type {type(train_dataset).__name__}",
+            "`train_dataset` must be a `Dataset` or `IterableDataset`, or a list of dicts",
+            'train_dataset=my_datasets["train"]',
+        )
+
+
+def check_moving(plan: TrainPlan) -> None:
+    """Refuse a reference that follows an adapter.
+
+    Raises:
+        SettingError: The reference is the base then, and does not move.
+    """
+    assert isinstance(plan.loss, PairLossPlan)
+    if plan.loss.sync_steps is not None and plan.lora is not None:
+        raise SettingError(
+            "sync_ref_model=True with an adapter",
+            "all weights trained: an adapter's reference is the base without it, which does not move (TRL raises too)",
+            "DPOConfig(sync_ref_model=False)",
+        )
+
+
 def choose_reference(session: Session, base: Any, ref_model: Any, *, new_adapter: bool) -> Reference:
     """The reference of trl 1.16 ``DPOTrainer``.
 
@@ -67,15 +100,33 @@ def choose_reference(session: Session, base: Any, ref_model: Any, *, new_adapter
         new_adapter: The adapter came from ``peft_config``, so the base model is the reference.
     """
     objective: Any = session.step.objective
+    loss = session.plan.loss
+    assert isinstance(loss, PairLossPlan)
+    moved = objective.slots.names if loss.sync_steps is not None else ()
     if ref_model is not None:
-        return OtherModel(_load(ref_model, session.plan))
+        return OtherModel(_load(ref_model, session.plan), moved)
     if session.adapter is not None and new_adapter:
         return AdapterOff(session.adapter, objective.score, objective.slots)
-    if session.adapter is None and base.is_copied and not session.plan.loss.precompute:  # pyright: ignore[reportAttributeAccessIssue]
+    if session.adapter is None and base.is_copied and not loss.precompute:
         again = _read_again(session, base.name)
         if again is not None:
-            return OtherModel(again)
+            return OtherModel(again, moved)
     return StartCopy(objective.score, objective.slots)
+
+
+def keep_adapter(model: Any) -> None:
+    """Put a copy of the adapter as it starts beside it, under the name "ref", as trl 1.16 does: saved with it.
+
+    Args:
+        model: The script's PeftModel. Where its adapter is not called "default", upstream raises; no copy is kept.
+    """
+    config = model.peft_config.get("default")
+    if config is None or "ref" in model.peft_config:
+        return
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
 
 
 def _read_again(session: Session, name: str) -> LoadedModel | None:
@@ -129,15 +180,15 @@ def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size
     """
     if not hasattr(dataset, "__len__"):
         raise SettingError(
-            f"precompute_ref_log_probs=True with a streamed {name} dataset",
-            "a dataset that is there as a whole (TRL raises too)",
+            f"precompute_ref_log_probs=True is not supported with IterableDataset (the {name} dataset)",
+            "rows that are there as a whole (TRL raises too)",
             "DPOConfig(precompute_ref_log_probs=False)",
         )
+    if REFERENCE_COLUMNS[0] in dataset.column_names:
+        return dataset
     objective = session.step.objective
     assert isinstance(objective, PairObjective)
-    # A trace whose outputs hang on constants alone is none that MLX compiles.
-    constant = isinstance(objective.reference, StartCopy) and session.adapter is None
-    compute: Callable = objective.reference_logps if constant else mx.compile(objective.reference_logps)
+    compute: Callable = mx.compile(objective.reference_logps)
     order = np.arange(len(dataset))
     if name == "train":
         order = np.asarray(
@@ -150,7 +201,7 @@ def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size
         for start, batch in _batches(dataset, order, data, batch_size):
             rows = order[start : start + batch_size]
             arrays = data.inputs(batch).arrays
-            found[rows] = np.array(compute(session.step.params, arrays)).reshape(-1, 2)
+            found[rows] = np.array(compute(session.step.params, arrays))
     finally:
         objective.slots.bind(session.step.params)
         objective.model.train(training)

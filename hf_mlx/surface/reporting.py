@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..intake import LARGE, Intake, lies
-from ..models.torch_arrays import like_torch, to_numpy
+from ..processes.world import World
 from ..settings.plan import TrainPlan
 
 _FILES = Intake(CheckpointError, "move the file elsewhere, and the metrics are written into a new one")
@@ -40,10 +37,16 @@ def format_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return formatted
 
 
-def set_log_level(name: str) -> None:
-    """Set transformers' verbosity to ``args.log_level``, as ``Trainer.__init__`` does; "passive" leaves it alone."""
+def set_log_level(args: Any, world: World) -> None:
+    """Set transformers' verbosity as ``Trainer.__init__`` does.
+
+    By ``args.log_level``, and by ``args.log_level_replica`` on all processes but the first; "passive" leaves it alone
+    (transformers 5.23 ``TrainingArguments.get_process_log_level``).
+    """
     from transformers.utils import logging
 
+    is_first = world.is_local_main if args.log_on_each_node else world.is_main
+    name = args.log_level if is_first else args.log_level_replica
     if name != "passive":
         logging.set_verbosity(logging.log_levels[name])
 
@@ -94,40 +97,3 @@ def describe_plan(plan: TrainPlan) -> dict[str, Any]:
     if plan.lora is not None:
         settings["lora"] = f"r={plan.lora.r}, lora_alpha={plan.lora.lora_alpha}"
     return settings
-
-
-class PredictionSink:
-    """Collects logits and labels of an evaluation, padded with -100 to one length, as ``compute_metrics`` gets them.
-
-    Args:
-        preprocess: ``preprocess_logits_for_metrics``: called with logits (B, T, V) and labels (B, T), as torch tensors
-            where torch is installed.
-    """
-
-    def __init__(self, preprocess: Callable[[Any, Any], Any] | None = None) -> None:
-        self._preprocess = preprocess
-        self._predictions: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
-
-    def __call__(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        if self._preprocess is not None:
-            logits = to_numpy(self._preprocess(like_torch(logits), like_torch(labels)))
-        self._predictions.append(logits)
-        self._labels.append(labels)
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-        """Predictions and labels of all rows; None where no batch was seen, as upstream."""
-        if not self._predictions:
-            return None, None
-        return _pad_concatenate(self._predictions), _pad_concatenate(self._labels)
-
-
-def _pad_concatenate(parts: list[np.ndarray]) -> np.ndarray:
-    if parts[0].ndim < 2:
-        return np.concatenate(parts)
-    length = max(part.shape[1] for part in parts)
-    padded = [
-        np.pad(part, [(0, 0), (0, length - part.shape[1]), *[(0, 0)] * (part.ndim - 2)], constant_values=-100)
-        for part in parts
-    ]
-    return np.concatenate(padded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import SettingError
@@ -37,6 +38,29 @@ def check_evaluation(args: Any, eval_dataset: Any, trainer: str) -> None:
         )
 
 
+def check_ignored(ignore_keys: list[str] | None, unseen: Sequence[str]) -> None:
+    """Refuse predictions that would hold other things than those upstream returns.
+
+    Args:
+        ignore_keys: As ``evaluate`` and ``predict`` get them.
+        unseen: What the torch model returns beside its logits, and MLX's does not.
+
+    Raises:
+        SettingError: Names them.
+    """
+    ignored = ignore_keys or ()
+    if "logits" in ignored:
+        raise SettingError(f"ignore_keys={ignore_keys!r}", "logits to predict with", "ignore_keys=None")
+    missing = [key for key in unseen if key not in ignored]
+    if missing:
+        raise SettingError(
+            f"predictions of a model whose config says output_router_logits=True, with {' and '.join(missing)} in them",
+            "logits alone",
+            f"trainer.evaluate(ignore_keys={['past_key_values', *unseen]!r}), train(ignore_keys_for_eval=…) likewise, "
+            "or model.config.output_router_logits = False",
+        )
+
+
 def no_rows(trainer: str) -> SettingError:
     """What ``train()`` on a trainer without a train dataset raises."""
     return SettingError(
@@ -46,8 +70,12 @@ def no_rows(trainer: str) -> SettingError:
     )
 
 
-def check_keywords(keywords: dict[str, Any]) -> None:
+def check_keywords(keywords: dict[str, Any], size: int) -> None:
     """Refuse keywords of ``save_pretrained`` that ask for other files than those written.
+
+    Args:
+        keywords: As they were given.
+        size: Bytes of the weights that are written.
 
     Raises:
         SettingError: Names the keyword.
@@ -57,9 +85,20 @@ def check_keywords(keywords: dict[str, Any]) -> None:
             raise unknown_keyword("save_pretrained", {name: value})
         if name == "safe_serialization" and value is False:
             raise SettingError("safe_serialization=False", "safetensors, which run no code", "leave it out")
+        if name == "max_shard_size" and value is not None and _read_size(value) >= size:
+            continue
         if value not in _SAVING[name]:
             asked = ", ".join(repr(honoured) for honoured in _SAVING[name])
             raise SettingError(f"save_pretrained({name}={value!r})", f"{name} of {asked}", f"leave {name}= out")
+
+
+def _read_size(value: Any) -> int:
+    from huggingface_hub.serialization._base import parse_size_to_int
+
+    try:
+        return value if isinstance(value, int) else parse_size_to_int(value)
+    except (ValueError, AttributeError) as error:
+        raise SettingError(f"max_shard_size={value!r}", "bytes, or a size", 'max_shard_size="5GB"') from error
 
 
 def unknown_keyword(method: str, keywords: dict[str, Any]) -> SettingError:

@@ -52,8 +52,9 @@ class TraceCallback(TrainerCallback):
         self._writes = False
         self._line: dict[str, Any] | None = None
         self._detach: Callable[[], None] | None = None
+        self._follows = False
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         self._writes = state.is_world_process_zero
         if not self._writes:
             return
@@ -62,26 +63,30 @@ class TraceCallback(TrainerCallback):
         self.path.write_text(json.dumps({**header, **_describe(model)}) + "\n")
         self._micro.clear()
         self._in_step, self._line = 1, None
-        self._detach = self._listen(model, train_dataloader)
+        if not self._follows and hasattr(model, "register_forward_pre_hook"):
+            self._stop()
+            self._detach = model.register_forward_pre_hook(self._see_forward, with_kwargs=True).remove
 
-    def _listen(self, model: Any, loader: Any) -> Callable[[], None]:
-        """See every training micro-batch go by; returns what ends that."""
-        if hasattr(model, "register_forward_pre_hook"):
-            return model.register_forward_pre_hook(self._see_forward, with_kwargs=True).remove
-        loader = getattr(loader, "trained", None)
-        if loader is None:
-            # The script's own loader: its batches are its own affair, and stay out of the trace.
-            return lambda: None
+    def follow_batches(self, loader: Any) -> None:
+        """See every training micro-batch of an MLX trainer, which makes no forward pass that a hook would see.
+
+        Args:
+            loader: What the run reads from; its ``collate`` makes the batches, the script's own loader's too.
+        """
+        self._stop()
+        self._follows = True
         collate = loader.collate
 
         def seen(rows: Any) -> Any:
             batch = collate(rows)
-            mask = np.arange(batch.input_ids.shape[1]) < np.asarray(batch.lengths)[:, None]
-            self._see(batch.input_ids, mask, batch.labels)
+            mask = getattr(batch, "keys", None)
+            if mask is None:
+                mask = np.arange(batch.input_ids.shape[1]) < np.asarray(batch.lengths)[:, None]
+            self._see(batch.input_ids, mask, getattr(batch, "labels", None))
             return batch
 
         loader.collate = seen
-        return lambda: setattr(loader, "collate", collate)
+        self._detach = lambda: setattr(loader, "collate", collate)
 
     def _see_forward(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         if module.training and kwargs.get("input_ids") is not None:
@@ -120,9 +125,13 @@ class TraceCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._flush()
+        self._stop()
+
+    def _stop(self) -> None:
+        """End what was listened to, by this run or one that was cut short."""
         if self._detach is not None:
             self._detach()
-            self._detach = None
+        self._detach, self._follows = None, False
 
     def _flush(self) -> None:
         if self._line is not None and self._writes:

@@ -10,8 +10,10 @@ import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
 from ..feed import Feed
+from ..processes.world import the_world
+from ..reports.recorder import Recorder
 from ..settings.changes import Asked
-from ..settings.legacy import merge_trainer_keywords
+from ..settings.trainer_keywords import merge_trainer_keywords
 from ..surface import reporting
 from ..surface.accelerator import Accelerator
 from ..surface.assignments import check_presets
@@ -24,7 +26,10 @@ from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
+from ..surface.together import check_recipe, tell_accelerate
+from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
+from ..version import warn_untested
 from .running import Running
 
 logger = logging.getLogger(__name__)
@@ -36,28 +41,30 @@ class TrainerBase(Running):
     The arguments are those of :class:`~hf_mlx.trainers.sft.MLXSFTTrainer`. Each trainer is a class with a ``recipe``.
     """
 
+    @in_its_words
     def __init__(
         self,
         model: Any,
-        args: Any,
-        data_collator: Callable | None,
-        train_dataset: Any,
-        eval_dataset: Any,
-        processing_class: Any,
-        compute_metrics: Callable | None,
-        callbacks: list | None,
-        optimizers: tuple[Any, Any],
-        preprocess_logits_for_metrics: Callable | None,
+        args: Any = None,
+        data_collator: Callable | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        preprocess_logits_for_metrics: Callable | None = None,
         *,
-        peft_config: Any,
-        formatting_func: Callable | None,
-        quantization_config: Any,
-        max_grad_value: float | None,
-        finetune_last_n_layers: int | None,
-        strict: bool,
+        peft_config: Any = None,
+        formatting_func: Callable | None = None,
+        quantization_config: Any = None,
+        max_grad_value: float | None = None,
+        finetune_last_n_layers: int | None = None,
+        strict: bool = False,
         **keywords: Any,
     ) -> None:
         self._clock = StartClock()
+        warn_untested()
         # What derives from the class that names the recipe is a user's.
         house = next(cls for cls in type(self).__mro__ if "recipe" in vars(cls))
         check_overrides(type(self), house, self.recipe.never_called)
@@ -65,10 +72,12 @@ class TrainerBase(Running):
         check_functions(keywords)
         self._start_own(optimizers, keywords)
         self._base = base = open_base(model)
-        overrides, tokenizer = merge_trainer_keywords({}, keywords)
+        overrides, tokenizer = merge_trainer_keywords({}, keywords, self.recipe.name.removeprefix("MLX"))
         self.args = args if args is not None else self.recipe.make_args(base.name)
+        self.world = the_world()
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
+        self._recorder = Recorder()
         self.plan, self.ledger = base.resolve(
             self.args,
             peft_config,
@@ -78,7 +87,10 @@ class TrainerBase(Running):
             quantization_config=quantization_config,
             overrides=overrides,
             table=self.recipe.config,
+            processes=self.world.size,
         )
+        check_recipe(self.recipe, self.world)
+        tell_accelerate(self.args, self.world)
         self._asked = Asked(
             self.args,
             self.ledger,
@@ -86,13 +98,15 @@ class TrainerBase(Running):
             strict=strict,
             overrides=dict(overrides),
             table=self.recipe.config,
+            processes=self.world.size,
         )
-        reporting.set_log_level(self.args.log_level)
+        reporting.set_log_level(self.args, self.world)
         self.grad_clip = self.plan.clip
         self.compute_metrics = compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
         check_evaluation(self.args, eval_dataset, self.recipe.name)
-        check_output_dir(self.args.output_dir)
+        if self.world.is_main:
+            check_output_dir(self.args.output_dir)
         if self.plan.use_cpu:
             mx.set_default_device(mx.cpu)
         limit_pending_work(self.plan)
@@ -147,11 +161,14 @@ class TrainerBase(Running):
         self._clock.end("model")
         self.data.share_rows = self.session.packs
         self._settle_loss()
-        self._evaluate_loader = Evaluation(self.session, self.data, before_metrics=base.write_back)
+        self._evaluate_loader = Evaluation(
+            self.session, self.data, before_metrics=base.write_back, counts_items=self.counts_in_evaluation
+        )
         adapter = self.session.adapter
         notes = adapter.notes if adapter is not None else ()
         for line in (*self.ledger.notices(), *self.session.loaded.notes, *notes):
-            logger.warning(line)
+            # Once for all processes.
+            logger.log(logging.WARNING if self.world.is_main else logging.DEBUG, line)
 
     def _begin(self, callbacks: list | None) -> None:
         """HF's objects around the run: callbacks, state, accelerator, hub."""
@@ -164,15 +181,16 @@ class TrainerBase(Running):
             before=lambda event: base.write_back(),
             after=base.take_over,
         )
-        self.state = make_state(self.callback_handler, self.control)
+        self.state = make_state(self.callback_handler, self.control, self.world)
         self.accelerator = Accelerator(
+            self.world,
             mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
             seedable_sampler=self.plan.batch.seedable_sampler,
             data_seed=self.plan.batch.seed if self.plan.batch.data_seed is None else self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and self.world.is_main:
             self.hub.create()
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         record_settings(

@@ -9,6 +9,8 @@ from typing import Any
 
 from ..data.own_loader import OwnLoader
 from ..errors import DataError
+from ..surface.requests import check_ignored
+from ..surface.wording import in_its_words
 from .loaders import LaterLoader
 from .publishing import Publishing
 
@@ -16,6 +18,7 @@ from .publishing import Publishing
 class Evaluating(Publishing):
     """``evaluate`` and ``predict``."""
 
+    @in_its_words
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -23,7 +26,7 @@ class Evaluating(Publishing):
 
         Args:
             eval_dataset: A dataset, a dict of datasets, or the name of one of the trainer's eval datasets.
-            ignore_keys: Of no effect: a model's output here is its logits alone.
+            ignore_keys: Of the model's outputs, which here are its logits alone.
             metric_key_prefix: Prefix of every key of the result.
 
         Returns:
@@ -43,20 +46,21 @@ class Evaluating(Publishing):
         start = time.time()
         named = eval_dataset is None or isinstance(eval_dataset, str)
         own_loader = self._own_eval_loader(eval_dataset if named else dataset)
-        output = self._evaluation(dataset, metric_key_prefix, own_loader)
-        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        output = self._evaluation(dataset, metric_key_prefix, own_loader, ignore_keys)
+        batches = math.ceil(output.num_samples / (self.plan.batch.eval_batch_size * self.world.size))
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._memory.stop("eval", metrics)
         return metrics
 
+    @in_its_words
     def predict(self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test") -> Any:
         """Logits, labels and metrics on ``test_dataset``.
 
         Returns:
             ``transformers.trainer_utils.PredictionOutput``; predictions are (rows, length, vocabulary) float32,
-            padded with -100.
+            padded with -100. Rows without labels are predicted, with no loss.
         """
         from transformers.trainer_utils import PredictionOutput, speed_metrics
 
@@ -64,15 +68,28 @@ class Evaluating(Publishing):
         self._memory.start("test")
         start = time.time()
         dataset = self.data.prepare_eval(test_dataset)
-        output = self._evaluation(dataset, metric_key_prefix, self._own_test_loader(dataset), keep_logits=True)
-        batches = math.ceil(output.num_samples / self.plan.batch.eval_batch_size)
+        loader = self._own_test_loader(dataset)
+        output = self._evaluation(dataset, metric_key_prefix, loader, ignore_keys, keep_logits=True)
+        batches = math.ceil(output.num_samples / (self.plan.batch.eval_batch_size * self.world.size))
         metrics = output.metrics | speed_metrics(metric_key_prefix, start, output.num_samples, batches)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         self._memory.stop("test", metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
 
-    def _evaluation(self, dataset: Any, prefix: str, own_loader: OwnLoader | None, *, keep_logits: bool = False) -> Any:
+    def _evaluation(
+        self,
+        dataset: Any,
+        prefix: str,
+        own_loader: OwnLoader | None,
+        ignore_keys: list[str] | None,
+        *,
+        keep_logits: bool = False,
+    ) -> Any:
         self._base.take_over("")
+        compute = None if self.args.prediction_loss_only else self.compute_metrics
+        keep_logits = keep_logits and not self.args.prediction_loss_only
+        if keep_logits or compute is not None:
+            check_ignored(ignore_keys, getattr(self.session.step.objective, "unseen", ()))
         if own_loader is None:
             self.callback_handler.eval_dataloader = LaterLoader(partial(self.get_eval_dataloader, dataset))
             loader = self.data.eval_loader(dataset)
@@ -81,8 +98,9 @@ class Evaluating(Publishing):
         return self._evaluate_loader(
             loader,
             prefix,
-            compute_metrics=None if self.args.prediction_loss_only else self.compute_metrics,
+            compute_metrics=compute,
             preprocess_logits=self.preprocess_logits_for_metrics,
+            args=self.args,
             keep_logits=keep_logits,
             in_train=self.is_in_train,
             on_batch=self._on_prediction_step,

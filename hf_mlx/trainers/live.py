@@ -11,6 +11,8 @@ from ..errors import MissingDependency, SettingError
 from ..settings.changes import Asked
 from ..surface.assignments import check_assignment, started
 from ..surface.requests import check_evaluation
+from ..surface.together import check_own, tell_accelerate
+from ..surface.wording import in_its_words
 from .own import Own
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ class Live(Own):
     _asked: Asked
     _is_built: bool = False
 
+    @in_its_words
     def __setattr__(self, name: str, value: Any) -> None:
         if not self._is_built:
             super().__setattr__(name, value)
@@ -85,9 +88,11 @@ class Live(Own):
         if self.is_in_train:
             return
         plan, ledger = self._asked.resolve_again(self.args, self.plan)
+        tell_accelerate(self.args, self.world)
         if training:
             check_evaluation(self.args, self.eval_dataset, self.recipe.name)
-            check_output_dir(self.args.output_dir)
+            if self.world.is_main:
+                check_output_dir(self.args.output_dir)
         if plan.optim != self.plan.optim and started(self):
             logger.warning(
                 "The optimizer's settings changed after train(): it lives on with those it was made with, and so does "
@@ -100,6 +105,7 @@ class Live(Own):
             self.accelerator.gradient_accumulation_steps = plan.batch.gradient_accumulation_steps
             self._set_own(plan=plan, grad_clip=plan.clip)
         self._settle_loss()
+        check_own(self, self.world)
         self._asked.keep(self.args, ledger)
         self._set_own(ledger=ledger)
         self.hub.args = self.args

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import SettingError
+from ..models.bridge import is_torch_model
 from ..recipes.lm import LM, default_args, default_collator
 from ..surface.signature import is_causal_lm
 from .base import TrainerBase
+from .refused import refuse
 
 
 class MLXTrainer(TrainerBase):
@@ -36,6 +38,7 @@ class MLXTrainer(TrainerBase):
         max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
         finetune_last_n_layers: Train the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
+        **keywords: ``tokenizer``, the older name of ``processing_class``.
 
     Attributes:
         plan, ledger, grad_clip, args, state, control, callback_handler: As of :class:`~hf_mlx.MLXSFTTrainer`.
@@ -46,6 +49,7 @@ class MLXTrainer(TrainerBase):
     """
 
     recipe = LM
+    _is_made_here = False
 
     @staticmethod
     def trains(model: Any) -> bool:
@@ -71,10 +75,12 @@ class MLXTrainer(TrainerBase):
         max_grad_value: float | None = None,
         finetune_last_n_layers: int | None = None,
         strict: bool = False,
+        **keywords: Any,
     ) -> None:
         args = args if args is not None else default_args("")
+        drawn = None
         if model is None or model_init is not None:
-            model = _init_model(model, model_init, args)
+            model, drawn = _init_model(model, model_init, args)
         if not self.trains(model):
             raise SettingError(
                 f"model of class {type(model).__name__}",
@@ -84,7 +90,9 @@ class MLXTrainer(TrainerBase):
         super().__init__(
             model,
             args,
-            data_collator if data_collator is not None else default_collator(processing_class),
+            data_collator
+            if data_collator is not None
+            else default_collator(processing_class or keywords.get("tokenizer")),
             train_dataset,
             eval_dataset,
             processing_class,
@@ -92,20 +100,78 @@ class MLXTrainer(TrainerBase):
             callbacks,
             optimizers,
             preprocess_logits_for_metrics,
-            peft_config=None,
-            formatting_func=None,
-            quantization_config=None,
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
             strict=strict,
             compute_loss_func=compute_loss_func,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            **keywords,
         )
         if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
             self.data.refuse_blind_targets()
+        if drawn is not None:
+            # The order of the rows goes on where model_init left torch's generator, as in train() upstream.
+            self.data.rng.set_torch_state(drawn)
+        self._set_own(_is_made_here=model_init is not None)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train to the end of the plan; arguments and result as of :meth:`~hf_mlx.MLXSFTTrainer.train`.
+
+        Raises:
+            SettingError: Also for a second run of a trainer with ``model_init``, which upstream starts anew.
+        """
+        if self._is_made_here and self.state.global_step and not resume_from_checkpoint:
+            raise SettingError(
+                "train() again on a trainer with model_init",
+                "one run: upstream makes the model anew for each, and here it is made once",
+                "MLXTrainer(model_init=model_init, ...).train(), a new trainer",
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @refuse("trainer.train()")
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of one batch."""
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write README.md into ``output_dir``.
+
+        Args:
+            language, license: Front matter.
+            tags: Further tags.
+            model_name: Heading; None is the name of the repository or folder.
+            finetuned_from: The base model; None is the one that was loaded.
+            tasks: The hub's names of tasks; the first is the card's.
+            dataset_tags: Ids of the training data.
+            dataset: Its name for people.
+            dataset_args: Further names of its parts.
+        """
+        front = {"language": language, "license": license, "datasets": dataset_tags, "dataset_args": dataset_args}
+        front |= {
+            "base_model": finetuned_from,
+            "pipeline_tag": tasks[0] if isinstance(tasks, list) and tasks else tasks,
+        }
+        given = {name: value for name, value in front.items() if value}
+        self._write_card(model_name, ", ".join(dataset) if isinstance(dataset, list) else dataset, tags, given)
 
 
-def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
+def _init_model(model: Any, model_init: Callable | None, args: Any) -> tuple[Any, Any]:
+    """The model, and the state of torch's generator once it is made."""
     if model is not None or model_init is None:
         given = "a model and model_init" if model is not None else "neither a model nor model_init"
         raise SettingError(
@@ -117,4 +183,9 @@ def _init_model(model: Any, model_init: Callable | None, args: Any) -> Any:
 
     # A model that is made here is made from the run's seed, as upstream.
     set_seed(args.seed)
-    return model_init()
+    model = model_init()
+    if not is_torch_model(model):
+        return model, None
+    import torch
+
+    return model, torch.get_rng_state().numpy()

@@ -99,6 +99,9 @@ class Loaders(Live):
             loader = self.get_test_dataloader(dataset)
         return self.data.adopt_loader(loader, "get_test_dataloader", training=False)
 
+    def _overrides_loaders(self) -> bool:
+        return self._overrides((*_TRAIN, *_EVAL, *_TEST))
+
     def _overrides(self, names: tuple[str, ...]) -> bool:
         return any(name in vars(self) or getattr(type(self), name) is not getattr(Loaders, name) for name in names)
 
@@ -113,11 +116,9 @@ class LaterLoader:
 
     Args:
         make: Makes a torch ``DataLoader``.
-        trained: What the run itself reads from.
     """
 
-    def __init__(self, make: Callable[[], Any], trained: Any = None) -> None:
-        self.trained = trained
+    def __init__(self, make: Callable[[], Any]) -> None:
         self._make = make
         self._made: Any = None
 

@@ -11,7 +11,7 @@ from .refused import Refused
 
 
 class Names(Loaders, Refused):
-    """What HF's trainer also says about itself: one process, one device, labels under their usual name."""
+    """What HF's trainer also says about itself: no split model, one device, labels under their usual name."""
 
     is_deepspeed_enabled = False
     is_fsdp_enabled = False
@@ -85,12 +85,12 @@ class Names(Loaders, Refused):
         return sum(value.size for value in self.session.step.params.values())
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Rows of one optimizer step.
+        """Rows of one optimizer step, of all processes.
 
         Args:
             args: Whose accumulation counts.
         """
-        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps
+        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps * self.world.size
 
     def get_learning_rates(self) -> list[float]:
         """The learning rate of each group of ``trainer.optimizer``.
@@ -114,15 +114,15 @@ class Names(Loaders, Refused):
         return [group["params"] for group in groups]
 
     def get_cp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def get_sp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def get_tp_size(self) -> int:
-        """1: one process."""
+        """1: no model is split over processes."""
         return 1
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

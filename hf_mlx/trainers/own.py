@@ -186,7 +186,7 @@ class Own(Parts):
             self.say_once(_LOSS_NOTICE.format(name=name))
             if not takes_items(self.compute_loss):
                 self.say_once(_OLD_LOSS.format(name=name))
-        self.data.keeps_batches = name is not None
+        self.data.collation.keeps_batches = name is not None
 
     def _brings_optimizer(self) -> bool:
         own = (self._own_optimizer, self._own_scheduler, self.optimizer_cls_and_kwargs)

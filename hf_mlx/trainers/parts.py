@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..checkpoints.interrupt import Interrupt
 from ..data.order import Steps
 from ..feed import Feed
 from ..loop.run import Loop
+from ..processes.world import World
 from ..recipes.recipe import Recipe
+from ..reports.recorder import Recorder
 from ..session import Session
 from ..settings.clipping import GradClip
 from ..settings.plan import TrainPlan
@@ -42,12 +44,16 @@ class Parts:
     data: Feed
     session: Session
     hub: HubRepo
+    world: World
     is_in_train: bool = False
+    #: What may not be set on this trainer beside what no trainer lets be set: name to what to write.
+    remedies: Mapping[str, str] = {}
 
     _base: Base
     _model: Any
     _clock: StartClock
     _memory: MemoryMeter
+    _recorder: Recorder
     _evaluate_loader: Evaluation
     _tokens_before = 0
     _interrupt: Interrupt | None = None

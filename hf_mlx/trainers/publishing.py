@@ -10,14 +10,23 @@ from ..checkpoints.inspection import ARGUMENTS
 from ..checkpoints.torch_files import has_torch, pickle_object
 from ..surface import reporting
 from ..surface.hub import write_card
+from ..surface.trackers import tracker_links
+from ..surface.wording import in_its_words
 from .records import Records
 
 
 class Publishing(Records):
     """What puts a run's result where others find it."""
 
+    @in_its_words
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``."""
+        """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``.
+
+        Of several processes the first one writes; the others return at once, as under transformers.
+        """
+        if not self.world.is_main:
+            self._base.write_back()
+            return
         folder = check_output_dir(output_dir or self.args.output_dir)
         with saved_folder(folder) as temporary:
             self._base.write_back()
@@ -32,14 +41,32 @@ class Publishing(Records):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
+    def _write_checkpoint(self, folder: Path) -> None:
+        """The part of a checkpoint that others load."""
+        self.save_model(str(folder), _internal_call=True)
+
+    def _read_checkpoint(self, folder: Path) -> None:
+        """What a trainer itself has put there."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # Scripts call transformers' own method with weights that they have collected themselves.
+        if state_dict is None:
+            self.save_model(output_dir, _internal_call=True)
+            return
+        folder = check_output_dir(output_dir or self.args.output_dir)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
     @property
     def hub_model_id(self) -> str | None:
         """``owner/name`` on the hub, once the repository exists."""
         return self.hub.model_id
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the run's repository on the hub, unless it exists."""
-        self.hub.create(token, private)
+        """Create the run's repository on the hub, unless it exists; the first process does."""
+        if self.world.is_main:
+            self.hub.create(token, private)
 
     def create_model_card(
         self,
@@ -56,6 +83,17 @@ class Publishing(Records):
             tags: Further tags.
             **front_matter: Further metadata, such as ``language`` or ``license``.
         """
+        self._write_card(model_name, dataset_name, tags, front_matter)
+
+    def _write_card(
+        self,
+        model_name: str | None,
+        dataset_name: str | None,
+        tags: str | list[str] | None,
+        front_matter: dict[str, Any],
+    ) -> None:
+        if not self.world.is_main:
+            return
         base = getattr(self.model.config, "_name_or_path", None)
         write_card(
             self.args.output_dir,
@@ -64,8 +102,10 @@ class Publishing(Records):
             hub_model_id=self.hub_model_id,
             dataset_name=dataset_name,
             tags=tags,
+            links=tracker_links(),
             trainer_tags=self.recipe.tags,
             method=self.recipe.method,
+            paper=self.recipe.paper,
             adapter=self.session.adapter is not None,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,
@@ -90,8 +130,10 @@ class Publishing(Records):
             **card: Keywords of :meth:`create_model_card`.
 
         Returns:
-            ``huggingface_hub.CommitInfo``.
+            ``huggingface_hub.CommitInfo``; None on all processes but the first, which wait for nothing.
         """
+        if not self.world.is_main:
+            return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)

@@ -7,16 +7,21 @@ from functools import wraps
 from typing import Any
 
 from ..errors import SettingError
+from ..surface.wording import reword
 
 NO_SEARCH = "a new trainer for each trial: MLXSFTTrainer(args=SFTConfig(learning_rate=trial_value), …).train()"
 _INSIDE = "what is outside of the compiled step"
 
 
-def _refuse(remedy: str) -> Callable[[Callable], Callable]:
+def refuse(remedy: str) -> Callable[[Callable], Callable]:
+    """Let a method raise a :class:`~hf_mlx.errors.SettingError` that says what to write instead."""
+
     def decorate(method: Callable) -> Callable:
         @wraps(method)
         def refused(self: Any, *args: Any, **kwargs: Any) -> Any:
-            raise SettingError(f"trainer.{method.__name__}(…)", _INSIDE, remedy)
+            error = SettingError(f"trainer.{method.__name__}(…)", _INSIDE, remedy)
+            reword(error, self.recipe.name, self.recipe.config.name)
+            raise error
 
         return refused
 
@@ -26,17 +31,17 @@ def _refuse(remedy: str) -> Callable[[Callable], Callable]:
 class Refused:
     """The methods with upstream's signatures; each raises a :class:`~hf_mlx.errors.SettingError`."""
 
-    @_refuse("trainer.train()")
+    @refuse("trainer.train()")
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Forward and backward of one batch."""
 
-    @_refuse("trainer.predict(dataset), or trainer.model(**inputs)")
+    @refuse("trainer.predict(dataset), or trainer.model(**inputs)")
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: Any, ignore_keys: list[str] | None = None
     ) -> Any:
         """Loss, logits and labels of one batch."""
 
-    @_refuse("trainer.evaluate(dataset), or trainer.predict(dataset)")
+    @refuse("trainer.evaluate(dataset), or trainer.predict(dataset)")
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -47,11 +52,11 @@ class Refused:
     ) -> Any:
         """One pass over an evaluation loader."""
 
-    @_refuse("for batch in trainer.get_train_dataloader(): …")
+    @refuse("for batch in trainer.get_train_dataloader(): …")
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one optimizer step."""
 
-    @_refuse(NO_SEARCH)
+    @refuse(NO_SEARCH)
     def hyperparameter_search(
         self,
         hp_space: Any = None,
@@ -64,6 +69,6 @@ class Refused:
     ) -> Any:
         """Trains again and again with other settings."""
 
-    @_refuse("MLXSFTTrainer(model=model_init(), …)")
+    @refuse("MLXSFTTrainer(model=model_init(), …)")
     def call_model_init(self, trial: Any = None) -> Any:
         """Makes a model by ``model_init``."""

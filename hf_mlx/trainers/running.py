@@ -14,12 +14,16 @@ from ..checkpoints.lock import alone_in_output_dir
 from ..data.own_loader import OwnLoader
 from ..errors import HFMLXError, SettingError
 from ..loop.run import Loop
+from ..processes.world import is_lost, report_failure
 from ..surface.callbacks import make_state
 from ..surface.checkpoints import Checkpoints, no_step
 from ..surface.estimate import estimate_memory
 from ..surface.gradients import Gradients
 from ..surface.optimizer import OptimizerView, SchedulerView
+from ..surface.report import write_report
 from ..surface.requests import no_rows
+from ..surface.together import check_alike, check_epochs, join_step
+from ..surface.wording import in_its_words
 from ..training.command_buffers import wait_for_memory
 from .evaluating import Evaluating
 from .loaders import LaterLoader
@@ -31,6 +35,7 @@ logger = logging.getLogger(__name__)
 class Running(Evaluating):
     """``train`` and the checkpoints it writes."""
 
+    @in_its_words
     @alone_in_output_dir
     def train(
         self,
@@ -61,11 +66,13 @@ class Running(Evaluating):
         if self.train_dataset is None:
             raise no_rows(self.recipe.name)
         self._settle(training=True)
+        check_alike(self, self.world)
+        join_step(self.world, self.plan.batch.gradient_accumulation_steps, self.args.ddp_timeout)
         own_loader = self._own_train_loader()
         self._count_steps(own_loader)
         self._memory.start("train")
         checkpoints = self._checkpoints = Checkpoints(self)
-        folder = checkpoints.store.find(resume_from_checkpoint)
+        folder = checkpoints.find(resume_from_checkpoint)
         self._reset_state()
         if self.processing_class is not None:
             align_special_tokens(self.model, self.processing_class)
@@ -76,15 +83,20 @@ class Running(Evaluating):
             schedule.follow(self._loop.schedule)
         self.session.step.carry = None
         loader = own_loader or self.data.train_loader(self.train_dataset)
+        check_epochs(self.args, loader)
         handler = self.callback_handler
         # The script's own optimizer is shown as it is: a rate that is set in it is what it steps with.
         view = None if self._brings_optimizer() else self._show_optimizer(schedule)
         handler.optimizer = self.optimizer if view is None else view
         shown = self.lr_scheduler if view is None else SchedulerView(schedule, lambda: loop.steps_done)
         handler.lr_scheduler = shown
-        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader, loader)
+        handler.train_dataloader = own_loader.loader if own_loader else LaterLoader(self.get_train_dataloader)
+        for callback in handler.callbacks:
+            if hasattr(callback, "follow_batches"):
+                callback.follow_batches(loader)
         loop = self._loop = self._make_loop(loader, schedule, checkpoints, folder, view)
         self._tokens_before, self.is_in_train = self.state.num_input_tokens_seen, True
+        self._recorder.start(self.session.progress.num_tokens)
         try:
             with (
                 wait_for_memory(self.plan, lambda: estimate_memory(self).total),
@@ -97,9 +109,14 @@ class Running(Evaluating):
             self._memory.stop("train", {})
             if isinstance(error, KeyboardInterrupt):
                 checkpoints.save_interrupted(loop.boundary)
+            else:
+                report_failure(error)
             # The user's object gets what there is; the reason for stopping is what must be seen.
             with suppress(HFMLXError):
                 self._base.write_back()
+            write_report(self, error)
+            if not self.world.is_alone and isinstance(error, RuntimeError) and is_lost(error):
+                raise self.world.lost(f"step {self.state.global_step + 1}") from error
             raise
         self._base.write_back()
         self._asked.say_unread(self.args)
@@ -109,14 +126,16 @@ class Running(Evaluating):
         self._memory.stop("train", metrics)
         self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            checkpoints.store.load_best(self.state.best_model_checkpoint)
+            checkpoints.load_best(self.state.best_model_checkpoint)
             self._base.write_back()
-        if self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
+        limited = self.world.is_main and self.args.save_total_limit == 1
+        if limited and self.state.best_model_checkpoint is not None:
             # While training the last one is kept beside the best one, to resume from.
             rotate(self.args.output_dir, 1, keep=[self.state.best_model_checkpoint])
         self.control = handler.on_train_end(self.args, self.state, self.control)
         self.hub.finish()
         self.is_in_train = False
+        write_report(self)
         return TrainOutput(self.state.global_step, result["train_loss"], metrics)
 
     def save_checkpoint(self) -> None:
@@ -127,19 +146,19 @@ class Running(Evaluating):
         """
         if self._loop is None or self._checkpoints is None:
             raise no_step()
-        if "trl" in self.recipe.tags:
+        if "trl" in self.recipe.tags and self.world.is_main:
             # As trl 1.16 ``_save_checkpoint``; transformers' trainer writes none.
             self.create_model_card(
                 model_name=(self.args.hub_model_id or Path(self.args.output_dir).name).split("/")[-1]
             )
         folder = self._checkpoints.save(self._loop.boundary, self._loop.schedule)
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and self.world.is_main:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
             self.hub.push_checkpoint(folder, self.state.global_step, self.state.epoch)
 
     def adopt_additions(self) -> None:
         """Take what callbacks put into the checkpoint just written for a part of it."""
-        if self._checkpoints is not None:
+        if self._checkpoints is not None and self.world.is_main:
             self._checkpoints.store.adopt_additions(self.state.global_step)
 
     def _make_loop(
@@ -147,7 +166,7 @@ class Running(Evaluating):
     ) -> Loop:
         """The loop of this call; from ``folder`` on, once everything in it is known to fit."""
         boundary = checkpoints.restore(folder, schedule) if folder is not None else None
-        self._interrupt = Interrupt()
+        self._interrupt = Interrupt(is_shared=not self.world.is_alone)
         gradients = Gradients(self._base, self.callback_handler)
         loop = Loop(self, self.session, self.data, loader, self.steps, schedule, self._interrupt, view, gradients)
         if boundary is not None:
@@ -166,7 +185,7 @@ class Running(Evaluating):
         )
 
     def _reset_state(self) -> None:
-        self.state = make_state(self.callback_handler, self.control)
+        self.state = make_state(self.callback_handler, self.control, self.world)
         self.state.train_batch_size = self.plan.batch.train_batch_size
         self.state.compute_steps(self.args, self.steps.total_steps)
         self.state.max_steps, self.state.num_train_epochs = self.steps.total_steps, self.steps.epochs
@@ -174,7 +193,7 @@ class Running(Evaluating):
     def _trained_rows(self, own_loader: OwnLoader | None, done: int) -> float:
         plan, steps = self.plan.batch, self.steps
         if plan.max_steps > 0:
-            rows = steps.total_steps * plan.train_batch_size * plan.gradient_accumulation_steps
+            rows = steps.total_steps * self.get_total_train_batch_size(self.args)
         else:
             of_epoch = len(self.train_dataset) if own_loader is None else self.num_examples(own_loader.loader)
             rows = of_epoch * plan.num_train_epochs

@@ -25,14 +25,16 @@ class MLXSFTTrainer(TrainerBase):
         train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; None loads the model's own.
+        compute_loss_func: A loss in torch of outputs, labels and ``num_items_in_batch``.
         compute_metrics: Called with a ``transformers.EvalPrediction``.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
         optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
             ``(None, None)`` makes those that ``args`` names, inside the compiled step.
+        optimizer_cls_and_kwargs: A torch optimizer's class and its keywords, which takes the steps.
         preprocess_logits_for_metrics: Called with the logits and labels of each evaluation batch.
+        quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
         peft_config: ``peft.LoraConfig``; None fine-tunes all weights, or the adapter of a PeftModel.
         formatting_func: Row to text.
-        quantization_config: ``transformers.BitsAndBytesConfig`` or a dict; MLX affine quantisation takes its place.
         max_grad_value: Elementwise clip; wins over ``args.max_grad_norm``.
         finetune_last_n_layers: Put adapters on the last n blocks only.
         strict: Also refuse settings that are honoured another way with other numbers.
@@ -58,19 +60,21 @@ class MLXSFTTrainer(TrainerBase):
 
     def __init__(
         self,
-        model: Any = None,
+        model: Any,
         args: Any = None,
         data_collator: Callable | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        compute_loss_func: Callable | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: Any = None,
         peft_config: Any = None,
         formatting_func: Callable | None = None,
-        quantization_config: Any = None,
         *,
         max_grad_value: float | None = None,
         finetune_last_n_layers: int | None = None,
@@ -89,9 +93,11 @@ class MLXSFTTrainer(TrainerBase):
             callbacks,
             optimizers,
             preprocess_logits_for_metrics,
+            compute_loss_func=compute_loss_func,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
-            quantization_config=quantization_config,
             max_grad_value=max_grad_value,
             finetune_last_n_layers=finetune_last_n_layers,
             strict=strict,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,8 +16,9 @@ from .objective import TOKEN_METRICS, Objective
 from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
 
-# Receives the logits (B, T, V) and the labels (B, T) of one batch, as numpy arrays.
-LogitsSink = Callable[[np.ndarray, np.ndarray], None]
+# Receives logits (B, T, V) and labels (B, T) of one batch as numpy arrays, the batch and its loss; labels and loss are
+# None where it has no labels.
+LogitsSink = Callable[[np.ndarray, np.ndarray | None, Batch, float | None], None]
 
 
 @dataclass
@@ -25,26 +26,64 @@ class EvalSums:
     """What an evaluation measured, batch by batch.
 
     Attributes:
-        losses: Token-mean loss of each batch.
-        tokens: Scored tokens of each batch.
-        metrics: By name, what the objective measured of each batch.
+        losses: Token-mean loss of each batch; of several processes those of a round one after the other.
+        tokens: Scored tokens of each batch, likewise.
+        metrics: By name, what the objective measured of each batch, or round of batches.
+        batches: How many were seen; those without labels have no loss.
+        rows: Of all batches.
     """
 
     losses: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
+    batches: int = 0
+    rows: int = 0
 
-    def loss(self, *, finite_only: bool, batch_size: int, rows: int | None) -> float:
+    def count(self, rows: int) -> None:
+        """Another batch of ``rows`` rows was seen."""
+        self.batches += 1
+        self.rows += rows
+
+    @classmethod
+    def gathered(cls, parts: Sequence[EvalSums], kept: int, *, by_all: bool, aux_coefficient: float) -> EvalSums:
+        """What several processes measured, as upstream gathers it.
+
+        Args:
+            parts: By rank, as many batches each.
+            kept: Of how many processes the metrics of the last round count.
+            by_all: A batch is divided by the tokens of all processes and multiplied by their number, as transformers
+                5.23 ``Trainer.prediction_step`` has it.
+            aux_coefficient: What the routers' loss is multiplied by in the losses.
+        """
+        ranks, rounds = len(parts), min(len(part.losses) for part in parts)
+        made = cls(batches=sum(part.batches for part in parts), rows=sum(part.rows for part in parts))
+        for number in range(rounds):
+            shares = [1.0] * ranks
+            if by_all:
+                tokens = max(sum(part.tokens[number] for part in parts), 1)
+                shares = [part.tokens[number] * ranks / tokens for part in parts]
+            for part, share in zip(parts, shares, strict=True):
+                aux = aux_coefficient * part.metrics.get("aux_loss", [0.0] * rounds)[number]
+                made.losses.append((part.losses[number] - aux) * share + aux * (ranks if by_all else 1))
+            made.tokens += [part.tokens[number] for part in parts]
+            counted = parts[: kept if number == rounds - 1 else ranks]
+            weights = np.array([part.tokens[number] for part in counted], np.float64)
+            for name in parts[0].metrics:
+                values = np.array([part.metrics[name][number] for part in counted])
+                by_token = (values * weights).sum() / max(weights.sum(), 1)
+                mean = by_token if name in TOKEN_METRICS else values.mean()
+                made.metrics.setdefault(name, []).append(float(mean))
+        return made
+
+    def loss(self, *, finite_only: bool, batch_size: int, counted: int | None = None) -> float:
         """Sample-weighted mean, as transformers 5.23 ``Trainer.evaluation_loop``.
-
-        Upstream repeats each loss ``batch_size`` times and cuts the list at the number of rows.
 
         Args:
             finite_only: Leave NaN and infinite batches out, unless all are.
-            batch_size: ``per_device_eval_batch_size``.
-            rows: Rows of the dataset; None for a stream.
+            batch_size: ``per_device_eval_batch_size``: each loss is repeated so often, whatever its batch's own size.
+            counted: How many of these count, from the first; None is all.
         """
-        repeated = np.repeat(np.asarray(self.losses, np.float64), batch_size)[:rows]
+        repeated = np.repeat(np.asarray(self.losses, np.float64), batch_size)[:counted]
         return _mean(repeated, np.ones_like(repeated), finite_only)
 
     def token_loss(self, *, finite_only: bool) -> float:
@@ -69,7 +108,7 @@ class Evaluator:
 
     def __init__(self, objective: Objective, *, compiled: bool = True) -> None:
         self.objective = objective
-        self._measure = mx.compile(self._sums) if compiled else self._sums
+        self._measure = mx.compile(self._sums, inputs=objective.captured) if compiled else self._sums
 
     def run(
         self,
@@ -88,26 +127,30 @@ class Evaluator:
         try:
             for batch in batches:
                 inputs = make_inputs(batch)
-                logits = None
+                logits = loss = None
+                sums.count(batch.examples)
                 with naming_shortage(partial(describe_evaluation, *inputs.arrays["input_ids"].shape)):
-                    self._add(params, inputs, sums)
+                    if batch.has_labels:
+                        loss = self._add(params, inputs, sums)
                     if logits_to is not None:
+                        self.objective.slots.bind(params)
                         kept = self.objective.logits(inputs.arrays)[:, : batch.input_ids.shape[1]]
                         logits = np.array(kept.astype(mx.float32))
                 if logits_to is not None and logits is not None:
-                    logits_to(*self.objective.predictions(logits, batch))
+                    predicted, labels = self.objective.predictions(logits, batch)
+                    logits_to(predicted, labels if batch.has_labels else None, batch, loss)
                 on_batch()
         finally:
             model.train(training)
         return sums
 
-    def _add(self, params: dict[str, mx.array], inputs: Inputs, sums: EvalSums) -> None:
+    def _add(self, params: dict[str, mx.array], inputs: Inputs, sums: EvalSums) -> float:
         try:
             measured = self._measure(params, inputs.arrays)
         finally:
             self.objective.slots.bind(params)
         values: list[float] = mx.stack(list(measured)).tolist()  # pyright: ignore[reportAssignmentType]
-        divisor = self.objective.divisor(inputs.valid)
+        divisor = self.objective.divisor(inputs)
         metrics = dict(zip(self.objective.metrics, values[1:], strict=True))
         metrics |= {name: metrics[name] / divisor for name in TOKEN_METRICS if name in metrics}
         mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / divisor
@@ -115,6 +158,7 @@ class Evaluator:
         sums.tokens.append(inputs.valid)
         for name, value in metrics.items():
             sums.metrics.setdefault(name, []).append(value)
+        return sums.losses[-1]
 
     def _sums(self, params: dict[str, mx.array], arrays: dict[str, mx.array]) -> tuple[mx.array, ...]:
         loss, measured = self.objective(params, arrays)

@@ -148,13 +148,14 @@ class HostEvaluator(Evaluator):
     Args:
         objective: Gives the logits.
         loss: The script's loss.
+        count: Tokens of a batch that are scored.
     """
 
     objective: TokenObjective
 
-    def __init__(self, objective: TokenObjective, loss: HostLoss) -> None:
+    def __init__(self, objective: TokenObjective, loss: HostLoss, *, count: Callable[[Sequence[Inputs]], int]) -> None:
         super().__init__(objective)
-        self._loss = loss
+        self._loss, self._count = loss, count
         self._forward = mx.compile(objective.forward)
 
     def run(
@@ -174,12 +175,14 @@ class HostEvaluator(Evaluator):
             for batch in batches:
                 inputs = make_inputs(batch)
                 arrays = host_arrays(inputs.arrays, batch)
+                sums.count(len(batch.input_ids))
                 with naming_shortage(lambda shape=arrays["input_ids"].shape: describe_evaluation(*shape)):
                     loss, logits = self._measure_host(params, arrays, batch, inputs, wants_logits=logits_to is not None)
-                sums.losses.append(loss)
-                sums.tokens.append(inputs.valid)
+                if loss is not None:
+                    sums.losses.append(loss)
+                    sums.tokens.append(inputs.valid)
                 if logits_to is not None and logits is not None:
-                    logits_to(logits, batch.labels)
+                    logits_to(logits, batch.labels if batch.has_labels else None, batch, loss)
                 on_batch()
         finally:
             model.train(training)
@@ -187,14 +190,18 @@ class HostEvaluator(Evaluator):
 
     def _measure_host(
         self, params: Arrays, arrays: Arrays, batch: Batch, inputs: Inputs, *, wants_logits: bool
-    ) -> tuple[float, np.ndarray | None]:
+    ) -> tuple[float | None, np.ndarray | None]:
         def forward(_: int) -> mx.array:
             try:
                 return self._forward(params, arrays)[:, : batch.shape[1]]
             finally:
                 self.objective.slots.bind(params)
 
-        return self._loss.evaluate(forward, HostMicro(batch, inputs.valid, 1, draws=False), wants_logits=wants_logits)
+        if not batch.has_labels:  # transformers asks the model alone
+            return None, np.array(forward(0).astype(mx.float32)) if wants_logits else None
+        return self._loss.evaluate(
+            forward, HostMicro(batch, self._count([inputs]), 1, draws=False), wants_logits=wants_logits
+        )
 
 
 def measuring_nothing(objective: TokenObjective) -> TokenObjective:

@@ -17,6 +17,43 @@ from .loss import IGNORED
 
 
 @dataclass(frozen=True)
+class Peers:
+    """What the micro-batches count that all processes compute at the same time.
+
+    Attributes:
+        rank: Of this process.
+        valid, labelled, tokens: By rank, as of :class:`Inputs`.
+        positions, real: By rank, the positions of the collated batch, and those that are no padding.
+        kept: Of how many processes, the first ones, metrics count: fewer at the end of an epoch.
+        average: A window is divided by the tokens of all processes (``average_tokens_across_devices``).
+    """
+
+    rank: int
+    valid: tuple[int, ...]
+    labelled: tuple[int, ...]
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    real: tuple[int, ...]
+    kept: int
+    average: bool = True
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return len(self.valid)
+
+    @property
+    def kept_valid(self) -> int:
+        """Scored tokens of those whose metrics count."""
+        return sum(self.valid[: self.kept])
+
+    @property
+    def kept_tokens(self) -> int:
+        """What counts towards ``num_tokens``."""
+        return sum(self.tokens[: self.kept])
+
+
+@dataclass(frozen=True)
 class Inputs:
     """One micro-batch, ready for the device.
 
@@ -31,6 +68,7 @@ class Inputs:
         padding: Positions that hold no token of the dataset.
         labelled: ``(labels != -100).sum()``, the first label of each row included, which nothing predicts.
         batch: What the collator made, where a loss of the script's own reads it.
+        peers: Of several processes, what all of them count at the same time.
     """
 
     arrays: dict[str, mx.array]
@@ -39,6 +77,7 @@ class Inputs:
     padding: int
     labelled: int = 0
     batch: Batch | None = None
+    peers: Peers | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class LanedStep(Step):
 
     def _count(self, arrays: Arrays) -> int:
         """Lanes for a piece: one where its rows would leave most cores idle, which its products then use."""
-        rows = arrays["input_ids"].shape[0] // self.objective.unit
+        rows = arrays["input_ids"].shape[0] // self.objective.rows_together(arrays)
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
     def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
@@ -67,7 +67,7 @@ class LanedStep(Step):
         carries, under_way, first_row = [], [], 0
         with single_threaded_blas():
             try:
-                for lane, part in enumerate(split_arrays(arrays, count, self.objective.unit)):
+                for lane, part in enumerate(split_arrays(arrays, count, self.objective.rows_together(arrays))):
                     part |= {"key": arrays["key"] + mx.array([0, 0, first_row], mx.uint32)}
                     counted = weights if lane == 0 else {**weights, "micro_batch": mx.array(0.0)}
                     mx.eval(part)

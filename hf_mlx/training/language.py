@@ -13,7 +13,7 @@ from .inputs import Inputs
 from .objective import TokenObjective
 from .optimizers.contract import Arrays
 from .router import Routers
-from .weighting import ByTokens, Weights
+from .weighting import ByTokens, Weights, count_processes, divides_together
 
 
 class LanguageObjective(TokenObjective):
@@ -24,6 +24,15 @@ class LanguageObjective(TokenObjective):
     ) -> None:
         super().__init__(loaded, names, plan, routers)
         self.metrics: tuple[str, ...] = () if routers is None else ("aux_loss",)
+        # transformers 5.23 ``Trainer.prediction_step`` counts as in training; LabelSmoother divides by its targets.
+        counted = loaded.counts_every_label and loaded.accepts_loss_kwargs
+        self._counts_every_label = counted and not plan.label_smoothing_factor
+        config = loaded.config.get("text_config") or loaded.config
+        self.unseen = ("aux_loss", "router_logits") if config.get("output_router_logits") else ()
+
+    def divisor(self, inputs: Inputs) -> int:
+        """The scored tokens, or all that are labelled where transformers' count goes by them; at least one."""
+        return max(inputs.labelled if self._counts_every_label else inputs.valid, 1)
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
         """The loss as a sum over the scored tokens, and the routers' loss where the model adds one."""
@@ -38,5 +47,9 @@ class ByTrainer(ByTokens):
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         """The factors of each micro-batch of ``window``."""
-        share = mx.array(1.0 if self.accepts_loss_kwargs else 1 / len(window))
+        divisor = 1 if self.accepts_loss_kwargs else len(window)
+        if not (self.accepts_loss_kwargs and divides_together(window)):
+            # What is not multiplied by their number upstream, torch's DDP averages over the processes.
+            divisor *= count_processes(window)
+        share = mx.array(1 / divisor)
         return [{**weights, "metrics": {}, "aux_loss": share} for weights in super().__call__(window)]

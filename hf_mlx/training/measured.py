@@ -19,18 +19,21 @@ class StepMetrics:
         grad_norm: Global L2 norm before clipping; None where no update was made.
         micro_batches: How many micro-batches the sums run over.
         metrics: Sums over the window of what the objective measured of each micro-batch, by name.
+        own_loss: Of several processes the loss as this one alone sees it; None for one.
     """
 
     loss: mx.array
     grad_norm: mx.array | None
     micro_batches: mx.array
     metrics: Arrays
+    own_loss: mx.array | None = None
 
     @classmethod
     def split(cls, sums: Mapping[str, mx.array]) -> StepMetrics:
         """From one dict of everything that adds up; ``grad_norm`` may be missing."""
-        metrics = {name: value for name, value in sums.items() if name not in ("loss", "grad_norm", "micro_batches")}
-        return cls(sums["loss"], sums.get("grad_norm"), sums["micro_batches"], metrics)
+        apart = ("loss", "grad_norm", "micro_batches", "own_loss")
+        metrics = {name: value for name, value in sums.items() if name not in apart}
+        return cls(sums["loss"], sums.get("grad_norm"), sums["micro_batches"], metrics, sums.get("own_loss"))
 
 
 @dataclass(frozen=True)

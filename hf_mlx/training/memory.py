@@ -18,6 +18,7 @@ from ..device import on_cuda
 from ..models.heads import Head, layers
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
+from .blocked_attention import BLOCK, attends_in_blocks
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
 from .optim import Optimizer
@@ -42,8 +43,10 @@ class MemoryEstimate:
         optimizer: Its state.
         gradients: One gradient of every trained array.
         activations: What the forward pass keeps for the backward pass.
-        recomputed: What one checkpointed block holds while it is recomputed and goes back.
+        recomputed: What one layer holds while it goes back, its recomputed activations included.
         logits: Logits and what is computed from them, of one block of tokens.
+        reference: Arrays that a reference holds beside the policy's.
+        reference_pass: What its forward pass holds at once, while the policy's activations are kept.
     """
 
     weights: int
@@ -52,6 +55,8 @@ class MemoryEstimate:
     activations: int
     recomputed: int
     logits: int
+    reference: int = 0
+    reference_pass: int = 0
 
     @property
     def total(self) -> int:
@@ -59,8 +64,8 @@ class MemoryEstimate:
 
         MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
         """
-        backward = self.activations + max(self.logits, self.recomputed + self.gradients)
-        return self.weights + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
+        backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
+        return self.weights + self.reference + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
 
 
 def estimate(
@@ -73,12 +78,14 @@ def estimate(
     attention_heads: int,
     rows: int,
     tokens: int,
+    reference: int | None = None,
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
     Counts, for each block, the inputs and outputs of its linear layers, of feed-forward networks only those that
-    :mod:`~hf_mlx.training.feed_forward` keeps, and the attention matrix where MLX has no fused backward pass for it:
-    everywhere but on CUDA in half precision. Command buffers that wait on a GPU come on top.
+    :mod:`~hf_mlx.training.feed_forward` keeps, and the attention matrix where MLX has no fused backward pass for it
+    (everywhere but on CUDA in half precision) and :mod:`~hf_mlx.training.blocked_attention` does not avoid it. Command
+    buffers that wait on a GPU come on top.
 
     Args:
         model: With adapters attached; its arrays may still be unread files.
@@ -89,33 +96,41 @@ def estimate(
         attention_heads: Query heads of a block.
         rows: Rows of a micro-batch.
         tokens: Padded length of a row.
+        reference: Bytes that a reference holds, whose forward pass is part of the step; None where there is none.
     """
     positions = rows * tokens
     weights = _arrays(model)
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
     fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
-    attention = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions * tokens
+    scores = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions
+    blocked = {id(block) for block in layers(model) if attends_in_blocks(block, tokens)}
     states = [_states(block, rows, tokens) for block in layers(model)]
     # A block that has a recurrence has no scores.
     blocks = [
-        positions * size * sum(_features(block)) + (state or attention)
+        positions * size * sum(_features(block)) + (state or (0 if id(block) in blocked else scores * tokens))
         for block, state in zip(layers(model), states, strict=True)
     ]
-    # What one block takes on its way back is in RECOMPUTED where blocks are.
-    kept, recomputed = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model)), 0
+    logits = _logit_bytes(model, head, positions)
+    # Scores of one block of queries, which none of the layers keeps.
+    kept, recomputed = sum(blocks), scores * BLOCK if blocked else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
-        kept = sum(blocks) + len(forgotten) * positions * hidden * stored - sum(forgotten)
-        recomputed = RECOMPUTED * max(forgotten)
+        kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
+        # What one block takes on its way back is in this factor.
+        recomputed += RECOMPUTED * max(forgotten)
+    else:
+        kept += max(_working(block, rows, tokens) for block in layers(model))
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=_bytes(params.values()),
         optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
         activations=kept,
         recomputed=recomputed,
-        logits=_logit_bytes(model, head, positions),
+        logits=logits,
+        reference=reference or 0,
+        reference_pass=0 if reference is None else max(*blocks, logits),
     )
 
 
@@ -139,6 +154,7 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0),
         rows=rows,
         tokens=tokens,
+        reference=getattr(step.objective, "reference_bytes", None),
     )
 
 

@@ -17,6 +17,7 @@ from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.masks import masked_cache, packed_cache
 from ..settings.plan import LossPlan, PairLossPlan
+from .inputs import Inputs
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
 from .native_loss import NativeLoss, native_sums
@@ -67,7 +68,6 @@ class Objective(Protocol):
         head: The vocabulary projection; None where the model's code does not divide there.
         metrics: What is measured beside the loss, by the name it is logged under, in the order of the log.
         aux_coefficient: What the metric ``aux_loss`` is multiplied by in what is minimised; 0 where there is none.
-        unit: Rows that a cut leaves together.
         whole: A micro-batch is not cut at all.
     """
 
@@ -77,12 +77,20 @@ class Objective(Protocol):
     head: Head | None
     metrics: tuple[str, ...]
     aux_coefficient: float
-    unit: int
     whole: bool
+
+    @property
+    def captured(self) -> Arrays | None:
+        """Arrays that a compiled function reads anew at each call, beside its arguments; None where there are none."""
+        ...
 
     @property
     def plan(self) -> LossPlan | PairLossPlan:
         """Which loss."""
+        ...
+
+    def rows_together(self, arrays: Arrays) -> int:
+        """Rows that a cut of these arrays leaves together."""
         ...
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
@@ -93,8 +101,8 @@ class Objective(Protocol):
         """(B, T, V) for the rows of a batch."""
         ...
 
-    def divisor(self, valid: int) -> int:
-        """What the loss of a batch with ``valid`` scored tokens is divided by in evaluation."""
+    def divisor(self, inputs: Inputs) -> int:
+        """What the loss of a batch is divided by in evaluation."""
         ...
 
     def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -114,10 +122,12 @@ class TokenObjective:
     Attributes:
         head: The vocabulary projection; None where the model's code does not divide there.
         native: The script's own loss, in the place of the plan's.
+        unseen: What the torch model returns beside its logits, and this one does not.
     """
 
-    unit = 1
+    captured: Arrays | None = None
     native: NativeLoss | None = None
+    unseen: tuple[str, ...] = ()
 
     def __init__(
         self, loaded: LoadedModel, names: Iterable[str], plan: LossPlan, routers: Routers | None = None
@@ -154,9 +164,13 @@ class TokenObjective:
         counted = mx.arange(arrays["input_ids"].shape[1]) < arrays["lengths"][:, None]
         return loss, {**metrics, "aux_loss": self.routers.balance(logits, arrays.get("keys", counted))}
 
-    def divisor(self, valid: int) -> int:
+    def rows_together(self, arrays: Arrays) -> int:
+        """1: rows do not depend on each other."""
+        return 1
+
+    def divisor(self, inputs: Inputs) -> int:
         """The scored tokens, at least one."""
-        return max(valid, 1)
+        return max(inputs.valid, 1)
 
     def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Logits and labels of a batch as ``compute_metrics`` gets them."""

@@ -14,12 +14,14 @@ from ..data.batch import Batch
 from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
+from ..models.prompts import prompt_cache, shares_prompts
 from ..settings.plan import PairLossPlan
+from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_token_logps, token_logps
-from .loss import IGNORED
 from .objective import HeadBlocks, Slots
 from .optimizers.contract import Arrays
 from .pair_losses import Pairs, pair_loss
+from .pair_rows import by_pair, rows_of_tokens, rows_together, scored, sum_by_row, sum_rows, wpo_weights
 from .router import Routers
 
 PAIR_METRICS = (
@@ -39,6 +41,11 @@ PAIR_METRICS = (
 class Reference(Protocol):
     """The frozen policy that the trained one is held to."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Of arrays that the policy does not hold."""
+        ...
+
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         """Log-probabilities of the scored tokens; the caller stops their gradient.
 
@@ -56,10 +63,14 @@ class Scorer:
     Args:
         loaded: The model, with adapters already attached.
         slots: What trains in it.
+
+    Attributes:
+        shares_prompts: Whether its rows may see a prompt that stands in others.
     """
 
     def __init__(self, loaded: LoadedModel, slots: Slots) -> None:
         self.model = loaded.model
+        self.shares_prompts = shares_prompts(loaded)
         self._split = split_head(loaded)
         self.head: Head | None = self._split[1] if self._split is not None else None
         self._blocks = HeadBlocks(loaded.model, self.head, slots) if self.head is not None else None
@@ -68,14 +79,17 @@ class Scorer:
         """Of each scored token, (N,); ``params`` are bound already."""
         targets = arrays["targets"]
         if self._split is None or self._blocks is None:
-            return token_logps(_scored(self.model(arrays["input_ids"]), arrays), targets)
+            return token_logps(scored(self.model(arrays["input_ids"], cache=self._cache(arrays)), arrays), targets)
         backbone, head = self._split
-        hidden = _scored(backbone(self.model, arrays["input_ids"], None), arrays)
+        hidden = scored(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
         rows = self._blocks.rows(targets.shape[0])
         if rows == targets.shape[0]:
             return token_logps(head(self.model, hidden), targets)
         weights = [params[name] for name in self._blocks.names]
         return linear_token_logps(self._blocks.project, hidden, weights, targets, rows=rows, gradient=gradient)
+
+    def _cache(self, arrays: Arrays) -> list | None:
+        return prompt_cache(self.model, arrays["prompts"], *arrays["input_ids"].shape) if "prompts" in arrays else None
 
 
 class Answers(NamedTuple):
@@ -103,8 +117,6 @@ class PairObjective:
     Raises:
         AdapterError: The head is adapted, which upstream refuses.
     """
-
-    unit = 2
 
     def __init__(
         self,
@@ -153,10 +165,10 @@ class PairObjective:
         return self.model(arrays["input_ids"])
 
     def reference_logps(self, params: Arrays, arrays: Arrays) -> mx.array:
-        """The reference's summed log-probability of each row's answer, (R,) float32."""
-        return self._reference(params, arrays)
+        """The reference's summed log-probability of each pair's answers, (P, 2) float32."""
+        return by_pair(self._reference(params, arrays), arrays)
 
-    def divisor(self, valid: int) -> int:
+    def divisor(self, inputs: Inputs) -> int:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 
@@ -165,18 +177,35 @@ class PairObjective:
         order = np.arange(len(logits)).reshape(-1, 2).T.reshape(-1)
         return logits[order], batch.input_ids[order]
 
-    def adopt_reference(self, reference: Reference | None) -> None:
-        """Hold the policy to ``reference``, before the first micro-batch is traced; None leaves it to the batches."""
-        self.reference = reference
+    def rows_together(self, arrays: Arrays) -> int:
+        """Rows of a pair: its answers, and those of its prompt where that is computed once."""
+        return rows_together(arrays)
+
+    @property
+    def reference_bytes(self) -> int | None:
+        """What the reference holds beside the policy's arrays; None where no reference is computed."""
+        return None if self.reference is None or self.plan.precompute else self.reference.held_bytes
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt may be computed once for both of its answers: nothing is drawn or balanced by row."""
+        drawn = any(dropout.p for dropout in self._dropouts)
+        models = (self.score, getattr(self.reference, "score", self.score))
+        return not drawn and self.routers is None and all(score.shares_prompts for score in models)
+
+    @property
+    def captured(self) -> Arrays | None:
+        """Arrays of the reference that move, so that a trace must not take them for constants."""
+        return getattr(self.reference, "arrays", None) if self.plan.sync_steps is not None else None
 
     def _reference(self, params: Arrays, arrays: Arrays) -> mx.array:
         if "reference" in arrays:
             return arrays["reference"][:, 0]
         if self.reference is None:
             raise SettingError(
-                "rows without the reference's log-probabilities, with precompute_ref_log_probs=True and no adapter",
-                "rows that the constructor has seen: the reference is not kept (TRL raises too)",
-                "MLXDPOTrainer(..., eval_dataset=rows), ref_model=…, or DPOConfig(precompute_ref_log_probs=False)",
+                "rows without ref_chosen_logps and ref_rejected_logps, with precompute_ref_log_probs=True",
+                "the reference's log-probabilities: it is not kept while all weights train",
+                "pass the rows to the constructor: MLXDPOTrainer(..., train_dataset=rows)",
             )
         if self.model.training:
             self._bind_keys(arrays)
@@ -200,15 +229,16 @@ class PairObjective:
 
     def _measure(self, answers: Answers, reference: mx.array, arrays: Arrays) -> tuple[mx.array, Arrays]:
         plan, tokens = self.plan, answers.tokens
-        logps, reference = answers.logps.reshape(-1, 2), reference.reshape(-1, 2)
-        chosen = _rows_of_tokens(arrays) % 2 == 0
+        logps, reference = by_pair(answers.logps, arrays), by_pair(reference, arrays)
+        unit = self.rows_together(arrays)
+        chosen = rows_of_tokens(arrays) % unit == unit - 2
         # The mean over pairs of this is the mean over the micro-batch's chosen tokens.
-        by_pair = _sum_by_row(tokens.logp, arrays).reshape(-1, 2)[:, 0]
-        sft = -by_pair * (arrays["pairs"] / arrays["chosen_tokens"])
-        pairs = Pairs(logps, reference, arrays["answers"].reshape(-1, 2), sft, plan)
+        summed = by_pair(sum_by_row(tokens.logp, arrays), arrays)[:, 0]
+        sft = -summed * (arrays["pairs"] / arrays["chosen_tokens"])
+        pairs = Pairs(logps, reference, by_pair(arrays["answers"], arrays), sft, plan)
         loss = pair_loss(pairs)
         if plan.use_weighting:
-            loss = loss * _wpo_weights(tokens, arrays)
+            loss = loss * wpo_weights(tokens, arrays)
         fixed = mx.stop_gradient(logps)
         rewards = plan.beta * (fixed - reference)
         metrics = {
@@ -224,45 +254,6 @@ class PairObjective:
             "logps/rejected": fixed[:, 1].sum() / arrays["pairs"],
         }
         return loss.sum() / arrays["pairs"], {name: mx.stop_gradient(value) for name, value in metrics.items()}
-
-
-def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
-    """Log-probabilities of scored tokens (N,) summed over each row, (R,).
-
-    Args:
-        logp: Of each scored token.
-        arrays: Of the micro-batch.
-        ld_alpha: Weight of tokens past the shorter answer of a pair (LD-DPO, https://huggingface.co/papers/2409.06411).
-    """
-    if ld_alpha is not None:
-        logp = mx.where(_scored(arrays["shared"][..., None], arrays)[:, 0], logp, ld_alpha * logp)
-    return _sum_by_row(logp, arrays)
-
-
-def _sum_by_row(values: mx.array, arrays: Arrays) -> mx.array:
-    # One sum a row rather than a scatter: deterministic on every backend.
-    belongs = _rows_of_tokens(arrays) == mx.arange(arrays["input_ids"].shape[0])[:, None]
-    return mx.where(belongs, values, 0.0).sum(axis=1)
-
-
-def _rows_of_tokens(arrays: Arrays) -> mx.array:
-    width = arrays["input_ids"].shape[1]
-    positions = arrays["positions"] if "positions" in arrays else mx.arange(arrays["targets"].shape[0])
-    return positions // width
-
-
-def _wpo_weights(tokens: TokenLogps, arrays: Arrays) -> mx.array:
-    """Eq. 2 of https://huggingface.co/papers/2406.11827, aligned, (P,); carries no gradient."""
-    aligned = mx.stop_gradient(tokens.logp - tokens.log_square_sum)
-    scored = (arrays["targets"] != IGNORED).astype(mx.float32)
-    counts = mx.maximum(_sum_by_row(scored, arrays), 1.0)
-    weights = mx.exp(_sum_by_row(aligned, arrays) / counts).reshape(-1, 2)
-    return mx.stop_gradient(weights[:, 0] * weights[:, 1])
-
-
-def _scored(x: mx.array, arrays: Arrays) -> mx.array:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[arrays["positions"]] if "positions" in arrays else flat
 
 
 def _check_head(objective: PairObjective) -> None:

@@ -5,7 +5,7 @@ A reference runs inside the policy's compiled step, under ``stop_gradient``; fro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -39,8 +39,10 @@ class AdapterOff:
         self._adapted = [path for target in blueprint.targets for path in target.paths]
         self._adapted += [rows.site.mlx_path for rows in blueprint.rows]
         saved = tuple(f"{site.mlx_path}." for site in blueprint.saved)
-        self._start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+        start = {name: value for name, value in slots.read().items() if name.startswith(saved or ("\0",))}
+        self._start = {name: mx.stop_gradient(value) for name, value in start.items()}
         mx.eval(self._start)
+        self.held_bytes = sum(value.nbytes for value in self._start.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         params = {**params, **self._start}
@@ -72,9 +74,11 @@ class StartCopy:
 
     def __init__(self, score: Scorer, slots: Slots, start: Mapping[str, mx.array] | None = None) -> None:
         self._score, self._slots = score, slots
-        self.arrays = dict(start or slots.read())
+        # Arrays of their own over the same memory: what a compiled function is called with is no constant of its trace.
+        self.arrays = {name: mx.stop_gradient(value) for name, value in (start or slots.read()).items()}
         # Constants of a trace must be data, not views that are still to be computed.
         mx.eval(self.arrays)
+        self.held_bytes = sum(value.nbytes for value in self.arrays.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
         self._slots.bind(self.arrays)
@@ -86,16 +90,38 @@ class OtherModel:
 
     Args:
         loaded: Frozen here.
+        names: Its arrays that may move.
+
+    Attributes:
+        arrays: Those.
+        score: Its log-probabilities.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, names: Iterable[str] = ()) -> None:
         loaded.model.freeze()
         loaded.model.eval()
         mx.eval(loaded.model.parameters())
-        self._score = Scorer(loaded, Slots(loaded.model, ()))
+        self.model = loaded.model
+        self._slots = Slots(loaded.model, names)
+        self.arrays = self._slots.read()
+        self.score = Scorer(loaded, self._slots)
+        weights: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+        self.held_bytes = sum(value.nbytes for value in weights.values())
 
     def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
-        return self._score({}, arrays, gradient=False)
+        self._slots.bind(self.arrays)
+        return self.score(self.arrays, arrays, gradient=False)
+
+
+def move_towards(arrays: Arrays, params: Arrays, share: float) -> None:
+    """Replace a reference's arrays by ``(1 - share) * arrays + share * params``, each rounded as torch does it.
+
+    trl 1.16 ``SyncRefModelCallback``: ``target.mul_(1 - share).add_(source, alpha=share)``.
+    """
+    for name, value in arrays.items():
+        kept = (value * (1.0 - share)).astype(value.dtype).astype(mx.float32)
+        arrays[name] = (kept + share * params[name].astype(mx.float32)).astype(value.dtype)
+    mx.eval(arrays)
 
 
 def same_weights(first: LoadedModel, second: LoadedModel) -> bool:

@@ -1,4 +1,4 @@
-"""Out of memory: how MLX says it, and what a user can do."""
+"""Out of memory, out of buffers, stopped by macOS: how MLX says it, and what a user can do."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from ..backends import WATCHDOG
 from ..errors import HFMLXError, TrainingError
 from ..settings.plan import TrainPlan
 from .inputs import Inputs
 from .memory import estimate_step, memory_limit, show_bytes
 from .step import Step
 
-# mlx 0.32.4: the CUDA allocator and runtime, and Metal's.
+# mlx 0.32.4: the CUDA allocator and runtime, and Metal's. Metal's limit of buffers is no lack of bytes.
 _SAID = ("[malloc]", "[metal::malloc]", "out of memory", "Insufficient Memory", "Unable to allocate", "std::bad_alloc")
+
+
+_STOPPED = ("Impacting Interactivity", "ImpactingInteractivity", "GPU Timeout", "CommandBufferCallbackErrorTimeout")
+_BUFFERS = "Resource limit ("
 
 
 class Work(NamedTuple):
@@ -27,7 +32,7 @@ class Work(NamedTuple):
 
 def is_shortage(error: BaseException) -> bool:
     """Whether ``error`` is MLX out of memory."""
-    if isinstance(error, HFMLXError):
+    if isinstance(error, HFMLXError) or _BUFFERS in str(error):
         return False
     return isinstance(error, MemoryError) or any(said in str(error) for said in _SAID)
 
@@ -36,7 +41,8 @@ def is_shortage(error: BaseException) -> bool:
 def naming_shortage(describe: Callable[[], Work]) -> Iterator[None]:
     """Turn MLX's out-of-memory error into one that says what to write.
 
-    The message has the words that accelerate's ``should_reduce_batch_size`` looks for, as torch's error has.
+    The message has the words that accelerate's ``should_reduce_batch_size`` looks for, as torch's error has. What macOS
+    stopped, and Metal's limit of buffers, are said likewise.
 
     Args:
         describe: What is under way; called when it fails.
@@ -47,10 +53,34 @@ def naming_shortage(describe: Callable[[], Work]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        if (named := _name_metal(error, describe)) is not None:
+            raise named from error
         if not is_shortage(error):
             raise
         received, required, remedies = describe()
         raise TrainingError(f"{received}: MLX is out of memory. ({error})", required, ", or ".join(remedies)) from error
+
+
+def _name_metal(error: BaseException, describe: Callable[[], Work]) -> TrainingError | None:
+    """What is no lack of memory, and smaller work helps all the same (mlx issues 3267 and 1712)."""
+    text = str(error)
+    if isinstance(error, HFMLXError):
+        return None
+    if any(said in text for said in _STOPPED):
+        work = describe()
+        return TrainingError(
+            f"{work.received}: macOS stopped the GPU's work. ({text})",
+            "work that does not hold up a display in use",
+            "let the display sleep while it trains (caffeinate -s python train.py, or over ssh), keep "
+            f"{WATCHDOG} unset or 1, or make the work smaller: {', or '.join(work.remedies)}",
+        )
+    if _BUFFERS in text:
+        return TrainingError(
+            f"{describe().received}: Metal counts too many buffers, whatever their size. ({text})",
+            "fewer arrays alive at once",
+            "gradient_checkpointing=True, or fewer layers with an adapter: LoraConfig(layers_to_transform=[...])",
+        )
+    return None
 
 
 def describe_training(step: Step, plan: TrainPlan, config: Any, number: int, window: Sequence[Inputs]) -> Work:

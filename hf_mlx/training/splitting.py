@@ -65,11 +65,11 @@ class Splitting:
 
     def cut(self, micro: Inputs) -> Sequence[Arrays]:
         """``micro`` in as many pieces as it takes."""
-        return split_arrays(micro.arrays, self.count_pieces(*_shape(micro)), self.step.objective.unit)
+        shape = self._shape(micro)
+        return split_arrays(micro.arrays, self.count_pieces(*shape), shape[2])
 
-    def count_pieces(self, rows: int, tokens: int) -> int:
-        """Into how many pieces ``rows`` x ``tokens`` are cut: a power of two, or one for each row."""
-        unit = self.step.objective.unit
+    def count_pieces(self, rows: int, tokens: int, unit: int = 1) -> int:
+        """Into how many pieces ``rows`` x ``tokens`` are cut: a power of two, or one for each ``unit`` of rows."""
         known = self._estimated.get((rows, tokens))
         if known is None:
             known = halve(rows // unit, lambda most: self._need(unit * most, tokens) <= self._limit)
@@ -87,12 +87,13 @@ class Splitting:
     def _compute(self, window: Sequence[Inputs], run: Callable[[], Result]) -> Result:
         held = self.step.hold()
         while True:
-            pieces = [(*_shape(micro), self.count_pieces(*_shape(micro))) for micro in window]
+            pieces = [(*self._shape(micro), self.count_pieces(*self._shape(micro))) for micro in window]
             try:
                 return self._attempt(run, tuple(pieces))
             except (RuntimeError, MemoryError) as error:
-                rows, tokens = max(((math.ceil(r / k), t) for r, t, k in pieces), key=math.prod)
-                if rows <= self.step.objective.unit or not is_shortage(error):
+                sizes = ((unit * math.ceil(rows / unit / count), tokens, unit) for rows, tokens, unit, count in pieces)
+                rows, tokens, unit = max(sizes, key=lambda size: size[0] * size[1])
+                if rows <= unit or not is_shortage(error):
                     raise
                 cause = str(error)
             # Outside of the handler, whose traceback keeps the arrays of the failed attempt.
@@ -105,6 +106,10 @@ class Splitting:
                 f"auto_find_batch_size: MLX ran out of memory on {rows} rows x {tokens} tokens ({cause}). The step is "
                 f"done again with at most {self.most} positions at once, and so is what follows; no number changes."
             )
+
+    def _shape(self, micro: Inputs) -> tuple[int, int, int]:
+        rows, tokens = micro.arrays["input_ids"].shape
+        return rows, tokens, self.step.objective.rows_together(micro.arrays)
 
     def _attempt(self, run: Callable[[], Result], pieces: tuple[Any, ...]) -> Result:
         result = run()
@@ -164,8 +169,16 @@ def split_arrays(arrays: Arrays, pieces: int, unit: int = 1) -> Sequence[Arrays]
     whole = {k: v for k, v in arrays.items() if v.ndim == 0}
     units = np.array_split(np.arange(len(targets) // unit), pieces)
     parts = [slice(unit * int(part[0]), unit * (int(part[-1]) + 1)) for part in units]
-    made = ({k: v[part] for k, v in by_row.items()} | gather_scored(targets[part]) for part in parts)
+    made = (
+        {k: _cut(v, part, len(targets), unit) for k, v in by_row.items()} | gather_scored(targets[part])
+        for part in parts
+    )
     return [{k: mx.array(v) for k, v in piece.items()} | whole for piece in made]
+
+
+def _cut(array: np.ndarray, part: slice, rows: int, unit: int) -> np.ndarray:
+    """The rows of ``part``; of what has one row for each unit, its units."""
+    return array[part] if len(array) == rows else array[part.start // unit : part.stop // unit]
 
 
 def scatter_targets(arrays: Arrays) -> np.ndarray:
@@ -177,8 +190,3 @@ def scatter_targets(arrays: Arrays) -> np.ndarray:
         targets = np.full(arrays["input_ids"].size, IGNORED, np.int32)
         targets[positions[scored]] = gathered
     return targets.reshape(arrays["input_ids"].shape)
-
-
-def _shape(micro: Inputs) -> tuple[int, int]:
-    rows, tokens = micro.arrays["input_ids"].shape
-    return rows, tokens

@@ -13,13 +13,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
-from .bundles import LARGEST, Bundles
-from .clip import clip_gradients, clip_whole
+from .clip import clip_gradients
+from .exchange import Exchange
 from .inputs import Inputs
-from .measured import Held, StepMetrics
+from .measured import StepMetrics
 from .objective import Objective
 from .optim import Optimizer
 from .optimizers.contract import Arrays
+from .trained import Trained
 from .weighting import ByTokens, Weighting, Weights
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
@@ -31,7 +32,7 @@ def keep_whole(micro: Inputs) -> Sequence[Arrays]:
     return (micro.arrays,)
 
 
-class Step:
+class Step(Trained):
     """The training step of one run; owns the trainable arrays and the optimizer's state.
 
     Args:
@@ -41,6 +42,7 @@ class Step:
         seed: Root of the keys that dropout and NEFTune draw from.
         weigh: What each micro-batch of a window weighs; None is :func:`~hf_mlx.training.weighting.ByTokens`.
         computed_in: Says which trained arrays the model only reads cast, and to which dtype: those are cast together.
+        exchange: Adds the gradients of a window up over several processes; None for one process.
         compiled: False runs the same functions eagerly, for debugging.
 
     Attributes:
@@ -62,12 +64,14 @@ class Step:
         seed: int = 42,
         weigh: Weighting | None = None,
         computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
+        exchange: Exchange | None = None,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
         self.clip = clip
         self.weigh = weigh or ByTokens()
+        self.exchange = exchange
         self.seed = seed % 2**32
         self.draws = 0
         self.updates = 0
@@ -75,7 +79,7 @@ class Step:
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
-        self._wrap = mx.compile if compiled else _as_it_is
+        self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
         self._bundles = self._arrange(params)
@@ -83,31 +87,6 @@ class Step:
         self.load(params, optimizer.init(params))
         # Weights are constants of the trace, so they must be data by then, not a pending read from disk.
         mx.eval(objective.model.parameters(), self._params, self._state)
-
-    @property
-    def params(self) -> Arrays:
-        """Flat {MLX name: array}: views of what is kept; another dict after each update."""
-        if self._views is None:
-            self._views = self._bundles.unpack(self._params)
-        return self._views
-
-    @property
-    def state(self) -> dict[str, Arrays]:
-        """The optimizer's state, {torch's name: {MLX name: array}}: views of what is kept."""
-        return {slot: self._bundles.unpack(arrays) for slot, arrays in self._state.items()}
-
-    @property
-    def carry(self) -> tuple[Arrays, Arrays] | None:
-        """Gradients by MLX name and metrics that are accumulated towards the next update, or None."""
-        return None if self._carry is None else (self._bundles.unpack(self._carry[0]), self._carry[1])
-
-    @carry.setter
-    def carry(self, carry: tuple[Arrays, Arrays] | None) -> None:
-        if carry is None:
-            self._carry = None
-            return
-        measured = ("loss", "micro_batches", *self.objective.metrics)
-        self._carry = self._bundles.pack(carry[0]), {name: carry[1][name] for name in measured}
 
     def __call__(self, window: Sequence[Inputs], step: int, lr: float) -> StepMetrics:
         """Run one window and update the parameters.
@@ -117,9 +96,8 @@ class Step:
             step: Counts from 1; enters the bias corrections.
             lr: Learning rate of this step.
         """
-        hyper = {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
         try:
-            sums = self._train(self._pieces(window, len(window)), hyper)
+            sums = self._train(self._pieces(window, len(window)), self._hyper(step, lr))
         finally:
             self._bind()
         self._carry = None
@@ -132,68 +110,19 @@ class Step:
         finally:
             self._bind()
 
-    def take_carried(self) -> StepMetrics | None:
-        """What the carry measured since it was last taken; its gradients stay. None when nothing is carried."""
-        if self._carry is None:
-            return None
-        grads, sums = self._carry
-        self._carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
-        return StepMetrics.split(sums)
-
-    def load(self, params: Arrays, state: dict[str, Arrays]) -> None:
-        """Replace parameters and optimizer state, e.g. by those of a checkpoint.
-
-        Args:
-            params: Flat {MLX name: array}, in any order.
-            state: {torch's name: {MLX name: array}}.
-        """
-        params = {name: params[name] for name in self._names}
-        bundles = self._arrange(params)
-        if bundles != self._bundles:
-            # A trace holds where each array lies.
-            carry, self._bundles = self.carry, bundles
-            self.carry = carry
-            self._compile()
-        self._params = self._bundles.pack(params)
-        self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
-        self.optimizer.forget_host()
-        self._bind()
-
-    def adopt(self, optimizer: Optimizer, clip: GradClip) -> None:
-        """Go on with another update rule or clip; another optimizer begins with an empty state."""
-        params = self.params
-        state = self.state if optimizer is self.optimizer else optimizer.init(params)
-        self.optimizer, self.clip = optimizer, clip
-        self._compile()
-        self.load(params, state)
-
     def retrace(self) -> None:
         """Forget what was traced, once frozen weights of the model are others."""
         self._compile()
-
-    def hold(self) -> Held:
-        """What :meth:`restore` goes back to."""
-        return Held(self._params, self._state, self._carry, self.draws)
-
-    def restore(self, held: Held) -> None:
-        """Undo what was done since ``held``."""
-        self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
-        self._bind()
-
-    def _arrange(self, params: Arrays) -> Bundles:
-        largest = LARGEST if self.optimizer.elementwise else 0
-        return Bundles(params, self.optimizer.decay, self._computed_in(), largest)
 
     def _compile(self) -> None:
         self._accumulate = self._wrap(self._accumulate_micro)
         self._update = self._wrap(self._update_micro)
         self._apply = self._wrap(self._update_carried)
-        self._clip = self._wrap(self._clip_carried)
+        self._compile_update()
 
-    def _bind(self) -> None:
-        # Tracing leaves placeholders in the model; put arrays back whatever happened.
-        self._views = None
-        self.objective.slots.bind(self.params)
+    def _wrap(self, function: Callable) -> Callable:
+        # What moves beside the parameters is read when a compiled function is called.
+        return mx.compile(function, inputs=self.objective.captured) if self._compiled else function
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
@@ -213,12 +142,8 @@ class Step:
         """Update with the gradients that are carried; what the window measured."""
         if self.optimizer.on_host:
             grads, sums = self._clip(self._carry)
-            # The optimizer moves for good, so what can fail must have been computed by then.
-            mx.eval(grads, sums)
-            moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
-            self._params = self._bundles.pack(moved)
-        else:
-            self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
+            return self._update_clipped(grads, sums, hyper)
+        self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
@@ -235,11 +160,15 @@ class Step:
             first_row = 0
             for piece in self.cut(micro):
                 counted = {**weights, "micro_batch": mx.array(1.0 if first_row == 0 else 0.0)}
-                key = mx.array([self.seed, self.draws, first_row], mx.uint32)
+                key = mx.array([self.seed, self._draw(), first_row], mx.uint32)
                 made.append(({**piece, "key": key}, counted))
                 first_row += piece["input_ids"].shape[0]
             self.draws += 1
         return made
+
+    def _draw(self) -> int:
+        """A number that no other micro-batch of the run has, on any process."""
+        return self.draws if self.exchange is None else self.draws * self.exchange.size + self.exchange.rank
 
     def _accumulate_micro(self, params: Arrays, carry: Any, arrays: Arrays, weights: Weights) -> tuple[Arrays, Arrays]:
         self.traces += 1  # runs only while tracing
@@ -253,7 +182,7 @@ class Step:
 
         (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
-        weighed = {name: measured[name] * weight for name, weight in weights["metrics"].items()}
+        weighed = {name: measured[name] * by for name, by in weights["metrics"].items() if name in measured}
         metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:
             return grads, metrics
@@ -266,24 +195,15 @@ class Step:
         return self._update_carried(params, state, carry, hyper)
 
     def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics = carry
+        grads, metrics = self._gather(carry)
         grads, scale, norm = clip_gradients(grads, self.clip)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
-
-    def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
-        grads, metrics = carry
-        grads, norm = clip_whole(grads, self.clip)
-        return grads, {**metrics, "grad_norm": norm}
 
 
 def read_scalar(value: Any) -> float:
     """A lazy scalar as a number; waits for the device."""
     return float(value.item())
-
-
-def _as_it_is(function: Callable) -> Callable:
-    return function
 
 
 def add(a: Arrays, b: Arrays) -> Arrays:

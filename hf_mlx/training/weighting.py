@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .inputs import Inputs
 from .objective import TOKEN_METRICS
+from .optimizers.contract import Arrays
 
 # {"loss": …, "aux_loss": …, "metrics": {name: …}}
 Weights = dict[str, Any]
@@ -52,15 +53,45 @@ class ByTokens:
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         """The factors of each micro-batch of ``window``."""
         items = max(self.count(window), 1)
+        if not divides_together(window):
+            items *= count_processes(window)
+        shares = len(window) * count_processes(window)
         return [
             {
-                "loss": mx.array(1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * len(window))),
-                "metrics": dict.fromkeys(TOKEN_METRICS, mx.array(1 / max(micro.valid, 1))),
-                "aux_loss": mx.array(1 / len(window)),
+                "loss": mx.array(1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * shares)),
+                "metrics": _metric_weights(micro),
+                "aux_loss": mx.array(1 / shares),
             }
             for micro in window
         ]
 
     def count(self, window: Sequence[Inputs]) -> int:
-        """Tokens of the window that its loss is divided by; 0 where none is trained."""
-        return sum(micro.labelled if self.counts_every_label else micro.valid for micro in window)
+        """Tokens of the window that its loss is divided by; 0 where none is trained.
+
+        Of several processes those of all, unless ``average_tokens_across_devices`` is off.
+        """
+        return sum(self._count(micro) for micro in window)
+
+    def _count(self, micro: Inputs) -> int:
+        if micro.peers is None or not micro.peers.average:
+            return micro.labelled if self.counts_every_label else micro.valid
+        return sum(micro.peers.labelled if self.counts_every_label else micro.peers.valid)
+
+
+def count_processes(window: Sequence[Inputs]) -> int:
+    """How many processes compute a window each: gradients and metrics are added up over them."""
+    return 1 if window[0].peers is None else window[0].peers.size
+
+
+def divides_together(window: Sequence[Inputs]) -> bool:
+    """Whether all processes divide by the same tokens, rather than each by its own."""
+    return window[0].peers is None or window[0].peers.average
+
+
+def _metric_weights(micro: Inputs) -> Arrays:
+    peers = micro.peers
+    if peers is None:
+        return dict.fromkeys(TOKEN_METRICS, mx.array(1 / max(micro.valid, 1)))
+    counts = peers.rank < peers.kept
+    share = mx.array(counts / max(peers.kept_valid, 1))
+    return dict.fromkeys(TOKEN_METRICS, share) | {"aux_loss": mx.array(counts / peers.kept)}

@@ -8,19 +8,22 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..backends import WIRES, macos_version
 from ..device import on_metal
 
 
 @contextmanager
 def wired_memory(backend: Any = mx) -> Iterator[None]:
-    """On Metal, let MLX wire all that the device recommends, and put the earlier limit back; elsewhere do nothing.
+    """On Metal, from macOS 15 on, let MLX wire all that the device recommends, and put the earlier limit back.
 
     Source: mlx-lm 0.32.2 ``tuner.trainer.train`` and ``generate.wired_limit``.
 
     Args:
         backend: ``mlx.core``.
     """
-    recommended = backend.device_info().get("max_recommended_working_set_size") if on_metal(backend) else None
+    version = macos_version()
+    wires = on_metal(backend) and (version is None or version >= WIRES)
+    recommended = backend.device_info().get("max_recommended_working_set_size") if wires else None
     if recommended is None:
         yield
         return

@@ -25,7 +25,6 @@ if side == "reference":
     arguments, keywords = settings(output, seed=3407), {"processing_class": tokenizer}
 else:
     model = AutoModelForCausalLM.from_pretrained(path, torch_dtype="float32", device_map="auto")
-    dataset = dataset.remove_columns(["prompt", "completion"])
     arguments = TrainingArguments(output, seed=3407, logging_dir="logs", **QUIET, **STEPS)
     keywords = {"tokenizer": tokenizer, "dataset_text_field": "text", "max_seq_length": 1024, "dataset_num_proc": 2}
 trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, **keywords)

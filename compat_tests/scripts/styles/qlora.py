@@ -44,7 +44,9 @@ else:
     model = AutoModelForCausalLM.from_pretrained(
         path, quantization_config=config, device_map={"": 0}, attn_implementation=kernel, torch_dtype=torch.float32
     )
-    assert model.is_loaded_in_4bit and model.config.quantization_config.load_in_4bit
+    assert (
+        model.is_loaded_in_4bit and model.config.quantization_config.load_in_4bit and list(model.hf_device_map) == [""]
+    )
     model.config.use_cache = False
     inputs = tokenizer("What is 3", return_tensors="pt").to("cuda")
     print("before", tuple(model.generate(**inputs, max_new_tokens=4, min_new_tokens=4).shape))
@@ -61,6 +63,7 @@ trainer = SFTTrainer(model=model, args=arguments, train_dataset=dataset, **keywo
 trainer.train()
 record(trainer, output)
 if side == "script":
+    trainer.tokenizer.save_pretrained(output)
     gpu = torch.cuda.get_device_properties(0)
     used = round(torch.cuda.max_memory_reserved() / 1024**3, 6)
     print("memory", 0 < used < gpu.total_memory / 1024**3, gpu.major)

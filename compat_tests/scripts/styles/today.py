@@ -11,7 +11,7 @@ STEPS = {"max_steps": 3, "per_device_train_batch_size": 2}
 
 def settings(output, **more):
     """Today's configuration in fp32 on a CPU."""
-    return SFTConfig(output, bf16=False, use_cpu=True, **QUIET, **STEPS | more)
+    return SFTConfig(output, bf16=False, use_cpu=True, **QUIET | STEPS | more)
 
 
 def record(trainer, output):

@@ -28,6 +28,9 @@ class CorrectedMoE(ernie4_5_moe.Ernie4_5_MoeMLP):
         e_score_correction_bias: (1, experts).
     """
 
+    args: ModelArgs
+    e_score_correction_bias: mx.array
+
     def __call__(self, x: mx.array) -> mx.array:
         scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
         corrected = scores + self.e_score_correction_bias[0]

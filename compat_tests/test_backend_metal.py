@@ -1,0 +1,48 @@
+"""What a Mac asks of MLX, in a process whose MLX reports Metal and lacks what Metal lacks; see fake_metal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_metal import INFO, KINDS
+from pairs import tiny_model
+
+HERE = Path(__file__).parent
+
+
+def trained(model: Path, *kinds: str) -> dict:
+    environment = {**os.environ, "HF_MLX_REPORT": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HERE / "fake_metal.py"), str(model), *kinds],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_everything_is_imported_and_trained_without_what_metal_lacks(tmp_path):
+    found = trained(tiny_model("llama", tmp_path / "llama"), *KINDS)
+    assert found["modules"] > 200
+    assert set(found["runs"]) == set(KINDS)
+    assert all(len(run["losses"]) == 2 and max(run["losses"]) < 10 for run in found["runs"].values())
+    # For the Linux CPU alone: never reached.
+    assert found["lanes"] == found["exponentials"] == 0
+    # Each run wires what the device recommends and gives it back.
+    assert found["wired"] == [INFO["max_recommended_working_set_size"], 0] * len(KINDS)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "qwen3_next", "mamba2"])
+def test_other_families_reach_no_kernel_without_a_gradient(tmp_path, family):
+    from architecture_zoo import make_model
+    from pairs import tokenizer
+
+    model = make_model(family, vocab_size=len(tokenizer()))
+    model.save_pretrained(tmp_path / family)
+    tokenizer().save_pretrained(tmp_path / family)
+    found = trained(tmp_path / family, "full")
+    assert found["kernels"] == found["lanes"] == found["exponentials"] == 0

@@ -1,0 +1,235 @@
+"""The processes of a run, and all that they exchange outside of the compiled step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from zlib import crc32
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import SettingError, TrainingError
+from .launcher import Launched, read_launcher
+from .watch import Watch
+
+logger = logging.getLogger(__name__)
+
+
+class World:
+    """Every process of the run. One that was started by itself is a world of one, without ``mx.distributed``.
+
+    All methods that exchange something are called by every process in the same order, from the main thread.
+
+    Attributes:
+        rank: Which process this is.
+        size: How many there are.
+        local_rank: Which process of its machine this is.
+        group: MLX's group; None for one process.
+        watch: Knows when another process has ended; None for one process.
+        width: Numbers of a table; one for all of them, so that processes at unlike exchanges understand each other.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None) -> None:
+        self.rank, self.size, self.local_rank, self.group = rank, size, local_rank, group
+        self.watch: Watch | None = None
+        self.width = 64
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is one process."""
+        return self.size == 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this process is the first of its machine."""
+        return self.local_rank == 0
+
+    def gather(self, kind: str, table: np.ndarray, what: str = "") -> np.ndarray:
+        """The int32 tables of all processes, shape [size, numbers].
+
+        Args:
+            kind: What the table is for. Every process must be at the same kind of exchange, which is checked.
+            table: Of this process, shape [numbers]; no longer than :attr:`width`, and as long on all of them.
+            what: What is waited for, for messages.
+
+        Raises:
+            TrainingError: Another process has ended, or is at something else.
+        """
+        return self.read(self.gather_later(kind, table), kind, what)
+
+    def gather_later(self, kind: str, table: np.ndarray) -> mx.array:
+        """Begin :meth:`gather` without waiting for it; :meth:`read` has its end."""
+        padded = np.zeros(self.width, np.int32)
+        padded[: len(table) + 2] = [crc32(kind.encode()) & 0x7FFFFFFF, len(table), *table]
+        return self._begin(padded)
+
+    def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
+        """Wait for what the other processes send."""
+        with self.waiting(what or kind):
+            tables = np.array(gathered)
+        other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
+        if len(other) and (not tables[other, 0].all() or (self.watch and self.watch.name_ended())):
+            # The ring's first exchange after it has lost a process ends without an error, and with nothing in it.
+            raise self.lost(what or kind)
+        if len(other):
+            raise TrainingError(
+                f"rank {self.rank} at {what or kind!r}, and rank {other[0]} at something else",
+                "all processes do the same in the same order: what one asks for alone (a save, an evaluation, a "
+                "prediction), the others never answer",
+                "ask for it on every rank: callbacks and scripts run on all of them, and only rank 0 writes",
+            )
+        return tables[:, 2 : 2 + int(tables[self.rank, 1])]
+
+    def _begin(self, array: np.ndarray) -> mx.array:
+        # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
+        own = mx.array(array[None])
+        gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
+        mx.async_eval(gathered)
+        return gathered
+
+    def gather_bytes(self, data: bytes, what: str = "") -> list[bytes]:
+        """The bytes of all processes, by rank."""
+        if self.is_alone:
+            return [data]
+        check = crc32(data) & 0x7FFFFFFF
+        lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
+        padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        with self.waiting(what):
+            parts = np.array(self._begin(padded.view(np.int32)))
+        made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
+        if [crc32(part) & 0x7FFFFFFF for part in made] != checks.tolist():
+            # What was under way when a process ended has no error of its own.
+            raise self.lost(what)
+        return made
+
+    def gather_object(self, value: Any, what: str = "") -> list[Any]:
+        """What JSON can say, of all processes, by rank."""
+        return [json.loads(data) for data in self.gather_bytes(json.dumps(value).encode(), what)]
+
+    def hand_on(self, value: Any, what: str = "") -> Any:
+        """What JSON can say, of rank 0."""
+        return self.gather_object(value if self.is_main else None, what)[0]
+
+    def hand_on_bytes(self, chunks: Iterator[bytes], what: str = "") -> Iterator[bytes]:
+        """The bytes of rank 0 in pieces, of any size together; ``chunks`` is read on rank 0 alone."""
+        while True:
+            piece = next(chunks, b"") if self.is_main else b""
+            piece = self.gather_bytes(piece, what)[0]
+            if not piece:
+                return
+            yield piece
+
+    def barrier(self, what: str = "") -> None:
+        """Wait until every process is here."""
+        if not self.is_alone:
+            self.gather(f"barrier {what}", np.zeros(1), what)
+
+    def sum(self, arrays: Mapping[str, mx.array], what: str = "") -> dict[str, mx.array]:
+        """Element by element the sum over all processes."""
+        if self.is_alone:
+            return dict(arrays)
+        made = {}
+        with self.waiting(what):
+            for name, array in arrays.items():
+                made[name] = mx.distributed.all_sum(array, group=self.group)
+                mx.eval(made[name])
+        return made
+
+    @contextmanager
+    def waiting(self, what: str = "", *, computes: bool = False) -> Iterator[None]:
+        """A block that waits for other processes, and says which one has ended where it would wait for ever.
+
+        Args:
+            what: What for, for messages.
+            computes: It has work of its own beside.
+
+        Raises:
+            TrainingError: Another process has ended.
+        """
+        if self.watch is None:
+            yield
+            return
+        with self.watch.waiting(what, computes=computes):
+            try:
+                yield
+            except RuntimeError as error:
+                if not is_lost(error):
+                    raise
+                raise self.lost(what) from error
+
+    def lost(self, what: str = "") -> TrainingError:
+        """The error of a process that others have left."""
+        who = self.watch.name_ended() if self.watch is not None else None
+        return TrainingError(
+            f"{who or 'another process has ended; its own message is above'}{f', at {what}' if what else ''}",
+            f"all {self.size} processes to the end of the run: this one, rank {self.rank}, cannot go on alone",
+            "mend what that message names, then trainer.train(resume_from_checkpoint=True) on all of them",
+        )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether MLX raised it because another process has ended."""
+    text = str(error).lower()
+    return "connection to a peer was lost" in text or ("[ring]" in text and "recv" in text) or "nccl" in text
+
+
+@cache
+def the_world() -> World:
+    """The world of this process, begun when it is first asked for.
+
+    Raises:
+        SettingError: A launcher promised other processes that are not there.
+    """
+    launched = read_launcher()
+    if launched is None:
+        return World()
+    world = _join(launched)
+    world.watch = Watch.start(world, launched.host)
+    return world
+
+
+def report_failure(error: BaseException) -> None:
+    """Let the other processes know why this one ends, where there are others."""
+    if the_world.cache_info().currsize and (watch := the_world().watch) is not None:
+        watch.fail(error)
+
+
+def _join(launched: Launched) -> World:
+    try:
+        group = mx.distributed.init(strict=True, backend=launched.backend)
+    except (RuntimeError, ValueError) as error:
+        raise SettingError(
+            f"rank {launched.rank} of {launched.size or 'several'} processes, which backend {launched.backend!r} "
+            f"does not connect ({error})",
+            "processes that reach each other",
+            "hf-mlx launch --hostfile hosts.json train.py, with addresses that the machines can ping",
+        ) from error
+    promised = launched.size or 2
+    if group.size() == 1 and promised > 1:
+        raise SettingError(
+            f"a launcher of {promised} processes, and MLX that sees one",
+            "all of them in one group: else each would train alone and write into the same folder",
+            f"hf-mlx launch -n {promised} train.py",
+        )
+    return World(group.rank(), group.size(), launched.local_rank, group)
+
+
+def find_different(parts: Sequence[Mapping[str, Any]]) -> tuple[int, str, Any, Any] | None:
+    """The first rank whose description differs from rank 0's: rank, name, its value, rank 0's; None where none does."""
+    first = parts[0]
+    for rank, part in enumerate(parts):
+        for name in {**first, **part}:
+            if part.get(name) != first.get(name):
+                return rank, name, part.get(name), first.get(name)
+    return None

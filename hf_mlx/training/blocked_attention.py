@@ -1,0 +1,189 @@
+"""Attention whose training step never holds a matrix of length x length: a block of queries at a time.
+
+MLX has a fused backward pass of attention on CUDA alone, in half precision. Elsewhere it keeps the probabilities of
+every layer, which grow with the square of the length. Here each block of queries attends to the keys up to its end;
+the backward pass computes its scores once more. A causal mask leaves about half of the scores uncomputed, which pays
+for that.
+
+Source: Rabe, Staats, "Self-attention Does Not Need O(n²) Memory" (2021); Dao et al., "FlashAttention" (2022).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import scaled_dot_product_attention
+
+from ..device import on_cuda
+from ..models.masks import SegmentCache
+
+# Queries of a block.
+BLOCK = 128
+# Shorter rows are computed at once: what a block costs beside its products would not be won back.
+LEAST = 1024
+
+_CALLED = scaled_dot_product_attention.__name__
+
+
+def attend_in_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Make the attention of ``blocks`` train a block of queries at a time; equal up to the order of sums.
+
+    An attention layer is recognised by its code, which calls mlx-lm's ``scaled_dot_product_attention``. The class is
+    left alone: the instances get a subclass, whose methods call :func:`blocked_attention` instead. Latent attention
+    (MLA) adds scores of its own in a matrix of length x length and stays as it is.
+
+    Args:
+        blocks: The model's layers.
+    """
+    for block in blocks:
+        for module in block.modules():
+            calls = {} if hasattr(module, "kv_lora_rank") else _calling(type(module))
+            if calls:
+                module.__class__ = _blocked(type(module), calls)
+
+
+def attends_in_blocks(block: nn.Module, length: int) -> bool:
+    """Whether :func:`attend_in_blocks` keeps ``block`` from holding the scores of ``length`` x ``length`` pairs."""
+    return length >= LEAST and any(getattr(module, "in_blocks", False) for module in block.modules())
+
+
+def blocked_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's ``scaled_dot_product_attention``, with its arguments, in blocks where that is known to be the same.
+
+    Args:
+        queries: (B, heads, T, D).
+        keys: (B, key heads, S, D).
+        values: (B, key heads, S, Dv).
+        cache: None, or what masks packed and padded rows.
+        scale: Of the scores.
+        mask: ``"causal"``, None, or (…, T, S) bool. One that is added to the scores may have a gradient of its own,
+            so attention is computed at once then.
+        sinks: (heads,) logits of a key without a value.
+
+    Returns:
+        (B, heads, T, Dv).
+    """
+    length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
+    array = mask if isinstance(mask, mx.array) else None
+    added = array is not None and array.dtype != mx.bool_
+    if length < LEAST or not known or added or _is_fused(queries):
+        at_once: Any = scaled_dot_product_attention
+        return at_once(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+    # mlx-lm's own masks of two axes are causal, with a window or a chunk; so are those of our caches.
+    causal = cache is not None or (mask is not None and (array is None or array.ndim == 2))
+    attention = _Attention(scale, mask, causal, keys.shape[-2] - length)
+    return attention(queries, keys, values, *([] if sinks is None else [sinks]))
+
+
+def _is_fused(queries: mx.array) -> bool:
+    return on_cuda() and queries.dtype != mx.float32
+
+
+class _Attention:
+    """Attention of all blocks of queries, forwards and backwards.
+
+    Attributes:
+        causal: Query i sees none of the keys after ``i + offset``.
+    """
+
+    def __init__(self, scale: float, mask: mx.array | str | None, causal: bool, offset: int) -> None:
+        self.scale, self.mask, self.causal, self.offset = scale, mask, causal, offset
+
+    def __call__(self, *primals: mx.array) -> mx.array:
+        attend: Any = mx.custom_function(self._forward)
+        attend.vjp(self._backward)
+        return attend(*primals)
+
+    def _forward(self, *primals: mx.array) -> mx.array:
+        outputs: list[mx.array] = []
+        for start in range(0, primals[0].shape[-2], BLOCK):
+            # One after the other, or the scores of all would be alive together.
+            inputs = self._inputs(mx.depends(list(primals), outputs[-1:]) if outputs else list(primals), start)
+            outputs.append(self._block(start)(*inputs))
+        return mx.concatenate(outputs, axis=-2)
+
+    def _backward(self, primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
+        by_queries: list[mx.array] = []
+        rest: list[mx.array] = []
+        before = [cotangent]
+        for start in reversed(range(0, primals[0].shape[-2], BLOCK)):
+            inputs = self._inputs(mx.depends(list(primals), before), start)
+            _, (by_query, *by_rest) = mx.vjp(self._block(start), inputs, [cotangent[..., start : start + BLOCK, :]])
+            by_queries.append(by_query)
+            rest = _add(rest, by_rest) if rest else [x.astype(mx.float32) for x in by_rest]
+            before = [by_query, *rest]
+        gradients = [mx.concatenate(by_queries[::-1], axis=-2), *rest]
+        return tuple(x.astype(primal.dtype) for x, primal in zip(gradients, primals, strict=True))
+
+    def _inputs(self, primals: list[mx.array], start: int) -> list[mx.array]:
+        """Queries of the block that begins at ``start``, and the keys and values that it may see."""
+        queries, keys, values, *sinks = primals
+        end = self._end(start, keys.shape[-2])
+        return [queries[..., start : start + BLOCK, :], keys[..., :end, :], values[..., :end, :], *sinks]
+
+    def _end(self, start: int, keys: int) -> int:
+        return min(start + BLOCK + self.offset, keys) if self.causal else keys
+
+    def _block(self, start: int) -> Callable[..., mx.array]:
+        def attend(queries: mx.array, keys: mx.array, values: mx.array, *sinks: mx.array) -> mx.array:
+            mask = self.mask
+            if isinstance(mask, mx.array):
+                rows = slice(start, start + BLOCK) if mask.shape[-2] > 1 else slice(None)
+                mask = mask[..., rows, : keys.shape[-2]]
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0] if sinks else None
+            )
+
+        return attend
+
+
+def _add(sums: list[mx.array], parts: list[mx.array]) -> list[mx.array]:
+    """The sums with those of fewer keys added to their beginnings."""
+    result = []
+    for total, part in zip(sums, parts, strict=True):
+        if total.shape == part.shape:
+            result.append(total + part)
+        else:
+            seen = part.shape[-2]
+            result.append(mx.concatenate([total[..., :seen, :] + part, total[..., seen:, :]], axis=-2))
+    return result
+
+
+def _calling(kind: type[nn.Module]) -> dict[str, FunctionType]:
+    """The methods of a class that call mlx-lm's attention."""
+    methods = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
+    return {
+        name: method
+        for name, method in methods
+        if isinstance(method, FunctionType)
+        and _CALLED in method.__code__.co_names
+        and method.__globals__.get(_CALLED) is scaled_dot_product_attention
+    }
+
+
+def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn.Module]:
+    def rebound(method: FunctionType) -> Any:
+        known = {**method.__globals__, _CALLED: blocked_attention}
+        inner = FunctionType(method.__code__, known, method.__name__, method.__defaults__, method.__closure__)
+        inner.__kwdefaults__ = method.__kwdefaults__
+
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (inner if self.training else method)(self, *args, **kwargs)
+
+        return call
+
+    rebounds = {name: rebound(method) for name, method in methods.items()}
+    return type(f"Blocked{kind.__name__}", (kind,), {**rebounds, "in_blocks": True})

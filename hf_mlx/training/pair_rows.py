@@ -1,0 +1,61 @@
+"""Sums over the rows of pairs: what is known of single tokens, by answer and by pair."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .linear_logps import TokenLogps
+from .loss import IGNORED
+from .optimizers.contract import Arrays
+
+
+def by_pair(values: mx.array, arrays: Arrays) -> mx.array:
+    """What is known of each row (R,) or (R, 1), of chosen and rejected answers alone, (P, 2)."""
+    return values.reshape(-1, rows_together(arrays))[:, -2:]
+
+
+def rows_together(arrays: Arrays) -> int:
+    """Rows of a pair: its answers, and those of its prompt where that is computed once."""
+    return arrays["input_ids"].shape[0] // arrays["prompts"].shape[0] if "prompts" in arrays else 2
+
+
+def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
+    """Log-probabilities of scored tokens (N,) summed over each row, (R,).
+
+    Args:
+        logp: Of each scored token.
+        arrays: Of the micro-batch.
+        ld_alpha: Weight of tokens past the shorter answer of a pair (LD-DPO, https://huggingface.co/papers/2409.06411).
+    """
+    if ld_alpha is not None:
+        logp = mx.where(scored(arrays["shared"][..., None], arrays)[:, 0], logp, ld_alpha * logp)
+    return sum_by_row(logp, arrays)
+
+
+def sum_by_row(values: mx.array, arrays: Arrays) -> mx.array:
+    """Values of scored tokens (N,), summed over each row, (R,)."""
+    # One sum a row rather than a scatter: deterministic on every backend.
+    belongs = rows_of_tokens(arrays) == mx.arange(arrays["input_ids"].shape[0])[:, None]
+    return mx.where(belongs, values, 0.0).sum(axis=1)
+
+
+def rows_of_tokens(arrays: Arrays) -> mx.array:
+    """The row of each scored token, (N,) int32."""
+    width = arrays["input_ids"].shape[1]
+    positions = arrays["positions"] if "positions" in arrays else mx.arange(arrays["targets"].shape[0])
+    return positions // width
+
+
+def wpo_weights(tokens: TokenLogps, arrays: Arrays) -> mx.array:
+    """Eq. 2 of https://huggingface.co/papers/2406.11827, aligned, (P,); carries no gradient."""
+    aligned = mx.stop_gradient(tokens.logp - tokens.log_square_sum)
+    counted = (arrays["targets"] != IGNORED).astype(mx.float32)
+    counts = mx.maximum(sum_by_row(counted, arrays), 1.0)
+    weights = by_pair(mx.exp(sum_by_row(aligned, arrays) / counts), arrays)
+    return mx.stop_gradient(weights[:, 0] * weights[:, 1])
+
+
+def scored(x: mx.array, arrays: Arrays) -> mx.array:
+    """Of what every position has (R, W, …), that of the scored tokens, (N, …)."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[arrays["positions"]] if "positions" in arrays else flat

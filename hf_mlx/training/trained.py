@@ -1,0 +1,183 @@
+"""What a step trains and how it is kept: the arrays, the optimizer's state and gradients that wait for their update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..settings.clipping import GradClip
+from .bundles import LARGEST, Bundles
+from .clip import clip_whole
+from .exchange import Exchange
+from .measured import Held, StepMetrics
+from .objective import Objective
+from .optim import Optimizer
+from .optimizers.contract import Arrays, State
+
+
+class Trained:
+    """Trainable arrays in bundles, with what updates them.
+
+    Attributes:
+        objective: Its slots hold the arrays.
+        optimizer: The update rule.
+        clip: The clip in force.
+        exchange: Adds the gradients of a window up over several processes; None for one process.
+        draws: Micro-batches trained so far.
+    """
+
+    objective: Objective
+    optimizer: Optimizer
+    clip: GradClip
+    exchange: Exchange | None
+    draws: int
+
+    _names: list[str]
+    _computed_in: Callable[[], Mapping[str, mx.Dtype]]
+    _carry: tuple[Arrays, Arrays] | None
+    _bundles: Bundles
+    _params: Arrays
+    _state: State
+    _views: Arrays | None
+
+    @property
+    def params(self) -> Arrays:
+        """Flat {MLX name: array}: views of what is kept; another dict after each update."""
+        if self._views is None:
+            self._views = self._bundles.unpack(self._params)
+        return self._views
+
+    @property
+    def state(self) -> dict[str, Arrays]:
+        """The optimizer's state, {torch's name: {MLX name: array}}: views of what is kept."""
+        return {slot: self._bundles.unpack(arrays) for slot, arrays in self._state.items()}
+
+    @property
+    def carry(self) -> tuple[Arrays, Arrays] | None:
+        """Gradients by MLX name and metrics that are accumulated towards the next update, or None."""
+        return None if self._carry is None else (self._bundles.unpack(self._carry[0]), self._carry[1])
+
+    @carry.setter
+    def carry(self, carry: tuple[Arrays, Arrays] | None) -> None:
+        if carry is None:
+            self._carry = None
+            return
+        measured = ("loss", "micro_batches", *self.objective.metrics)
+        self._carry = self._bundles.pack(carry[0]), {name: carry[1][name] for name in measured}
+
+    def collect(self) -> tuple[Arrays, Arrays]:
+        """The gradients that are carried, by MLX name, clipped, as torch's are before ``optimizer.step()``.
+
+        Returns:
+            The gradients; and what the window measured, their norm before the clip included.
+        """
+        grads, sums = self._clip(self._carry)
+        return self._bundles.unpack(grads), sums
+
+    def apply(self, grads: Arrays, sums: Arrays, step: int, lr: float) -> StepMetrics:
+        """Update with gradients that are clipped already; the window is done.
+
+        Args:
+            grads: Those of :meth:`collect`, or what was made of them.
+            sums: What it measured.
+            step: Counts from 1; enters the bias corrections.
+            lr: Learning rate of this step.
+        """
+        try:
+            sums = self._update_clipped(self._bundles.pack(grads), sums, self._hyper(step, lr))
+        finally:
+            self._bind()
+        self._carry = None
+        return StepMetrics.split(sums)
+
+    def take_carried(self) -> StepMetrics | None:
+        """What the carry measured since it was last taken; its gradients stay. None when nothing is carried."""
+        if self._carry is None:
+            return None
+        grads, sums = self._carry
+        self._carry = grads, {key: mx.zeros_like(value) for key, value in sums.items()}
+        return StepMetrics.split(sums)
+
+    def load(self, params: Arrays, state: dict[str, Arrays]) -> None:
+        """Replace parameters and optimizer state, e.g. by those of a checkpoint.
+
+        Args:
+            params: Flat {MLX name: array}, in any order.
+            state: {torch's name: {MLX name: array}}.
+        """
+        params = {name: params[name] for name in self._names}
+        bundles = self._arrange(params)
+        if bundles != self._bundles:
+            # A trace holds where each array lies.
+            carry, self._bundles = self.carry, bundles
+            self.carry = carry
+            self._compile()
+        self._params = self._bundles.pack(params)
+        self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
+        self.optimizer.forget_host()
+        self._bind()
+
+    def adopt(self, optimizer: Optimizer, clip: GradClip) -> None:
+        """Go on with another update rule or clip; another optimizer begins with an empty state."""
+        params = self.params
+        state = self.state if optimizer is self.optimizer else optimizer.init(params)
+        self.optimizer, self.clip = optimizer, clip
+        self._compile()
+        self.load(params, state)
+
+    def hold(self) -> Held:
+        """What :meth:`restore` goes back to."""
+        return Held(self._params, self._state, self._carry, self.draws)
+
+    def restore(self, held: Held) -> None:
+        """Undo what was done since ``held``."""
+        self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
+        self._bind()
+
+    def _compile(self) -> None:
+        raise NotImplementedError
+
+    def _wrap(self, function: Callable) -> Callable:
+        raise NotImplementedError
+
+    def _compile_update(self) -> None:
+        self._clip = self._wrap(self._clip_carried)
+        self._updated = self._wrap(self._update_packed)
+
+    def _arrange(self, params: Arrays) -> Bundles:
+        largest = LARGEST if self.optimizer.elementwise else 0
+        return Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+
+    def _bind(self) -> None:
+        # Tracing leaves placeholders in the model; put arrays back whatever happened.
+        self._views = None
+        self.objective.slots.bind(self.params)
+
+    def _update_clipped(self, grads: Arrays, sums: Arrays, hyper: Arrays) -> Arrays:
+        """Update with gradients as they are kept, in the compiled function or by the script's own optimizer."""
+        if self.optimizer.on_host:
+            # The optimizer moves for good, so what can fail must have been computed by then.
+            mx.eval(grads, sums)
+            moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
+            self._params = self._bundles.pack(moved)
+        else:
+            self._params, self._state = self._updated(self._params, grads, self._state, hyper)
+        mx.async_eval(self._params, self._state, sums)
+        return sums
+
+    def _update_packed(self, params: Arrays, grads: Arrays, state: Any, hyper: Arrays) -> tuple[Arrays, Any]:
+        return self.optimizer.update(params, grads, state, hyper)
+
+    def _hyper(self, step: int, lr: float) -> Arrays:
+        return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
+
+    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+        """Gradients and metrics of a whole window, of all processes."""
+        return carry if self.exchange is None else self.exchange(*carry)
+
+    def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
+        grads, metrics = self._gather(carry)
+        grads, norm = clip_whole(grads, self.clip)
+        return grads, {**metrics, "grad_norm": norm}

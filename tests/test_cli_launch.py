@@ -1,0 +1,55 @@
+"""``hf-mlx launch``: what mlx.launch is told, and what each process runs."""
+
+import sys
+
+import pytest
+
+from hf_mlx.cli.launch import make_command
+from hf_mlx.cli.main import build_parser
+from hf_mlx.errors import SettingError
+
+
+def command(*words):
+    return make_command(build_parser("launch").parse_args(["launch", *words]))
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "train.py"
+    path.write_text("")
+    return str(path)
+
+
+def test_flags_of_the_script_are_not_the_launchers(script):
+    made = command("-n", "2", script, "-n", "3", "--verbose", "--env", "x")
+    launcher, process = made[3 : made.index("--")], made[made.index("--") + 1 :]
+    assert made[0] == sys.executable and launcher == ["-n", "2"]
+    run = [sys.executable, "-m", "hf_mlx.cli.main", "run"]
+    assert process == [*run, script, "-n", "3", "--verbose", "--env", "x"]
+
+
+def test_flags_of_the_launcher_and_of_run_go_where_they_belong(script, tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("[]")
+    flags = ["--hostfile", str(hosts), "--backend", "ring", "--env", "A=1", "--env", "B=2", "--python", "/py"]
+    made = command(*flags, "--starting-port", "5000", "--strict", script)
+    launcher, process = made[3 : made.index("--")], made[made.index("--") + 1 :]
+    expected = ["--hostfile", str(hosts), "--backend", "ring", "--python", "/py", "--starting-port", "5000"]
+    assert launcher == [*expected, "--env", "A=1", "--env", "B=2"]
+    assert process == ["/py", "-m", "hf_mlx.cli.main", "run", "--strict", script]
+    reported = command("-n", "2", "--report", "run.html", script)
+    assert reported[-4:] == ["run", "--report", "run.html", script]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-n", "2", "nowhere.py"], "a Python file"),
+        (["{script}"], "hf-mlx launch -n 2 .*train.py, or hf-mlx run"),
+        (["-n", "0", "{script}"], "at least one process"),
+        (["--hostfile", "nowhere.json", "{script}"], "mlx.distributed_config"),
+    ],
+)
+def test_what_is_missing_is_said_with_the_line_to_write(script, words, message):
+    with pytest.raises(SettingError, match=message):
+        command(*(word.format(script=script) for word in words))

@@ -1,0 +1,138 @@
+"""Attention a block of queries at a time: the same outputs and gradients, and memory that grows as the length."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import gemma3_text, gpt_oss, llama
+from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
+
+from hf_mlx.models.masks import KeyCache, SegmentCache
+from hf_mlx.training.blocked_attention import BLOCK, LEAST, attend_in_blocks, attends_in_blocks, blocked_attention
+
+# float32 with another order of summation, relative to the largest value.
+TOLERANCE = 2e-6
+
+ODD = LEAST + BLOCK // 2 + 3
+
+
+def segments(length):
+    return mx.repeat(mx.arange(3), -(-length // 3))[None, :length]
+
+
+def visible(length):
+    return (mx.arange(length) % 7 != 3)[None]
+
+
+# length, heads, key heads, width, width of values, mask, cache, sinks
+CASES = {
+    "causal": (LEAST, 2, 2, 8, 8, "causal", None, False),
+    "queries share keys, part of a block": (ODD, 4, 2, 8, 8, "causal", None, False),
+    "values of another width": (LEAST, 2, 1, 8, 4, "causal", None, False),
+    "sinks": (LEAST, 4, 2, 8, 8, "causal", None, True),
+    "window": (ODD, 2, 2, 8, 8, create_causal_mask(ODD, window_size=50), None, False),
+    "window and sinks": (ODD, 2, 2, 8, 8, create_causal_mask(ODD, window_size=50), None, True),
+    "documents in a row": (ODD, 2, 1, 8, 8, None, SegmentCache(segments(ODD)), False),
+    "hidden keys": (ODD, 2, 1, 8, 8, None, KeyCache(visible(ODD)), False),
+    "no mask": (LEAST, 2, 2, 8, 8, None, None, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_all_scores_at_once(case):
+    length, heads, key_heads, width, value_width, mask, cache, with_sinks = CASES[case]
+    mx.random.seed(0)
+    shapes = [(2, heads, length, width), (2, key_heads, length, width), (2, key_heads, length, value_width)]
+    inputs = [mx.random.normal(shape) for shape in shapes] + ([mx.random.normal((heads,))] if with_sinks else [])
+    cotangent = mx.random.normal((2, heads, length, value_width))
+
+    def run(attention):
+        def attend(queries, keys, values, *sinks):
+            seen = mask if cache is None else cache.make_mask(length)
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+            return attention(queries, keys, values, cache, 0.3, seen, sinks[0] if sinks else None)
+
+        outputs, gradients = mx.compile(lambda *inputs: mx.vjp(attend, list(inputs), [cotangent]))(*inputs)
+        return [*outputs, *gradients]
+
+    expected, found = run(scaled_dot_product_attention), run(blocked_attention)
+
+    assert len(found) == len(expected) == 4 + with_sinks
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert mx.abs(one - other).max().item() <= TOLERANCE * mx.abs(other).max().item()
+
+
+def test_half_precision_keeps_its_dtype_and_sums_in_float32():
+    mx.random.seed(1)
+    inputs = [mx.random.normal((1, 2, LEAST, 8)).astype(mx.bfloat16) for _ in range(4)]
+
+    def gradients(attention, arrays):
+        *inputs, cotangent = arrays
+        attend = lambda *x: attention(*x, None, 0.3, "causal")  # noqa: E731
+        return mx.vjp(attend, inputs, [cotangent])[1]
+
+    exact = gradients(scaled_dot_product_attention, [x.astype(mx.float32) for x in inputs])
+    at_once, blocked = gradients(scaled_dot_product_attention, inputs), gradients(blocked_attention, inputs)
+
+    for truth, one, other in zip(exact, at_once, blocked, strict=True):
+        assert other.dtype == mx.bfloat16
+        error = [mx.abs(x.astype(mx.float32) - truth).mean().item() for x in (other, one)]
+        # What a block gives is rounded once before it is summed.
+        assert error[0] <= 1.25 * error[1]
+
+
+def test_memory_grows_as_the_length():
+    def peak(length):
+        inputs = [mx.random.normal((1, 2, length, 8)) for _ in range(3)]
+        mx.eval(inputs)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(lambda *x: blocked_attention(*x, None, 0.3, "causal").sum(), argnums=[0, 1, 2])(*inputs))
+        return mx.get_peak_memory() - before
+
+    assert peak(4 * LEAST) < 1.2 * 4 * peak(LEAST)
+
+
+MODELS = {
+    "llama": lambda: llama.Model(
+        llama.ModelArgs("llama", 16, 2, 32, 2, 1e-5, 32, num_key_value_heads=1, head_dim=8)
+    ),
+    "gemma3_text": lambda: gemma3_text.Model(
+        gemma3_text.ModelArgs("gemma3_text", 16, 2, 32, 2, 8, vocab_size=32, num_key_value_heads=1, sliding_window=64,
+            sliding_window_pattern=2,)
+    ),
+    "gpt_oss": lambda: gpt_oss.Model(
+        gpt_oss.ModelArgs(
+            hidden_size=16, num_hidden_layers=2, intermediate_size=8, num_attention_heads=2, head_dim=8, vocab_size=32,
+            num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, sliding_window=64,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_trains_alike_and_keeps_its_names(name):
+    mx.random.seed(2)
+    model = MODELS[name]()
+    names = sorted(model.parameters())
+    ids = mx.random.randint(0, 32, (1, ODD))
+
+    def gradients():
+        mx.eval(model.parameters())
+        loss, tree = nn.value_and_grad(model, lambda ids: model(ids).astype(mx.float32).logsumexp(-1).mean())(ids)
+        return [loss, *(value for _, value in tree_flatten(tree))]
+
+    model.train()
+    expected = gradients()
+    attend_in_blocks(model.layers)
+    found = gradients()
+
+    assert sorted(model.parameters()) == names
+    assert all(attends_in_blocks(layer, LEAST) and not attends_in_blocks(layer, LEAST - 1) for layer in model.layers)
+    assert len(found) == len(expected) > 10
+    for one, other in zip(found, expected, strict=True):
+        assert mx.abs(one - other).max().item() <= 2e-5 * max(mx.abs(other).max().item(), 1e-3)
