@@ -79,6 +79,7 @@ LORA = [
     *(("init_lora_weights", name) for name in ("mica", "orthogonal")),
     ("inference_mode", True),
     ("task_type", "SEQ_CLS"),
+    ("task_type", "TOKEN_CLS"),
     ("bias", "some"),
     ("alora_invocation_tokens", [1, 2]),
     ("use_qalora", True),
