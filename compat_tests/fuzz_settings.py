@@ -141,7 +141,7 @@ LORA: dict[str, tuple[list[Any], list[Any]]] = {
     "task_type": (["CAUSAL_LM", None], ["SEQ_CLS", "nope", ""]),
     "inference_mode": ([False], [True]),
     "ensure_weight_tying": ([False, True], []),
-    "target_parameters": ([None], [["q_proj.weight"], []]),
+    "target_parameters": ([None, []], [["nope.weight"]]),
     "layer_replication": ([None], [[(0, 2)]]),
     "peft_type": (["LORA"], ["IA3", "nope"]),
     "loftq_config": ([{}], [{"loftq_bits": 4}]),

@@ -77,9 +77,9 @@ ARGUMENTS = [
 LORA = [
     *(("init_lora_weights", name) for name in ("pissa_niter_4", "pissa_niter_16", "corda", "loftq", "eva", "lora_ga")),
     *(("init_lora_weights", name) for name in ("mica", "orthogonal")),
-    ("target_parameters", ["experts.gate_up_proj"]),
     ("inference_mode", True),
     ("task_type", "SEQ_CLS"),
+    ("task_type", "TOKEN_CLS"),
     ("bias", "some"),
     ("alora_invocation_tokens", [1, 2]),
     ("use_qalora", True),

@@ -74,7 +74,7 @@ RECURRENT = ["qwen3_5_text", "mamba2", *(pytest.param(t, marks=pytest.mark.wide)
 def test_the_estimate_counts_recurrent_states(model_type, checkpointing, tmp_path):
     base = make_base(model_type, tmp_path / "base", max_position_embeddings=512)
     lora = LoraConfig(r=8, target_modules="all-linear", exclude_modules=EXCLUDED.get(model_type))
-    settings = {"gradient_checkpointing": checkpointing, "router_aux_loss_coef": 0.0, "max_length": None}
+    settings = {"gradient_checkpointing": checkpointing, "router_aux_loss_coef": 0.0}
     trainer = make_trainer(base, tmp_path, lora=lora, **settings)
     measured, estimated = peak_of_a_step(trainer), estimate_memory(trainer).total
 
