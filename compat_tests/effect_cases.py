@@ -116,6 +116,7 @@ ADAPTER: dict[str, Case] = {
     "use_dora": Case(True),
     "lora_bias": Case(True),
     "bias": Case("all"),
+    "target_parameters": Case(["mlp.down_proj.weight"]),
     "ensure_weight_tying": Case(True, {"modules_to_save": ["lm_head"]}, stays=True),
 }
 

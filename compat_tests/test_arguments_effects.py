@@ -123,9 +123,13 @@ def case_is_honoured(rule, verdicts) -> bool:
     return own or any(case_is_honoured(key, verdicts) for key in getattr(rule, "keys", ()))
 
 
+# What acts on several processes alone, which test_ranks.py starts.
+TOGETHER = {"average_tokens_across_devices", "ddp_timeout", "log_level_replica", "log_on_each_node"}
+
+
 def test_every_setting_that_acts_is_seen_to_act():
-    arguments = {*effect_cases.ARGUMENTS, *effect_cases.FILES, *effect_checks.ARGUMENTS}
+    arguments = {*effect_cases.ARGUMENTS, *effect_cases.FILES, *effect_checks.ARGUMENTS, *TOGETHER}
     adapter = {*effect_cases.ADAPTER, *effect_checks.ADAPTER}
     assert arguments == acting((*TRAINING_ARGUMENTS, *SFT_CONFIG))
     assert adapter == acting(LORA_CONFIG)
-    assert (len(arguments), len(adapter)) == (100, 23)
+    assert (len(arguments), len(adapter)) == (104, 24)
