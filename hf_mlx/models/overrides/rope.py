@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.deepseek_v2 import DeepseekV2YarnRotaryEmbedding
 from mlx_lm.models.rope_utils import YarnRoPE
 
 Config = dict[str, Any]
@@ -45,8 +46,11 @@ class LongRope(nn.Module):
 def apply(model: Any, config: Config) -> None:
     """Replaces mlx-lm's longrope modules, in every block that has one, and sets yarn's frequencies."""
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        _set_yarn(model, config, rope)
+    # Where each kind of attention has an entry of its own, the others are of no kind that is built as yarn.
+    for entry in (rope, *(entry for entry in rope.values() if isinstance(entry, dict))):
+        if entry.get("rope_type", entry.get("type")) == "yarn":
+            # transformers looks for it beside the entries, not in them.
+            _set_yarn(model, config, {**entry, "truncate": rope.get("truncate", True)})
     if rope.get("rope_type", rope.get("type")) not in ("longrope", "su"):
         return
     original = (
@@ -75,17 +79,18 @@ def _set_yarn(model: Any, config: Config, rope: Config) -> None:
     original = rope["original_max_position_embeddings"]
     factor = config["max_position_embeddings"] / original if factor is None else factor
     for _, module in model.named_modules():
-        if isinstance(module, YarnRoPE):
+        if isinstance(module, (YarnRoPE, DeepseekV2YarnRotaryEmbedding)):
+            dims = 2 * module._freqs.size
             low, high = (
-                module.dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+                dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
                 for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
             )
-            if rope.get("truncate", True):
+            if rope["truncate"]:
                 low, high = math.floor(low), math.ceil(high)
-            low, high = max(low, 0), min(high, module.dims - 1)
-            ramp = (mx.arange(module.dims // 2, dtype=mx.float32) - low) / (high - low if high != low else 0.001)
+            low, high = max(low, 0), min(high, dims - 1)
+            ramp = (mx.arange(dims // 2, dtype=mx.float32) - low) / (high - low if high != low else 0.001)
             ramp = mx.clip(ramp, 0, 1)
-            freqs = base ** (mx.arange(0, module.dims, 2, dtype=mx.float32) / module.dims)
+            freqs = base ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
             module._freqs = 1.0 / (ramp / (factor * freqs) + (1.0 - ramp) / freqs)
             module.mscale = _yarn_scale(rope, factor)
 
