@@ -45,6 +45,7 @@ class LongRope(nn.Module):
 
 def apply(model: Any, config: Config) -> None:
     """Replaces mlx-lm's longrope modules, in every block that has one, and sets yarn's frequencies."""
+    config = config.get("text_config") or config
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     # Where each kind of attention has an entry of its own, the others are of no kind that is built as yarn.
     for entry in (rope, *(entry for entry in rope.values() if isinstance(entry, dict))):
