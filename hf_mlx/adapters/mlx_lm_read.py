@@ -176,7 +176,7 @@ def _values(
                 mx.contiguous(value.T) if leaf != "m" else value
             )
     if read != len(tensors):
-        known = {f"{path}.{leaf}" for t in targets for path in t.paths for leaf in _LEAVES}
+        known = {f"{path}.{leaf}" for t in targets for path in t.paths for leaf in _LEAVES[: 3 if plan.use_dora else 2]}
         left = sorted(set(tensors) - known)
         raise AdapterError(
             f"{folder / WEIGHTS}: {len(tensors)} tensors{f', {left[0]} among them' if left else ''}",

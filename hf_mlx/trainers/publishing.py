@@ -54,7 +54,8 @@ class Publishing(Records):
             self.save_model(output_dir, _internal_call=True)
             return
         folder = check_output_dir(output_dir or self.args.output_dir)
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        # transformers 5.23 takes the weights out of the dict as it writes them.
+        self.model.save_pretrained(folder, state_dict=dict(state_dict))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
