@@ -36,7 +36,7 @@ class Quadratic:
 
     def __init__(self, params):
         self.model, self.aux_coefficient = SimpleNamespace(parameters=dict), 0.0
-        self.metrics = TOKEN_METRICS
+        self.metrics, self.captured = TOKEN_METRICS, None
         self.seen = {}
         self.bound = params
         self.slots = SimpleNamespace(read=lambda: params, bind=self.bind)

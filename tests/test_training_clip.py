@@ -41,7 +41,7 @@ class Linear:
     def __init__(self):
         self.params = {"a": mx.array(0.0), "b": mx.array(0.0)}
         self.model = SimpleNamespace(parameters=dict)
-        self.aux_coefficient, self.metrics = 0.0, TOKEN_METRICS
+        self.aux_coefficient, self.metrics, self.captured = 0.0, TOKEN_METRICS, None
         self.slots = SimpleNamespace(read=lambda: self.params, bind=lambda params: None)
 
     def __call__(self, params, arrays):

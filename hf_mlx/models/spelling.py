@@ -23,18 +23,19 @@ def spell_out(config: Config) -> Config:
         ``config`` with keys added; no value that it has is changed. Each key was tried: what transformers' own class
         reads with it is what it reads without.
     """
-    read = interpret(config)
+    # transformers makes torch's object of it where it believes that torch is there.
+    plain = {key: value for key, value in config.items() if key != "dtype"}
+    read = interpret(plain)
     flat = normalise(read)
-    spelled = dict(config)
+    added: Config = {}
     for key in _fields(flat["model_type"]):
         value = flat.get(key)
         if value is None or key in config or not _is_json(value):
             continue
-        trial = {**spelled, key: value}
-        again = interpret(trial)
+        again = interpret({**plain, **added, key: value})
         if all(again.get(name) == held for name, held in read.items()):
-            spelled = trial
-    return spelled
+            added[key] = value
+    return {**config, **added}
 
 
 def _fields(model_type: str) -> list[str]:
