@@ -113,16 +113,14 @@ def estimate(
 
     blocks = [held(block) for block in layers(model)]
     logits = _logit_bytes(model, head, positions)
-    # Scores of one block of queries, which none of the layers keeps.
-    kept, recomputed = sum(blocks), scores * BLOCK if blocked else 0
+    # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
+    kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
+    recomputed = scores * BLOCK if blocked else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
         kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
         recomputed += RECOMPUTED * max(forgotten)
-    else:
-        # What one block takes on its way back; it is in RECOMPUTED where blocks are.
-        kept += max(_working(block, rows, tokens) for block in layers(model))
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=_bytes(params.values()),
