@@ -7,8 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.deepseek_v2 import DeepseekV2YarnRotaryEmbedding
-from mlx_lm.models.rope_utils import YarnRoPE
 
 Config = dict[str, Any]
 
@@ -76,6 +74,10 @@ def _set_yarn(model: Any, config: Config, rope: Config) -> None:
     """yarn as transformers 5.23 ``_compute_yarn_parameters`` has it: mlx-lm knows neither ``truncate`` nor
     ``attention_factor``.
     """
+    # mlx_lm imports transformers and with it torch.
+    from mlx_lm.models.deepseek_v2 import DeepseekV2YarnRotaryEmbedding
+    from mlx_lm.models.rope_utils import YarnRoPE
+
     base, factor = rope.get("rope_theta") or config["rope_theta"], rope.get("factor")
     original = rope["original_max_position_embeddings"]
     factor = config["max_position_embeddings"] / original if factor is None else factor
