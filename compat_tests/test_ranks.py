@@ -61,7 +61,9 @@ def compare(name: str, ranks: int, made: list[dict[str, Any]]) -> int:
 def run_cases(ranks: int, cases: list[str], folder: Path, models: Path, timeout: float) -> None:
     made = run(ranks, folder, models, cases, timeout)
     compared = {name: compare(name, ranks, [one[name] for one in made]) for name in cases}
-    assert len(compared) == len(cases) and min(compared.values()) >= 6
+    # A drawn run may be too short for its first log, and has its summary and its weights alone then.
+    assert len(compared) == len(cases) and min(compared.values()) >= 4
+    assert sum(compared.values()) >= 10 * len(cases)
 
 
 @pytest.fixture(scope="module")
