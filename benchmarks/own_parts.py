@@ -27,6 +27,10 @@ TRAINED = ("adapter", "all weights")
 
 def main() -> None:
     """Run every variant and print the table."""
+    from hf_mlx.blas import load_openblas
+
+    # Before the model is made, which loads MLX.
+    load_openblas()
     options = parse()
     seconds: dict[tuple[str, str], list[float]] = {(t, v): [] for t in options.trained for v in VARIANTS}
     counts: dict[str, int] = {}
