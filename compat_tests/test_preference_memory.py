@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from datasets import Dataset
+from memory_checks import peak_of_a_step
 from pairs import SILENT, tiny_model
 from preference_pairs import arguments
 from trl import DPOConfig
@@ -47,19 +47,9 @@ def check(model, tmp_path, reference, checkpointing):
                        precompute_ref_log_probs="precomputed" in reference, **settings),
         train_dataset=Dataset.from_list(rows),
     )  # fmt: skip
-    step, own = trainer.session.step, estimate_memory(trainer)
-    window = [trainer.data.inputs(next(iter(trainer.data.train_loader(trainer.train_dataset))))]
-    assert window[0].arrays["input_ids"].shape == (2 * PAIRS, TOKENS)
-    trainer.session.loaded.model.train()
-    for number in (1, 2):
-        mx.clear_cache()
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        step(window, number, 1e-4)
-        mx.eval(step.params, step.state)
-    # What other tests of this process still hold is not this trainer's.
-    measured = mx.get_peak_memory() - before + own.weights + own.reference + own.optimizer
+    own, window = estimate_memory(trainer), next(iter(trainer.data.train_loader(trainer.train_dataset)))
+    assert trainer.data.inputs(window).arrays["input_ids"].shape == (2 * PAIRS, TOKENS)
+    measured = peak_of_a_step(trainer)
     assert measured / FACTOR <= own.total <= measured * FACTOR
     assert (own.reference > 0) == ("full" in reference)
     if own.reference:

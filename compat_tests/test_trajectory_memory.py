@@ -7,6 +7,7 @@ import numpy as np
 import pairs
 import pytest
 from datasets import Dataset
+from memory_checks import peak_of_a_step
 from peft import LoraConfig
 from training_checks import EXCLUDED, make_base
 from trl import SFTConfig
@@ -37,23 +38,6 @@ def make_trainer(model, folder, *, lora=LORA, rows=ROWS, tokens=TOKENS, **settin
         **{**pairs.SILENT, "gradient_checkpointing": False, **settings},
     )
     return MLXSFTTrainer(str(model), args, train_dataset=Dataset.from_dict({"input_ids": ids}), peft_config=lora)
-
-
-def peak_of_a_step(trainer):
-    """Bytes at the peak of the second step of a window that repeats."""
-    step = trainer.session.step
-    window = [trainer.data.inputs(next(iter(trainer.data.train_loader(trainer.train_dataset))))]
-    trainer.session.loaded.model.train()
-    for number in (1, 2):
-        mx.clear_cache()
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        step(window, number, 1e-4)
-        mx.eval(step.params, step.state)
-    own = estimate_memory(trainer)
-    # What other tests of this process still hold is not this trainer's.
-    return mx.get_peak_memory() - before + own.weights + own.optimizer
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
