@@ -27,8 +27,8 @@ SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.1, "adagrad": 2e-3, "rmsprop": 3e-4, "adafactor": 2e-3}
 
 
-# exp of a log-ratio, or a steep sigmoid of one, amplifies the rounding of log-probabilities.
-AMPLIFIED = {"forward_kl", "discopop"}
+# exp of a log-ratio, a square or a steep sigmoid of one amplifies the rounding of log-probabilities.
+AMPLIFIED = {"forward_kl", "discopop", "ipo", "sppo_hard"}
 
 
 def loss_tolerance(settings: dict[str, Any]) -> float:
