@@ -9,13 +9,15 @@ import pytest
 from datasets import Dataset
 from pairs import _quiet
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_mlx.cli.main import main
 from hf_mlx.errors import SettingError
 from hf_mlx.self_test import reference, run_self_test
 from hf_mlx.self_test.checks import BF16, BF16_NORM, CHECKS
 from hf_mlx.self_test.materials import LORA, SETTINGS, rows, write_model
+from hf_mlx.self_test.scripts import train_language, train_pairs
 
 
 @pytest.mark.parametrize("kind", ["FP32", "BF16"])
@@ -33,12 +35,23 @@ def test_the_stored_numbers_are_what_trl_computes(kind, tmp_path):
         assert [line[key] for line in logged] == pytest.approx(getattr(reference, f"{name}_{kind}"), rel=limit)
 
 
+@pytest.mark.parametrize(
+    ("kind", "script", "trainer"), [("PAIRS", train_pairs, DPOTrainer), ("LANGUAGE", train_language, Trainer)]
+)
+def test_the_stored_numbers_of_the_other_trainers(kind, script, trainer, tmp_path):
+    with _quiet():
+        logged = [line for line in script(trainer, tmp_path).state.log_history if "grad_norm" in line]
+    assert len(logged) == 6
+    for name, key in (("LOSSES", "loss"), ("NORMS", "grad_norm")):
+        assert [line[key] for line in logged] == pytest.approx(getattr(reference, f"{name}_{kind}"), rel=1e-4)
+
+
 def test_it_passes_here_and_writes_its_report(tmp_path, capsys):
     assert main(["doctor", "--self-test", "--limit", "800", "--report", str(tmp_path / "report.json")]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] is True
-    assert len(report["checks"]) == 14
+    assert len(report["checks"]) == 18
     assert all(check["name"] in printed for check in report["checks"])
     assert "all right" in printed
     assert {"device", "machine", "versions"} <= set(report["environment"])

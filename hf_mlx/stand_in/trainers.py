@@ -53,13 +53,10 @@ def derive_trainer(
     def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args, strict=False)) | kwargs
         here = base.trains(given.get("model")) if hasattr(base, "trains") else True
-        if here and not (cls is made and getattr(given.get("args"), "predict_with_generate", False)):
-            return object.__new__(cls)
-        if cls is made:
+        if cls is made and (not here or getattr(given.get("args"), "predict_with_generate", False)):
             return upstream(**translate(given))
-        if cls in built:
-            return object.__new__(cls)
-        derive_from(cls, made, upstream)
+        if not here and cls not in built:
+            derive_from(cls, made, upstream)
         return object.__new__(cls)
 
     def derived(cls: type, **kwargs: Any) -> None:

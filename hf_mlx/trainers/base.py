@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
+from ..data.process_generator import seed_process
 from ..feed import Feed
 from ..processes.world import the_world
 from ..reports.recorder import Recorder
@@ -187,11 +188,12 @@ class TrainerBase(Running):
             mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
             seedable_sampler=self.plan.batch.seedable_sampler,
-            data_seed=self.plan.batch.seed if self.plan.batch.data_seed is None else self.plan.batch.data_seed,
+            data_seed=self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)
         if self.args.push_to_hub and self.world.is_main:
             self.hub.create()
+        seed_process(self.plan.batch.seed, self.data.rng)
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         record_settings(
             self.model.config,
