@@ -43,6 +43,7 @@ _CONV = {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}
 _OWN: dict[str, dict[str, Any]] = {
     "afmoe": {**_HEAD, **_WINDOW, "num_dense_layers": 1},
     "cohere2": {**_HEAD, **_WINDOW},
+    "cwm": {**_HEAD, **_WINDOW},
     "dbrx": {
         "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128,
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 3700.0},
@@ -91,6 +92,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mellum": _HEAD,
     "mimo_v2_flash": {**_WINDOW, "head_dim": 24, "v_head_dim": 8},
     "minicpm3": {"num_key_value_heads": 4, "dim_model_base": 32, "scale_emb": 2.0},
+    "ministral": {**_HEAD, **_WINDOW},
     "ministral3": _HEAD,
     "mistral": _WINDOW,
     "mixtral": _WINDOW,
@@ -127,14 +129,14 @@ _VISION: dict[str, Any] = {
 
 # The model types the project answers for: each either verified or refused.
 _NAMES = """
-    afmoe apertus bitnet cohere cohere2 dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5 ernie4_5_moe
-    exaone4 exaone_moe falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4
-    glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe
+    afmoe apertus arcee bitnet cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
+    ernie4_5_moe exaone4 exaone_moe falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text
+    glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe
     granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2 lfm2_moe llama
-    llama4 llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral3
-    mistral mixtral nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phimoe qwen2 qwen2_moe qwen3
-    qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma seed_oss smollm3
-    solar_open stablelm starcoder2
+    llama4 llama4_text longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2 ministral
+    ministral3 mistral mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe phi phi3 phimoe
+    qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next recurrent_gemma
+    seed_oss smollm3 solar_open stablelm starcoder2
 """
 MODEL_TYPES = tuple(_NAMES.split())
 
@@ -160,6 +162,11 @@ def make_config(model_type: str, **changes: Any) -> Any:
 def config_keys(model_type: str) -> set[str]:
     """What the (text) config class of a type declares."""
     return _keys(CONFIG_MAPPING[_MULTIMODAL.get(model_type, (model_type, None))[0]])
+
+
+def own_values(model_type: str) -> dict[str, Any]:
+    """What a type's tiny config has beyond the common values."""
+    return _OWN.get(model_type, {})
 
 
 def make_model(model_type: str, seed: int = 0, **changes: Any) -> torch.nn.Module:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from architecture_checks import load_quietly, relative
-from architecture_zoo import config_keys, make_config, make_ids, make_model
+from architecture_zoo import config_keys, make_config, make_ids, make_model, own_values
 from training_checks import quiet
 
 from hf_mlx.errors import HFMLXError
@@ -75,6 +75,9 @@ def draw(model_type: str, number: int) -> dict[str, Any]:
     known = config_keys(model_type)
     keys = [key for key in _VALUES if key in known and key not in _FIXED.get(model_type, ())]
     changes = {key: rng.choice(_VALUES[key]) for key in rng.sample(keys, min(len(keys), rng.randint(1, 4)))}
+    types = own_values(model_type).get("layer_types")
+    if types and "num_hidden_layers" in changes:
+        changes["layer_types"] = (types * 2)[: changes["num_hidden_layers"]]
     rope = getattr(make_config(model_type).get_text_config(), "rope_parameters", None)
     if rope and "rope_theta" in rope and rng.random() < 0.5:
         changes["rope_parameters"] = {**rope, **rng.choice(ROPES)}

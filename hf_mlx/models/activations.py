@@ -15,8 +15,7 @@ _RELU2 = frozenset({"relu2"})
 
 # Everything not named here is a gated SiLU in mlx-lm. ``None``: overrides.activations computes what the config names.
 _BUILT_IN: dict[str, frozenset[str] | None] = {
-    "llama": None,
-    "mistral": None,
+    **dict.fromkeys(("arcee", "bitnet", "cwm", "llama", "ministral", "mistral", "nanochat")),
     "gemma": None,
     "starcoder2": None,
     "gpt_bigcode": None,

@@ -30,11 +30,11 @@ class Architecture:
 
 
 _PACKS = """
-    afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe gemma
-    gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite
-    granitemoe helium internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3 minimax_m2 ministral3
-    mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
-    solar_open stablelm starcoder2
+    afmoe apertus arcee bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4
+    exaone_moe gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox
+    gpt_oss gptj granite granitemoe helium internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3
+    minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2
+    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
 """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """
@@ -52,7 +52,6 @@ BUFFERS = (".e_score_correction_bias", ".expert_bias", ".layer_scalar", ".act_fn
 
 # model type → why it is refused.
 KNOWN_WRONG: dict[str, str] = {
-    "bitnet": "mlx-lm's ternary layers are for inference; training them has not been compared with transformers",
     "dbrx": "mlx-lm reads the routing back on the host, which a compiled training step cannot do",
     "falcon_h1": "mlx-lm folds the muP multipliers into the weights, so an adapter would mean something else in PEFT",
     "minimax": "mlx-lm's module of this name is MiniMax-M2 and cannot be built from a MiniMax config",

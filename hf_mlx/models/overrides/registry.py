@@ -15,8 +15,8 @@ _INSTANCES: dict[str, str | tuple[str, ...]] = {
     "starcoder2": "activations:use_configured",
     "gpt_bigcode": "activations:use_configured",
     "gpt_neox": "activations:use_configured",
-    "llama": "activations:use_configured",
-    "mistral": "activations:use_configured",
+    **dict.fromkeys(("cwm", "llama", "ministral", "mistral"), "activations:use_configured"),
+    "nanochat": "nanochat:turn_backwards",
     "glm": "rope:rotate_part",
     **dict.fromkeys(("mamba", "falcon_mamba"), "norms:use_configured_epsilon"),
     "mamba2": ("norms:use_configured_epsilon", "norms:group_gated_norms"),
@@ -42,7 +42,15 @@ _RECURRENT = frozenset(
 )
 
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
-_CLASSES: dict[str, str] = {"olmo": "olmo:classes", "ernie4_5_moe": "ernie:classes"}
+_CLASSES: dict[str, str] = {
+    "arcee": "arcee:classes",
+    "bitnet": "bitnet:classes",
+    "cwm": "llama:classes",
+    "ernie4_5_moe": "ernie:classes",
+    "ministral": "llama:classes",
+    "nanochat": "nanochat:classes",
+    "olmo": "olmo:classes",
+}
 
 
 def model_classes(model_type: str) -> tuple[type[Any], type] | None:

@@ -57,6 +57,8 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
     "qwen2_moe": _qwen,
     "smollm3": _qwen,
     "gemma2": _gemma2,
+    "cwm": _by_layer_type,
+    "ministral": _by_layer_type,
 }
 
 
