@@ -78,4 +78,4 @@ def test_the_row_of_each_known_type_is_that_of_its_class():
             ours = named_padding_row(interpret(config.to_dict()))
             assert (ours if ours is None else ours % VOCAB) == theirs, (model_type, pad)
             seen += 1
-    assert seen == 231
+    assert seen == 3 * len(VERIFIED) >= 231
