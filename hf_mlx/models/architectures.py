@@ -32,9 +32,10 @@ class Architecture:
 _PACKS = """
     afmoe apertus arcee bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4
     exaone_moe gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox
-    gpt_oss gptj granite granitemoe helium internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3
-    minimax_m2 ministral ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2
-    qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+    gpt_oss gptj granite granitemoe helium internlm3 iquestcoder laguna llama llava mellum mimo_v2_flash
+    minicpm3 minimax_m2 ministral ministral3 mistral mistral3 mixtral nanochat nemotron olmo olmo2 olmo3 olmoe
+    phi phi3 qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3
+    solar_open stablelm starcoder2
 """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """

@@ -73,10 +73,10 @@ def _under(prefix: str) -> tuple[Step, ...]:
     )
 
 
-def _fused_experts(transposed: bool) -> tuple[Step, ...]:
+def _fused_experts(transposed: bool, module: str) -> tuple[Step, ...]:
     """3-D expert tensors that transformers keeps fused: (E, 2I, H), or transposed (E, H, 2I)."""
     base = "{p*}.experts"
-    ours = "{p*}.experts" if transposed else "{p*}.switch_mlp"
+    ours = f"{{p*}}.{module}"
     parts = (f"{ours}.gate_proj.weight", f"{ours}.up_proj.weight")
     steps: list[Step] = [
         Concat(f"{base}.gate_up_proj", parts, axis=2 if transposed else 1),
@@ -103,9 +103,21 @@ def _olmo_hybrid(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
 
 def _qwen3_5_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     fused = any(n.endswith(".experts.gate_up_proj") for n in checkpoint.tensors)
-    experts = _fused_experts(False) if fused else _experts()
+    experts = _fused_experts(False, "switch_mlp") if fused else _experts()
     inner = "model.language_model" if config["model_type"] == "qwen3_5_moe" else "model"
     return (Drop("model.visual.{r*}"), *_under(inner), *experts, _CONV1D)
+
+
+def _qwen3_vl_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    # The hub's files hold (E, H, 2I), those that transformers 5 writes (E, 2I, H).
+    width = 2 * config["text_config"]["moe_intermediate_size"]
+    stacks = (t.shape for name, t in checkpoint.tensors.items() if name.endswith(".experts.gate_up_proj"))
+    turned = any(shape[1] != width for shape in stacks)
+    return (Drop("model.visual.{r*}"), *_under("model.language_model"), *_fused_experts(turned, "switch_mlp"))
+
+
+# The text of these lies where mlx-lm looks for it.
+_LLAVA = (Drop("vision_tower.{r*}"), Drop("multi_modal_projector.{r*}"))
 
 
 def _lfm2_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
@@ -221,9 +233,13 @@ CONVERSIONS: dict[str, Build] = {
     "qwen3_5_moe_text": _qwen3_5_moe,
     "qwen3_5_moe": _qwen3_5_moe,
     "qwen3_5": _fixed(Drop("model.visual.{r*}"), *_under("model.language_model"), _CONV1D),
-    "llama4_text": _fixed(*_under("model"), *_fused_experts(True)),
+    **dict.fromkeys(("llava", "mistral3"), _fixed(*_LLAVA)),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), _fixed(Drop("visual.{r*}"), *_under("model"))),
+    "qwen3_vl": _fixed(Drop("model.visual.{r*}"), *_under("model.language_model")),
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "llama4_text": _fixed(*_under("model"), *_fused_experts(True, "experts")),
     "llama4": _fixed(
-        Drop("vision_model.{r*}"), Drop("multi_modal_projector.{r*}"), *_fused_experts(True)
+        Drop("vision_model.{r*}"), Drop("multi_modal_projector.{r*}"), *_fused_experts(True, "experts")
     ),
     "apertus": _fixed(Scalar("{p*}.act_fn.alpha_p"), Scalar("{p*}.act_fn.alpha_n")),
     "lfm2": _fixed(Transpose("{p*}.conv.conv.weight")),
@@ -269,10 +285,14 @@ MODULES: dict[str, tuple[Rename, ...]] = {
             Rename("{p*}.block_sparse_moe.router.layer.{r*}", "{p*}.block_sparse_moe.router.{r*}"),
         ),
     ),
-    "gemma3": (
-        Rename("language_model.model.{r*}", "model.language_model.{r*}"),
-        Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),
+    **dict.fromkeys(
+        ("gemma3", "llava", "mistral3"),
+        (
+            Rename("language_model.model.{r*}", "model.language_model.{r*}"),
+            Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),
+        ),
     ),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), (Rename("model.{r*}", "model.language_model.{r*}"),)),
     "olmo_hybrid": tuple(Rename(f"{{p*}}.{a}.weight", f"{{p*}}.{b}.weight") for a, b in _OLMO_NORMS.items()),
     "nemotron_h": (Rename("backbone.{r*}", "model.{r*}"),),
     "laguna": (Rename("{p*}.mlp.shared_expert.{r*}", "{p*}.mlp.shared_experts.{r*}"),),

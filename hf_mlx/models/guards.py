@@ -17,7 +17,7 @@ Config = dict[str, Any]
 _ROPE_PLAIN = """
     cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
     phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
-    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 ernie4_5_moe olmo_hybrid
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe qwen3_vl_moe ernie4_5 ernie4_5_moe olmo_hybrid
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
@@ -50,6 +50,10 @@ _LONE_EXPERTS = """
 """
 
 
+# Multimodal types whose text may be of several types → those that mlx-lm builds as such.
+_TEXTS = {"llava": ("llama", "mistral"), "mistral3": ("ministral3", "mistral")}
+
+
 def check_config(config: Config, folder: Path) -> None:
     """Raises for every option in ``config`` that training on MLX would not honour.
 
@@ -58,6 +62,10 @@ def check_config(config: Config, folder: Path) -> None:
     """
     nested = config.get("text_config")
     text: Config = nested if isinstance(nested, dict) else config
+    kinds = _TEXTS.get(config["model_type"], (text.get("model_type"),))
+    if text.get("model_type") not in kinds:
+        remedy = f"a text model of type {' or '.join(kinds)}; train this checkpoint with trl.SFTTrainer"
+        raise _option(folder, "text_config.model_type", text.get("model_type"), remedy)
     check_activation(config["model_type"], text, folder)
     _check_rope(config["model_type"], text, folder)
     _check_quantizer(config, folder)
@@ -107,8 +115,9 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
     for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         kind = entry.get("rope_type", entry.get("type", "default"))
-        plain = kind != "default" and model_type in _ROPE_PLAIN.split()
-        known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
+        types = (model_type, config.get("model_type", model_type))
+        plain = kind != "default" and any(name in _ROPE_PLAIN.split() for name in types)
+        known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
 

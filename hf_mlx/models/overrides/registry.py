@@ -50,6 +50,7 @@ _CLASSES: dict[str, str] = {
     "ministral": "llama:classes",
     "nanochat": "nanochat:classes",
     "olmo": "olmo:classes",
+    "qwen3_vl_moe": "multimodal:qwen3_vl_moe_classes",
 }
 
 
