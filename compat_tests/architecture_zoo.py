@@ -56,6 +56,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "deepseek_v3": _LATENT,
     "deepseek_v32": _INDEXED,
     "exaone4": {**_HEAD, **_WINDOW},
+    "falcon": {"ffn_hidden_size": 96, "bias": True, "layer_norm_epsilon": 1e-3},
     "falcon_h1": {**_HEAD, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
     "gemma": _HEAD,
     "gemma2": {**_HEAD, **_WINDOW},
@@ -104,6 +105,7 @@ _OWN: dict[str, dict[str, Any]] = {
         "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     },
     "olmo3": _WINDOW,
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "dropout": 0.0},
     "phi3": _WINDOW,
     "phimoe": {**_WINDOW, "attention_bias": True, "lm_head_bias": True},
     "qwen2_5_vl_text": _SECTIONS,
@@ -144,14 +146,14 @@ _VISION: dict[str, Any] = {
 # The model types the project answers for: each either verified or refused.
 _NAMES = """
     afmoe apertus arcee bitnet cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text
-    glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe
-    granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2 lfm2_moe llama
-    llama4 llama4_text llava longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax minimax_m2
-    ministral ministral3 mistral mistral3 mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid
-    olmoe phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text
-    qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3 solar_open stablelm
-    starcoder2
+    ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4
+    gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
+    granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2
+    lfm2_moe llama llama4 llama4_text llava longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax
+    minimax_m2 ministral ministral3 mistral mistral3 mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3
+    olmo_hybrid olmoe opt phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3
+    solar_open stablelm starcoder2
 """
 MODEL_TYPES = tuple(_NAMES.split())
 

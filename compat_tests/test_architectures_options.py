@@ -33,6 +33,15 @@ _SLIDING = ["full_attention", "sliding_attention", "full_attention", "sliding_at
 _SHARED = ["sliding_attention", "full_attention"] * 2
 
 CHANGES = {
+    "falcon's newer architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 24),
+    "falcon with alibi, one part after the other": (
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2},
+        24,
+    ),
+    "opt with norms behind": ("opt", {"do_layer_norm_before": False}, 24),
+    "kimi linear, which ties nothing": ("kimi_linear", {"tie_word_embeddings": True}, 24),
+    "kimi linear without attention": ("kimi_linear", {"layer_types": ["linear_attention"] * 4}, 24),
     "qwen2 with windows in some layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
@@ -114,6 +123,9 @@ REFUSED = {
     ),
     "softcap in gemma3": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "bias mlx-lm has no place for": ("qwen3", {"attention_bias": True}, "do not fit"),
+    "llama 4 with a period of its own": ("llama4_text", {"no_rope_layer_interval": 2}, "no_rope_layers=[1, 0, 1, 0]"),
+    "llama 4 with two experts a token": ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok=2"),
+    "kimi without linear attention": ("kimi_linear", {"layer_types": ["full_attention"] * 4}, "layer_types="),
     "full attention out of step": (
         "gemma3_text",
         {"num_hidden_layers": 4, "layer_types": [*_SHARED[:2], *_SHARED[:1], "full_attention"][::-1]},
@@ -201,7 +213,7 @@ def test_a_text_model_that_mlx_lm_would_build_as_another_is_refused(tmp_path):
     config["text_config"] = make_config("qwen2").to_dict()
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    with pytest.raises(ModelError, match="text_config.model_type='qwen2'"):
+    with pytest.raises(ModelError, match=r"text_config\.model_type='qwen2'"):
         load_model(tmp_path, ModelPlan())
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 _NAMES = """
     embed_tokens wte embed_in embeddings embedding wpe
     layers h blocks
-    temporal_block linear_attn self_attn attn attention mixer mamba
+    temporal_block linear_attn self_attn self_attention attn attention mixer mamba
     in_proj in_proj_qkvz in_proj_qkv in_proj_z in_proj_b in_proj_a in_proj_ba
     q_proj q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj k_proj v_proj
     qkv_proj query_key_value c_attn o_proj out_proj dense c_proj q_norm k_norm q_layernorm k_layernorm
@@ -31,6 +31,7 @@ _ORDER = _NAMES.split()
 _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "phi3": ("o_proj", "qkv_proj"),
     "gptj": ("k_proj", "v_proj", "q_proj", "out_proj"),
+    "opt": ("embed_positions", "project_out", "project_in", "layers", "k_proj", "v_proj", "q_proj", "out_proj"),
     "gpt2": ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_fc", "c_proj"),
     "gpt_bigcode": ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_fc", "c_proj"),
     "starcoder2": ("c_fc", "c_proj"),

@@ -39,9 +39,9 @@ _PACKS = """
 """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """
-    deepseek_v32 falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba kimi_linear
-    lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
-    qwen3_5_moe_text qwen3_5_text qwen3_next
+    deepseek_v32 falcon falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba
+    kimi_linear lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 nemotron_h olmo_hybrid opt qwen3_5
+    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
 """
 VERIFIED: dict[str, Architecture] = {
     **{name: Architecture("verified", packs=True) for name in _PACKS.split()},
@@ -156,7 +156,7 @@ def steps_for(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
 
 def module_renames(model_type: str) -> tuple[Rename, ...]:
     """Renames from checkpoint names to the module paths of the live HF model."""
-    from .conversions import MODULES
+    from .module_names import MODULES
 
     return MODULES.get(model_type, ())
 

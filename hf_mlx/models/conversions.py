@@ -88,14 +88,14 @@ def _fused_experts(transposed: bool, module: str) -> tuple[Step, ...]:
 
 
 # transformers 5.23 writes Olmo Hybrid's norms under their original names, whatever the layer's kind.
-_OLMO_NORMS = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+OLMO_NORMS = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
 
 
 def _olmo_hybrid(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     renames = [
         Rename(name, name.replace(theirs, ours))
         for name in checkpoint.tensors
-        for theirs, ours in _OLMO_NORMS.items()
+        for theirs, ours in OLMO_NORMS.items()
         if f".{theirs}." in name
     ]
     return (*renames, *(Transpose(f"{{p*}}.{n}_conv1d.weight") for n in "qkv"))
@@ -212,6 +212,7 @@ _LAGUNA = (
 )
 
 CONVERSIONS: dict[str, Build] = {
+    "opt": _fixed(Rename("model.decoder.{r*}", "model.{r*}")),
     "olmo_hybrid": _olmo_hybrid,
     "lfm2_moe": _lfm2_moe,
     "longcat_flash": _longcat_flash,
@@ -273,32 +274,3 @@ CONVERSIONS: dict[str, Build] = {
     ),
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"), _mla_experts),
 }  # fmt: skip
-
-# Checkpoint name → path in the live transformers 5.23 model, where the two differ.
-MODULES: dict[str, tuple[Rename, ...]] = {
-    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),)),
-    **dict.fromkeys(
-        ("granitemoe", "granitemoehybrid"),
-        (
-            Rename("{p*}.block_sparse_moe.input_linear.weight", "{p*}.block_sparse_moe.experts.gate_up_proj"),
-            Rename("{p*}.block_sparse_moe.output_linear.weight", "{p*}.block_sparse_moe.experts.down_proj"),
-            Rename("{p*}.block_sparse_moe.router.layer.{r*}", "{p*}.block_sparse_moe.router.{r*}"),
-        ),
-    ),
-    **dict.fromkeys(
-        ("gemma3", "llava", "mistral3"),
-        (
-            Rename("language_model.model.{r*}", "model.language_model.{r*}"),
-            Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),
-        ),
-    ),
-    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), (Rename("model.{r*}", "model.language_model.{r*}"),)),
-    "olmo_hybrid": tuple(Rename(f"{{p*}}.{a}.weight", f"{{p*}}.{b}.weight") for a, b in _OLMO_NORMS.items()),
-    "nemotron_h": (Rename("backbone.{r*}", "model.{r*}"),),
-    "laguna": (Rename("{p*}.mlp.shared_expert.{r*}", "{p*}.mlp.shared_experts.{r*}"),),
-    "kimi_linear": (
-        Rename("{p*}.self_attn.f_a_proj.{r*}", "{p*}.self_attn.forget_gate.f_a_proj.{r*}"),
-        Rename("{p*}.self_attn.f_b_proj.{r*}", "{p*}.self_attn.forget_gate.f_b_proj.{r*}"),
-        Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),
-    ),
-}

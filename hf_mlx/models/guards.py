@@ -32,6 +32,7 @@ _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "pro
 _DROPOUTS = (
     "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
     "embedding_dropout", "dropout", "attn_dropout", "ffn_dropout_rate", "activation_dropout", "emb_dropout_prob",
+    "layerdrop",
 )  # fmt: skip
 _NOISES = ("router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 # (model type, key) → the values mlx-lm's code computes; another value is refused.
@@ -41,6 +42,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
     ("olmo", "clip_qkv"): (None,),
+    ("llama4_text", "num_experts_per_tok"): (None, 1),
 }
 
 # Types whose weights of the chosen experts mlx-lm divides by their sum only where there are several.
@@ -79,8 +81,7 @@ def check_config(config: Config, folder: Path) -> None:
             f"set {', '.join(random)} to 0.0 in config.json, or hand over the model: "
             f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
         )
-    if config["model_type"].startswith("llama4") and text.get("num_hidden_layers", 48) < 4:
-        raise _option(folder, "num_hidden_layers", text["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+    _check_layers_of_a_kind(config["model_type"], text, folder)
     lone = text.get("num_experts_per_tok") == 1 and text.get("norm_topk_prob", text.get("route_norm", True))
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
@@ -104,6 +105,21 @@ def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
                     f"{key}={layers}, where the files hold {len(checkpoint.tensors)} tensors",
                     "the config that was saved with these weights",
                 )
+
+
+def _check_layers_of_a_kind(model_type: str, config: Config, folder: Path) -> None:
+    types = config.get("layer_types") or []
+    if model_type.startswith("llama4"):
+        if config.get("num_hidden_layers", 48) < 4:
+            raise _option(folder, "num_hidden_layers", config["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+        # mlx-lm's code has the period of the published models built in.
+        turns = [int((layer + 1) % 4 != 0) for layer in range(config.get("num_hidden_layers", 48))]
+        kinds = ["chunked_attention" if turn else "full_attention" for turn in turns]
+        for key, wanted in (("no_rope_layers", turns), ("layer_types", kinds)):
+            if (config.get(key) or wanted) != wanted:
+                raise _option(folder, key, config[key], "train this checkpoint with trl.SFTTrainer")
+    if model_type == "kimi_linear" and "linear_attention" not in types:
+        raise _option(folder, "layer_types", types, "at least one layer of linear_attention, or trl.SFTTrainer")
 
 
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:

@@ -79,6 +79,8 @@ def _glm4_moe_lite(config: Config) -> Config:
 @speaks("kimi_linear")
 def _kimi_linear(config: Config) -> Config:
     types = config["layer_types"]
+    # transformers 5.23 KimiLinearForCausalLM ties nothing, whatever the config says.
+    config["tie_word_embeddings"] = False
     fill(
         config,
         rope_theta=10_000.0,

@@ -21,7 +21,8 @@ _INSTANCES: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba"), "norms:use_configured_epsilon"),
     "mamba2": ("norms:use_configured_epsilon", "norms:group_gated_norms"),
     "granitemoehybrid": "norms:group_gated_norms",
-    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash"), "norms:use_default_latent_epsilon"),
+    **dict.fromkeys(("glm4_moe_lite", "longcat_flash"), "norms:use_default_latent_epsilon"),
+    "kimi_linear": ("norms:use_default_latent_epsilon", "kimi:allow_no_attention"),
     "llama4": "norms:norm_queries_with_configured_epsilon",
     "llama4_text": "norms:norm_queries_with_configured_epsilon",
     "gpt_oss": "activations:clamp_as_configured",
@@ -47,9 +48,11 @@ _CLASSES: dict[str, str] = {
     "bitnet": "bitnet:classes",
     "cwm": "llama:classes",
     "ernie4_5_moe": "ernie:classes",
+    "falcon": "falcon:classes",
     "ministral": "llama:classes",
     "nanochat": "nanochat:classes",
     "olmo": "olmo:classes",
+    "opt": "opt:classes",
     "qwen3_vl_moe": "multimodal:qwen3_vl_moe_classes",
 }
 
