@@ -200,7 +200,9 @@ def make_model(model_type: str, seed: int = 0, **changes: Any) -> torch.nn.Modul
     """A tiny torch model in fp32, eval mode, no parameter at a default that could hide an error."""
     torch.manual_seed(seed)
     config = make_config(model_type, **changes)
-    model = builder(model_type)(config, attn_implementation="eager").eval().float()
+    # Falcon's eager code adds ALiBi twice; what trl takes by default does not.
+    attention = "sdpa" if model_type == "falcon" else "eager"
+    model = builder(model_type)(config, attn_implementation=attention).eval().float()
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 # Siblings only: two names are compared when they hang under the same parent.
 _NAMES = """
-    embed_tokens wte embed_in embeddings embedding wpe
+    embed_tokens wte word_embeddings embed_in embeddings embedding wpe
     layers h blocks
     temporal_block linear_attn self_attn self_attention attn attention mixer mamba
     in_proj in_proj_qkvz in_proj_qkv in_proj_z in_proj_b in_proj_a in_proj_ba

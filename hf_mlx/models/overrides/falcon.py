@@ -1,6 +1,6 @@
 """Falcon, which mlx-lm does not have: heads in groups, attention and MLP side by side or in turn, rotary or ALiBi.
 
-Source: transformers 5.23 ``modeling_falcon``.
+Source: transformers 5.23 ``modeling_falcon`` with its default attention (its eager code adds ALiBi twice).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Attention(nn.Module):
         width = (self.heads + 2 * self.groups) * self.head_dim
         self.query_key_value = nn.Linear(args.hidden_size, width, bias=args.bias)
         self.dense = nn.Linear(args.hidden_size, args.hidden_size, bias=args.bias)
-        self.rope = None
+        self.rope: Any = None
         if not args.alibi:
             scaling, longest = args.rope_scaling, args.max_position_embeddings
             self.rope = initialize_rope(self.head_dim, args.rope_theta, False, scaling, longest)
@@ -115,12 +115,13 @@ class Block(nn.Module):
             self[name] = nn.LayerNorm(args.hidden_size, eps=args.layer_norm_epsilon)
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        normed = self["ln_attn" if "ln_attn" in self else "input_layernorm"](x)
+        norms: Any = self
+        normed = norms.ln_attn(x) if "ln_attn" in self else norms.input_layernorm(x)
         attended = self.self_attention(normed, mask, cache)
         if self.parallel:
-            return x + attended + self.mlp(self.ln_mlp(x) if "ln_mlp" in self else normed)
+            return x + attended + self.mlp(norms.ln_mlp(x) if "ln_mlp" in self else normed)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(norms.post_attention_layernorm(x))
 
 
 class FalconModel(nn.Module):
@@ -136,7 +137,7 @@ class FalconModel(nn.Module):
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         x = self.word_embeddings(inputs) if input_embeddings is None else input_embeddings
         cache = [None] * len(self.h) if cache is None else cache
-        mask = create_attention_mask(x, cache[0], return_array=self.args.alibi)
+        mask: Any = create_attention_mask(x, cache[0], return_array=self.args.alibi)
         if self.args.alibi:
             mask = self._lean(mask, x.dtype)
         for block, entry in zip(self.h, cache, strict=True):

@@ -44,8 +44,9 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = args.num_attention_heads
         self.scale = (args.hidden_size // self.heads) ** -0.5
-        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
-            self[name] = nn.Linear(args.hidden_size, args.hidden_size, bias=args.enable_bias)
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (
+            nn.Linear(args.hidden_size, args.hidden_size, bias=args.enable_bias) for _ in range(4)
+        )
 
     def __call__(self, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
         batch, length, _ = x.shape
