@@ -39,6 +39,7 @@ CHANGES = {
         {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2},
         24,
     ),
+    "gpt_bigcode with a key for each head": ("gpt_bigcode", {"multi_query": False}, 24),
     "opt with norms behind": ("opt", {"do_layer_norm_before": False}, 24),
     "kimi linear, which ties nothing": ("kimi_linear", {"tie_word_embeddings": True}, 24),
     "kimi linear without attention": ("kimi_linear", {"layer_types": ["linear_attention"] * 4}, 24),

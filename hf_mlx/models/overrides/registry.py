@@ -13,7 +13,7 @@ Config = dict[str, Any]
 _INSTANCES: dict[str, str | tuple[str, ...]] = {
     "gemma": "activations:use_configured",
     "starcoder2": "activations:use_configured",
-    "gpt_bigcode": "activations:use_configured",
+    "gpt_bigcode": ("activations:use_configured", "gpt_bigcode:read_by_head"),
     "gpt_neox": "activations:use_configured",
     **dict.fromkeys(("cwm", "llama", "ministral", "mistral"), "activations:use_configured"),
     "nanochat": "nanochat:turn_backwards",
