@@ -61,6 +61,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma": _HEAD,
     "gemma2": {**_HEAD, **_WINDOW},
     "gemma3_text": {**_HEAD, **_WINDOW, "num_hidden_layers": 7},
+    "gemma3n_text": {
+        **_HEAD, **_WINDOW, "num_hidden_layers": 10, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 8,
+        "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None,
+    },
     "gemma4_text": {**_HEAD, **_WINDOW, "num_hidden_layers": 7, "vocab_size_per_layer_input": VOCAB},
     "glm": _HEAD,
     "glm4": _HEAD,
@@ -99,6 +103,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "ministral": {**_HEAD, **_WINDOW},
     "ministral3": _HEAD,
     "mistral": _WINDOW,
+    "mistral4": _LATENT,
     "mixtral": _WINDOW,
     # Equal key and value widths: transformers 5.23 cuts the fused convolution into equal parts when it saves.
     "olmo_hybrid": {
@@ -125,6 +130,7 @@ _OWN: dict[str, dict[str, Any]] = {
 # Multimodal type → its text type, and the class that trl builds where AutoModelForCausalLM would drop the vision part.
 _MULTIMODAL = {
     "gemma3": ("gemma3_text", None),
+    "gemma3n": ("gemma3n_text", None),
     "gemma4": ("gemma4_text", None),
     "llama4": ("llama4_text", "Llama4ForConditionalGeneration"),
     "llava": ("llama", "LlavaForConditionalGeneration"),
@@ -136,6 +142,8 @@ _MULTIMODAL = {
     "qwen3_5": ("qwen3_5_text", "Qwen3_5ForConditionalGeneration"),
     "qwen3_5_moe": ("qwen3_5_moe_text", "Qwen3_5MoeForConditionalGeneration"),
 }
+# Types that AutoModelForCausalLM does not know.
+_UNLISTED = {"mistral4": "Mistral4ForCausalLM"}
 _VISION: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
     "global_head_dim": 16, "intermediate_size": 32, "image_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2,
@@ -145,15 +153,15 @@ _VISION: dict[str, Any] = {
 
 # The model types the project answers for: each either verified or refused.
 _NAMES = """
-    afmoe apertus arcee bitnet cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
-    ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text gemma4
-    gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
-    granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder jamba kimi_linear laguna lfm2
-    lfm2_moe llama llama4 llama4_text llava longcat_flash mamba mamba2 mellum mimo_v2_flash minicpm3 minimax
-    minimax_m2 ministral ministral3 mistral mistral3 mixtral nanochat nemotron nemotron_h olmo olmo2 olmo3
-    olmo_hybrid olmoe opt phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe
-    qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe recurrent_gemma seed_oss smollm3
-    solar_open stablelm starcoder2
+    afmoe apertus arcee bailing_hybrid bitnet cohere cohere2 cwm dbrx deepseek_v2 deepseek_v3 deepseek_v32 dots1
+    ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon falcon_h1 falcon_mamba gemma gemma2 gemma3 gemma3_text
+    gemma3n gemma3n_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode
+    gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid helium hunyuan_v1_dense internlm3 iquestcoder
+    jamba kimi_linear laguna lfm2 lfm2_moe llama llama4 llama4_text llava longcat_flash mamba mamba2 mellum
+    mimo_v2_flash minicpm3 minimax minimax_m2 ministral ministral3 mistral mistral3 mistral4 mixtral nanochat
+    nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe opt phi phi3 phimoe qwen2 qwen2_5_vl qwen2_moe
+    qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_moe
+    recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
 """
 MODEL_TYPES = tuple(_NAMES.split())
 
@@ -187,7 +195,7 @@ def config_keys(model_type: str) -> set[str]:
 
 def builder(model_type: str) -> Callable[..., torch.nn.Module]:
     """What makes the class of a type that trl builds, from its config."""
-    name = _MULTIMODAL.get(model_type, (None, None))[1]
+    name = _MULTIMODAL.get(model_type, (None, _UNLISTED.get(model_type)))[1]
     return getattr(transformers, name)._from_config if name else AutoModelForCausalLM.from_config
 
 

@@ -50,7 +50,7 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"),
-            *("glm_moe_dsa", "laguna", "mellum", "mimo_v2_flash", "qwen3_moe", "solar_open"),
+            *("glm_moe_dsa", "laguna", "mellum", "mimo_v2_flash", "mistral4", "qwen3_moe", "solar_open"),
         ),
         ("experts", "gate"),
     ),

@@ -40,8 +40,8 @@ _PACKS = """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """
     deepseek_v32 falcon falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba
-    kimi_linear lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 nemotron_h olmo_hybrid opt qwen3_5
-    qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
+    kimi_linear lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 mistral4 nemotron_h olmo_hybrid opt
+    qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
 """
 VERIFIED: dict[str, Architecture] = {
     **{name: Architecture("verified", packs=True) for name in _PACKS.split()},
@@ -53,8 +53,13 @@ BUFFERS = (".e_score_correction_bias", ".expert_bias", ".layer_scalar", ".act_fn
 
 # model type → why it is refused.
 KNOWN_WRONG: dict[str, str] = {
+    "bailing_hybrid": "mlx-lm's module of this name reads another config and cannot be built from one of transformers",
     "dbrx": "mlx-lm reads the routing back on the host, which a compiled training step cannot do",
     "falcon_h1": "mlx-lm folds the muP multipliers into the weights, so an adapter would mean something else in PEFT",
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"),
+        "mlx-lm's layers that share keys read them from a cache, and without one, as in training, make their own",
+    ),
     "minimax": "mlx-lm's module of this name is MiniMax-M2 and cannot be built from a MiniMax config",
     "phimoe": "transformers samples the experts in training mode (SparseMixer), mlx-lm takes the best ones",
     "recurrent_gemma": "its logits differ from transformers' by a hundredth of the largest",

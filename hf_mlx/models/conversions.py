@@ -73,6 +73,10 @@ def _under(prefix: str) -> tuple[Step, ...]:
     )
 
 
+def _mistral4(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    return (*_fused_experts(False, "switch_mlp"), _latent_attention(config))
+
+
 def _fused_experts(transposed: bool, module: str) -> tuple[Step, ...]:
     """3-D expert tensors that transformers keeps fused: (E, 2I, H), or transposed (E, H, 2I)."""
     base = "{p*}.experts"
@@ -212,6 +216,7 @@ _LAGUNA = (
 )
 
 CONVERSIONS: dict[str, Build] = {
+    "mistral4": _mistral4,
     "opt": _fixed(Rename("model.decoder.{r*}", "model.{r*}")),
     "olmo_hybrid": _olmo_hybrid,
     "lfm2_moe": _lfm2_moe,
