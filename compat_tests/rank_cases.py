@@ -45,6 +45,28 @@ NAMED: dict[str, dict[str, Any]] = {
     "full": {"rows": 12, "adapter": False, "learning_rate": 1e-3, "gradient_accumulation_steps": 2},
     "experts": {"rows": 10, "family": "mixtral", "output_router_logits": True, "gradient_accumulation_steps": 2},
 }  # fmt: skip
+# Pairs of answers; LORA and BASE are as above, and a step that does not run away.
+_PAIRS = {"trainer": "dpo", "learning_rate": 1e-3, "gradient_accumulation_steps": 2}
+PAIRS: dict[str, dict[str, Any]] = {
+    name: _PAIRS | case for name, case in {
+        "pairs": {"rows": 13, "num_train_epochs": 2},
+        "pairs_evaluated": {
+            "rows": 10, "eval_rows": 7, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
+        },
+        "pairs_full": {"rows": 9, "adapter": False, "sync_ref_model": True, "optim": "sgd", "ref_model_sync_steps": 1},
+        "pairs_weighed": {
+            "rows": 11, "loss_type": ["sigmoid", "bco_pair"], "loss_weights": [1.0, 0.2],
+            "use_weighting": True, "ld_alpha": 0.5, "logging_steps": 2,
+        },
+        "pairs_sorted": {"rows": 12, "loss_type": ["aot"], "label_smoothing": 0.1, "per_device_train_batch_size": 3},
+        "pairs_experts": {"rows": 10, "family": "mixtral", "output_router_logits": True},
+        "pairs_stream": {"rows": 9, "shards": 1, "max_steps": 3},
+        "pairs_split": {
+            "rows": 13, "accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": 1,
+        },
+    }.items()
+}  # fmt: skip
 
 
 def drawn_case(seed: int) -> dict[str, Any]:
@@ -97,7 +119,11 @@ def drawn_case(seed: int) -> dict[str, Any]:
 
 
 DRAWN = {f"drawn_{seed}": drawn_case(seed) for seed in range(1, 31)}
-CASES = NAMED | DRAWN
+#: What torchrun cannot record, under the name of what it equals: its ranks do not see each other's cache of rows
+#: that were never on a disk.
+EQUAL = {"pairs_precomputed": "pairs_evaluated"}
+CASES = NAMED | PAIRS | DRAWN
+CASES["pairs_precomputed"] = PAIRS["pairs_evaluated"] | {"precompute_ref_log_probs": True}
 #: Two epochs of two steps, each saved.
 SAVED = NAMED["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
 
@@ -118,16 +144,30 @@ def token_rows(count: int, seed: int, *, masked: bool = False, labelled: bool = 
     return rows
 
 
+def pair_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Prompts with two answers, of words of the tokenizer's."""
+    draw = np.random.default_rng(seed)
+
+    def words() -> str:
+        return " ".join(f"w{word}" for word in draw.integers(0, 253, int(draw.integers(2, 12))))
+
+    return [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(count)]
+
+
 def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
     """The train and the evaluation set."""
     from datasets import Dataset
 
     kind = {"masked": case.get("masked", False), "labelled": case.get("trainer") == "lm"}
-    train: Any = Dataset.from_list(token_rows(case["rows"], 5, **kind))
+
+    def make(count: int, seed: int) -> Any:
+        is_pairs = case.get("trainer") == "dpo"
+        return Dataset.from_list(pair_rows(count, seed) if is_pairs else token_rows(count, seed, **kind))
+
+    train = make(case["rows"], 5)
     if "shards" in case:
         train = train.to_iterable_dataset(num_shards=case["shards"])
-    held = Dataset.from_list(token_rows(case["eval_rows"], 99, **kind)) if "eval_rows" in case else None
-    return train, held
+    return train, make(case["eval_rows"], 99) if "eval_rows" in case else None
 
 
 def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -227,9 +228,6 @@ def refused() -> Any:
     """What several processes are not proven for."""
     import mlx.core as mx
     from datasets import Dataset
-    from trl import DPOConfig
-
-    from hf_mlx import MLXDPOTrainer
 
     told = {}
 
@@ -254,9 +252,6 @@ def refused() -> Any:
     held = Dataset.from_list(token_rows(7, 1)).to_iterable_dataset(num_shards=7)
     one_row = case | {"per_device_eval_batch_size": 1}
     attempt("uneven evaluation", lambda: build(one_row, FOLDER, out, eval_dataset=held).evaluate())
-    pairs = Dataset.from_list([{"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}] * 4)
-    settings = {"output_dir": out, "report_to": "none", "bf16": False}
-    attempt("dpo", lambda: MLXDPOTrainer(str(FOLDER / "llama"), args=DPOConfig(**settings), train_dataset=pairs))
     return told
 
 
@@ -269,19 +264,48 @@ def raising() -> Any:
     build(SHORT, FOLDER, f"{OUT}-raising", callbacks=[At(1, fail, 1)]).train()
 
 
+class Dies(TrainerCallback):
+    """Ends its process with SIGKILL some seconds after an event of a step."""
+
+    def __init__(self, event: str, step: int, delay: float) -> None:
+        self.step, self.delay = step, delay
+        setattr(self, event, self._begin)
+
+    def _begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            threading.Timer(self.delay, self._die).start() if self.delay else self._die()
+
+    def _die(self) -> None:
+        died = Path(os.environ["KILLED_DIR"], "died")
+        died.parent.mkdir(parents=True, exist_ok=True)
+        died.write_text(repr(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed() -> Any:
-    """A rank that the environment names dies after a step that it names."""
-    rank, step = (int(os.environ[name]) for name in ("KILLED_RANK", "KILLED_STEP"))
-    act = At(step, lambda _: os.kill(os.getpid(), signal.SIGKILL), rank)
-    build(SAVED, FOLDER, os.environ["KILLED_DIR"], callbacks=[act]).train()
+    """The rank that the environment names dies; the others write down when they end."""
+    from hf_mlx.processes.world import the_world
+
+    rank, event, step, delay = json.loads(os.environ["KILLED"])
+    dies = the_world().rank == rank
+    try:
+        build(SAVED, FOLDER, os.environ["KILLED_DIR"], callbacks=[Dies(event, step, delay)] if dies else []).train()
+    finally:
+        if dies:
+            # The run may be over before it is.
+            time.sleep(delay + 60)
+        Path(f"{OUT}.ended.{the_world().rank}").write_text(repr(time.time()))
 
 
 def revived() -> Any:
-    """Goes on from the newest checkpoint of a run that ended."""
-    trainer = build(SAVED, FOLDER, os.environ["KILLED_DIR"])
-    kept = any(Path(os.environ["KILLED_DIR"]).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=True if kept else None)
-    return describe(trainer)
+    """Goes on from the newest checkpoint of each run that ended; what each rank then holds, by folder."""
+    made = {}
+    for folder in os.environ["KILLED_DIRS"].split(os.pathsep):
+        trainer = build(SAVED, FOLDER, folder)
+        kept = any(Path(folder).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=True if kept else None)
+        made[folder] = describe(trainer)
+    return made
 
 
 def hanging() -> Any:

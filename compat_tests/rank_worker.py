@@ -23,9 +23,9 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    from hf_mlx import MLXSFTTrainer, MLXTrainer
+    from hf_mlx import MLXDPOTrainer, MLXSFTTrainer, MLXTrainer
 
     rows, held = datasets_of(case)
     model = folder / case.get("family", "llama")
@@ -41,6 +41,8 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
         keywords.setdefault("data_collator", DataCollatorForSeq2Seq(tokenizer))
         return MLXTrainer(lora, TrainingArguments(**settings), **keywords)
     lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
+    if case.get("trainer") == "dpo":
+        return MLXDPOTrainer(model=base, args=DPOConfig(**settings), peft_config=lora, **keywords)
     return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
 
 

@@ -25,7 +25,7 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
     """The trainer, after its run, or the rest of it from ``checkpoint`` on."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows, held = datasets_of(case)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -43,7 +43,8 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         trainer: Any = Trainer(lora, TrainingArguments(**settings), **keywords)
     else:
         lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
-        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
+        config, made = (DPOConfig, DPOTrainer) if case.get("trainer") == "dpo" else (SFTConfig, SFTTrainer)
+        trainer = made(model=base, args=config(**settings), peft_config=lora, **keywords)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 

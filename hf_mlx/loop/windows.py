@@ -17,7 +17,7 @@ from ..data.loader import RowLoader, StreamLoader
 from ..errors import TrainingError
 from ..feed import Loader
 from ..processes.world import World
-from ..training.inputs import HostInputs, Inputs, Peers
+from ..training.inputs import PEER_COLUMNS, HostInputs, Inputs, Peers
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ Window = list[tuple[Batch, Inputs]]
 # What a process tells the others before each step, as bits.
 _EPOCH_STOP, _TRAINING_STOP, _INTERRUPT = 1, 2, 4
 _STOPS = _EPOCH_STOP | _TRAINING_STOP
-_COLUMNS = 5
+_COLUMNS = len(PEER_COLUMNS)
 _KIND = "the counts of a step"
 
 
@@ -189,7 +189,7 @@ class SharedWindows(Windows):
         counts = table[3:].reshape(self._accumulation, _COLUMNS)
         for row, (batch, laid) in zip(counts, window, strict=False):
             real = batch.count_input_tokens(self._pad_token_id)
-            row[:] = laid.valid, laid.labelled, laid.tokens, batch.input_ids.size, real
+            row[:] = laid.valid, laid.labelled, laid.tokens, batch.input_ids.size, real, laid.chosen, laid.pairs
         return self._world.gather_later(_KIND, table)
 
     def _receive(self, sent: mx.array | None) -> np.ndarray:

@@ -131,7 +131,8 @@ class Evaluation:
             kept = loader.kept(len(loader) - 1)
         by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
         coefficient = session.step.objective.aux_coefficient
-        return EvalSums.gathered(parts, kept, by_all=by_all, aux_coefficient=coefficient)
+        weigh = session.step.weigh
+        return EvalSums.gathered(parts, kept, weigh=weigh, by_all=by_all, aux_coefficient=coefficient)
 
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""

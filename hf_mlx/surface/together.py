@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import SettingError
 from ..processes.world import World, find_different
+from ..training.inputs import PEER_COLUMNS
 
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "numpy")
 _ROWS_AT_ONCE = 10_000
@@ -113,7 +114,7 @@ def join_step(world: World, accumulation: int, timeout: float) -> None:
         timeout: ``ddp_timeout``, in seconds.
     """
     if world.watch is not None:
-        world.width = max(64, 8 + 5 * accumulation)
+        world.width = max(64, 8 + len(PEER_COLUMNS) * accumulation)
         world.watch.limit = float(timeout)
 
 
