@@ -118,11 +118,64 @@ def drawn_case(seed: int) -> dict[str, Any]:
     return case
 
 
+def doubled_case(seed: int) -> dict[str, Any]:
+    """A run of two processes that one process of twice the rows equals, drawn at random.
+
+    Nothing is filled and nothing depends on which rows share a micro-batch.
+    """
+    draw = random.Random(f"doubled-{seed}")
+    case: dict[str, Any] = {"trainer": draw.choice(["sft", "sft", "lm", "dpo"])}
+    size = case["per_device_train_batch_size"] = draw.choice([1, 2, 3])
+    case["gradient_accumulation_steps"] = draw.choice([1, 2, 3])
+    case["dataloader_drop_last"] = draw.random() < 0.3
+    case["rows"] = draw.randint(6 * size, 10 * size) if case["dataloader_drop_last"] else 2 * size * draw.randint(2, 6)
+    case["num_train_epochs"] = draw.choice([1, 2])
+    case["seed"] = draw.choice([42, 7, 1234])
+    for field, values in {
+        "lr_scheduler_type": ["linear", "cosine"], "warmup_steps": [0, 2], "max_grad_norm": [1.0, 0.05, 0.0],
+        "weight_decay": [0.0, 0.1], "optim": ["adamw_torch", "sgd"], "logging_steps": [1, 1, 2],
+        "train_sampling_strategy": ["random", "sequential"], "adapter": [True, True, False],
+    }.items():  # fmt: skip
+        case[field] = draw.choice(values)
+    case["learning_rate"] = 1e-2 if case["adapter"] and case["trainer"] != "dpo" else 1e-3
+    if case["trainer"] != "dpo":
+        case["masked"] = draw.random() < 0.5
+        case["label_smoothing_factor"] = draw.choice([0.0, 0.0, 0.1])
+    if case["trainer"] == "sft" and draw.random() < 0.3:
+        case |= {"padding_free": True, "max_length": None}
+    if case["trainer"] != "lm" and draw.random() < 0.5:
+        # One row at a time: a mean of batches is a mean of rows then.
+        case |= {"eval_rows": draw.randint(2, 7), "eval_strategy": "epoch", "per_device_eval_batch_size": 1}
+    if case["trainer"] == "lm":
+        case["adapter"] = True
+    return case
+
+
+class Cases(dict[str, dict[str, Any]]):
+    """Cases by name; ``drawn_N`` and ``doubled_N`` are drawn from any N."""
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        kind, _, seed = name.rpartition("_")
+        self[name] = {"drawn": drawn_case, "doubled": doubled_case}[kind](int(seed))
+        return self[name]
+
+
 DRAWN = {f"drawn_{seed}": drawn_case(seed) for seed in range(1, 31)}
+_HELD = {"rows": 8, "eval_rows": 7, "eval_strategy": "epoch", "per_device_eval_batch_size": 2}
+#: What compute_metrics is called with; ``told`` is no field of the configuration: how it is asked for.
+PREDICTED: dict[str, dict[str, Any]] = {
+    "predicted": _HELD | {"told": "array", "include_for_metrics": ["inputs", "loss"]},
+    "predicted_nested": _HELD | {"told": "nested", "trainer": "lm", "eval_rows": 5},
+    "predicted_batched": _HELD | {
+        "told": "array", "batch_eval_metrics": True, "include_for_metrics": ["inputs", "loss"], "eval_rows": 9,
+    },
+    "predicted_apart": _HELD | {"told": "nested", "eval_do_concat_batches": False, "include_for_metrics": ["loss"]},
+    "predicted_pairs": _HELD | {"told": "array", "trainer": "dpo"},
+}  # fmt: skip
 #: What torchrun cannot record, under the name of what it equals: its ranks do not see each other's cache of rows
 #: that were never on a disk.
 EQUAL = {"pairs_precomputed": "pairs_evaluated"}
-CASES = NAMED | PAIRS | DRAWN
+CASES = Cases(NAMED | PAIRS | PREDICTED | DRAWN)
 CASES["pairs_precomputed"] = PAIRS["pairs_evaluated"] | {"precompute_ref_log_probs": True}
 #: Two epochs of two steps, each saved.
 SAVED = NAMED["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
@@ -172,11 +225,48 @@ def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
 
 def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """The fields of the configuration."""
-    apart = ("rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits", "adapter")
+    apart = ("told", "rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits", "adapter")
     masked = {"completion_only_loss": True} if case.get("masked") and case.get("trainer") != "lm" else {}
     return (
         BASE | masked | {"output_dir": output_dir, "use_cpu": True} | {k: v for k, v in case.items() if k not in apart}
     )
+
+
+def metrics_of(case: dict[str, Any]) -> dict[str, Any]:
+    """The functions of a case that looks at predictions: numbers that tell rows, their order and their values."""
+    if "told" not in case:
+        return {}
+    seen: list[Any] = []
+
+    def shrink(logits: Any, labels: Any) -> Any:
+        # What is computed at padding is nobody's business.
+        largest = logits.amax(-1) * (labels != -100)
+        return largest if case["told"] == "array" else (largest, {"least": logits.amin(-1)[:, :2]})
+
+    def weigh(value: Any) -> float:
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
+            return float(sum((place + 1) * weigh(item) for place, item in enumerate(value)))
+        array = np.abs(np.asarray(value, np.float64))
+        return float((array * (1 + np.arange(len(array)).reshape(-1, *[1] * (array.ndim - 1)))).sum() + array.size)
+
+    def compute(prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        whole = case.get("trainer") != "dpo"
+        made = {"predicted": weigh(prediction.predictions if whole else prediction.predictions[:, :2])}
+        made |= {"labelled": weigh(prediction.label_ids)}
+        if prediction.losses is not None:
+            made["lost"] = weigh(prediction.losses)
+        if prediction.inputs is not None:
+            ids = prediction.inputs
+            made["given"] = weigh(ids if case.get("batch_eval_metrics") is None else ids["input_ids"])
+        if case.get("batch_eval_metrics"):
+            seen.append(made)
+            made = {name: weigh(np.array([one[name] for one in seen])) for name in made}
+        return made
+
+    made: dict[str, Any] = {"compute_metrics": compute}
+    return made if case.get("trainer") == "dpo" else made | {"preprocess_logits_for_metrics": shrink}
 
 
 def lora_of(case: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES, datasets_of, lora_of, settings_of, summed
+from rank_cases import CASES, datasets_of, lora_of, metrics_of, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
@@ -35,6 +35,7 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
         base.config.output_router_logits = True
     settings = settings_of(case, out)
     keywords = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer} | keywords
+    keywords = metrics_of(case) | keywords
     if case.get("trainer") == "lm":
         torch.manual_seed(3)
         lora = get_peft_model(base, LoraConfig(**lora_of(case)))

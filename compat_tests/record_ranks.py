@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_cases import CASES, SAVED, datasets_of, lora_of, make_model, settings_of, summed
+from rank_cases import CASES, SAVED, datasets_of, lora_of, make_model, metrics_of, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
@@ -34,6 +34,7 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         base.config.output_router_logits = True
     settings = settings_of(case, out)
     keywords: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    keywords |= metrics_of(case)
     if case.get("trainer") == "lm":
         from transformers import DataCollatorForSeq2Seq
 

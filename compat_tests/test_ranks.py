@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_cases import CASES, DRAWN, EQUAL, NAMED, PAIRS, make_model
+from rank_cases import CASES, DRAWN, EQUAL, NAMED, PAIRS, PREDICTED, make_model
 from rank_runs import HERE, finish, free_ports, run, said, start
 from rank_worker import build, count_exchanges, describe
 
@@ -22,8 +22,10 @@ CLOSE = 1e-6
 # One array's magnitudes, added up after a few of AdamW's steps.
 WEIGHTS = 5e-5
 COUNTED = ("num_tokens", "num_input_tokens_seen", "step", "epoch", "learning_rate", "eval_num_tokens")
+#: What does not depend on which rows share a micro-batch.
+DOUBLED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", *COUNTED}
 SAMPLE = ["filled", "cut", "own_tokens", "evaluated", "tail", "stream", "shards", "language_evaluated"]
-SAMPLE += ["pairs_evaluated", "pairs_precomputed"]
+SAMPLE += ["pairs_evaluated", "pairs_precomputed", "predicted_batched", "predicted_apart"]
 #: Of ranks, at events of callbacks and at steps that each of them has in a run of four steps with others after it.
 KILLS = 20
 EVENTS = {
@@ -41,9 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compare(name: str, ranks: int, made: list[dict[str, Any]]) -> int:
+def compare(name: str, ranks: int, made: list[dict[str, Any]], records: dict[str, Any] | None = None) -> int:
     """Assert that a case has upstream's log and weights; how many values were compared."""
-    theirs, ours = RECORDS[f"{EQUAL.get(name, name)}/{ranks}"], made[0]
+    theirs, ours = (RECORDS if records is None else records)[f"{EQUAL.get(name, name)}/{ranks}"], made[0]
     compared = 0
     assert ours["max_steps"] == theirs["max_steps"], name
     assert len(ours["log"]) == len(theirs["log"]), name
@@ -87,7 +89,7 @@ def sample(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 def test_two_ranks_log_what_torchrun_logs(sample: list[dict[str, Any]]) -> None:
-    assert len(SAMPLE) == 10
+    assert len(SAMPLE) == 12
     for name in (*SAMPLE, "plain"):
         assert compare(name, 2, [one[name] for one in sample]) >= 6
 
@@ -109,12 +111,61 @@ def test_two_ranks_of_two_rows_are_one_process_of_four(
 
 @pytest.mark.wide
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9)])
+@pytest.mark.parametrize(("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9), ("predicted", 5)])
 def test_every_case_logs_what_torchrun_logs(ranks: int, kind: str, count: int, models: Path, tmp_path: Path) -> None:
-    cases = [*{"named": NAMED, "drawn": DRAWN, "pairs": {**PAIRS, **EQUAL}}[kind]]
+    cases = [*{"named": NAMED, "drawn": DRAWN, "pairs": {**PAIRS, **EQUAL}, "predicted": PREDICTED}[kind]]
     assert len(cases) == count
     for part in range(0, len(cases), 10):
         run_cases(ranks, cases[part : part + 10], tmp_path / str(part), models, 800)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_fresh_cases_log_what_torchrun_logs(ranks: int, models: Path, tmp_path: Path) -> None:
+    seed, records = fresh_seed(), tmp_path / "records.json"
+    cases = [f"drawn_{seed + number}" for number in range(30)]
+    torchrun(ranks, str(records), *cases, timeout=800)
+    found = json.loads(records.read_text())
+    # What upstream itself cannot do is no case.
+    cases = [name for name in cases if f"{name}/{ranks}" in found]
+    assert len(cases) >= 28
+    for part in range(0, len(cases), 10):
+        names = cases[part : part + 10]
+        made = run(ranks, tmp_path / str(part), models, names, 800)
+        for name in names:
+            assert compare(name, ranks, [one[name] for one in made], found) >= 4
+
+
+@pytest.mark.wide
+def test_drawn_runs_of_two_ranks_are_one_process_of_twice_the_rows(models: Path, tmp_path: Path) -> None:
+    seed = fresh_seed()
+    names = [f"doubled_{seed + number}" for number in range(12)]
+    made = run(2, tmp_path / "two", models, names, 800)
+    compared = 0
+    for name in names:
+        case = CASES[name]
+        one = build(
+            case | {"per_device_train_batch_size": 2 * case["per_device_train_batch_size"]},
+            models,
+            str(tmp_path / name),
+        )
+        one.train()
+        alone, together = describe(one), made[0][name]
+        assert together["exact"] == made[1][name]["exact"]
+        assert len(alone["log"]) == len(together["log"]) > 1
+        for a, b in zip(alone["log"][:-1], together["log"][:-1], strict=True):
+            for key in a.keys() & DOUBLED:
+                exact = key in COUNTED
+                assert b[key] == (a[key] if exact else pytest.approx(a[key], rel=CLOSE, abs=1e-9)), (name, key, a, b)
+                compared += 1
+    assert compared > 20 * len(names)
+
+
+def fresh_seed() -> int:
+    """Another one each time, unless HF_MLX_SEED says which."""
+    seed = int(os.environ.get("HF_MLX_SEED") or time.time_ns() // 1000 % 10**6)
+    print(f"HF_MLX_SEED={seed}")
+    return seed
 
 
 def scenario(
@@ -317,9 +368,7 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(models: Path, tmp_path: 
 @pytest.mark.wide
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_runs_that_lost_a_rank_anywhere_go_on_bit_by_bit(ranks: int, models: Path, tmp_path: Path) -> None:
-    seed = int(os.environ.get("HF_MLX_SEED") or time.time_ns() % 10**6)
-    print(f"HF_MLX_SEED={seed}")
-    draw, kills = random.Random(f"{seed}-{ranks}"), KILLS // 2
+    draw, kills = random.Random(f"{fresh_seed()}-{ranks}"), KILLS // 2
     for kill in range(kills):
         rank, (event, steps) = draw.randrange(ranks), draw.choice(list(EVENTS.items()))
         # At once, or somewhere in what comes after it: another step, a checkpoint that is being written.
@@ -355,13 +404,13 @@ def test_folders_of_torchrun_resume_here_and_ours_there(models: Path, tmp_path: 
     ours, theirs, again = tmp_path / "ours", tmp_path / "theirs", tmp_path / "again"
     assert scenario(2, ["foreign"], ours, models, FOREIGN_DIR=str(ours / "run")) == [0, 0]
     unbroken = told(2, ours)[0]["foreign"]
-    torchrun(models, theirs / "run", None)
+    run_saved(models, theirs / "run", None)
     environ = {"FOREIGN_DIR": str(again / "run"), "FOREIGN_CHECKPOINT": str(theirs / "run" / "checkpoint-2")}
     assert scenario(2, ["foreign"], again, models, **environ) == [0, 0], said(again, 0)[-3000:]
     resumed = told(2, again)[0]["foreign"]
     _assert_close(unbroken["log"], resumed["log"], *VALUES, "num_tokens")
     # TRL counts num_tokens from 0 when it resumes.
-    _assert_close(unbroken["log"], torchrun(models, theirs / "other", ours / "run" / "checkpoint-2"), *VALUES)
+    _assert_close(unbroken["log"], run_saved(models, theirs / "other", ours / "run" / "checkpoint-2"), *VALUES)
 
 
 VALUES = ("loss", "grad_norm", "entropy", "learning_rate", "epoch")
@@ -388,14 +437,19 @@ def test_another_number_of_ranks_goes_on_with_one_warning(models: Path, tmp_path
         assert log[0]["step"] == 1 and log[-1]["step"] > 2
 
 
-def torchrun(models: Path, out: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
+def torchrun(ranks: int, *arguments: str, timeout: float = 400) -> None:
+    """Run ``record_ranks.py`` on several processes."""
+    environ = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    # Its own choice of a port, 0, leaves the processes waiting for each other.
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_ports(1)[0])]
+    command += [str(HERE / "record_ranks.py"), *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_saved(models: Path, out: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
     """The log of TRL's own run of the saved case on two processes."""
     out.mkdir(parents=True)
-    environ = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    # Its own choice of a port, 0, leaves the processes waiting for each other.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command += ["--master-port", str(free_ports(1)[0]), str(HERE / "record_ranks.py"), "--resume", str(models)]
-    command += [str(out), str(checkpoint or "")]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(2, "--resume", str(models), str(out), str(checkpoint or ""))
     return json.loads((out / "log.json").read_text())

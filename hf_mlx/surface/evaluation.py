@@ -75,12 +75,12 @@ class Evaluation:
         drops = plan.batch.drop_last if own is None else own.drops_last
         # What accelerate's gather_for_metrics leaves of a last batch that is not full.
         is_cut = rows is not None and is_prepared and not drops
-        remainder = rows % (size if own is None else own.batch_size) if rows is not None and is_cut else 0
+        remainder = rows % _round_rows(loader, size) if rows is not None and is_cut else 0
         sink = None
         if keep_logits or compute_metrics is not None:
             options: dict[str, Any] = {"size": size, "remainder": remainder, "ends": is_prepared, "keeps": keep_logits}
             if not world.is_alone:
-                options |= {"world": world, "rows": rows if is_cut else None}
+                options |= {"world": world}
             sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
             if compute_metrics is not None:
                 self._before_metrics()
@@ -148,10 +148,18 @@ class Evaluation:
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
 
 
+def _round_rows(loader: Loader, batch_size: int) -> int:
+    """Rows that all processes evaluate at the same time."""
+    if isinstance(loader, OwnLoader):
+        return loader.batch_size
+    share = loader.share if isinstance(loader, RowLoader) else None
+    return batch_size if share is None else share.round_rows(loader.batch_size)
+
+
 def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
     """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
     if not isinstance(loader, RowLoader) or loader.share is None:
         return rows
-    rest = rows % loader.share.round_rows(loader.batch_size)
+    rest = rows % _round_rows(loader, batch_size)
     repeated = batches * batch_size
     return repeated - loader.share.processes * batch_size + rest if rest else repeated
