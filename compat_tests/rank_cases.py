@@ -172,10 +172,22 @@ PREDICTED: dict[str, dict[str, Any]] = {
     "predicted_apart": _HELD | {"told": "nested", "eval_do_concat_batches": False, "include_for_metrics": ["loss"]},
     "predicted_pairs": _HELD | {"told": "array", "trainer": "dpo"},
 }  # fmt: skip
+_ADAPTED = {"rows": 13, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+_SEEN = {"eval_rows": 7, "eval_strategy": "epoch", "per_device_eval_batch_size": 2}
+#: Parts of the script's own; ``own`` is no field of the configuration: which.
+OWN: dict[str, dict[str, Any]] = {
+    "own_optimizer": _ADAPTED | {"own": "optimizer"},
+    "own_loader": _ADAPTED | _SEEN | {"own": "loader"},
+    "own_loader_whole": {"rows": 12, "own": "whole", "max_steps": 3},
+    "own_sampler": {"rows": 11, "own": "sampler", "gradient_accumulation_steps": 3, "num_train_epochs": 2} | _SEEN,
+}
 #: What torchrun cannot record, under the name of what it equals: its ranks do not see each other's cache of rows
 #: that were never on a disk.
 EQUAL = {"pairs_precomputed": "pairs_evaluated"}
-CASES = Cases(NAMED | PAIRS | PREDICTED | DRAWN)
+CASES = Cases(NAMED | PAIRS | PREDICTED | OWN | DRAWN)
+#: And what is only here: a loss that is compiled into the step.
+OWN_EQUAL = {"own_native": "masked"}
+CASES["own_native"] = NAMED["masked"] | {"own": "native"}
 CASES["pairs_precomputed"] = PAIRS["pairs_evaluated"] | {"precompute_ref_log_probs": True}
 #: Two epochs of two steps, each saved.
 SAVED = NAMED["filled"] | {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
@@ -225,11 +237,56 @@ def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
 
 def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
     """The fields of the configuration."""
-    apart = ("told", "rows", "eval_rows", "shards", "masked", "trainer", "family", "output_router_logits", "adapter")
+    apart = (
+        "told",
+        "own",
+        "rows",
+        "eval_rows",
+        "shards",
+        "masked",
+        "trainer",
+        "family",
+        "output_router_logits",
+        "adapter",
+    )
     masked = {"completion_only_loss": True} if case.get("masked") and case.get("trainer") != "lm" else {}
     return (
         BASE | masked | {"output_dir": output_dir, "use_cpu": True} | {k: v for k, v in case.items() if k not in apart}
     )
+
+
+def derive(trainer: type, case: dict[str, Any]) -> type:
+    """The trainer, or what a case makes of it."""
+    import torch
+
+    class WithLoader(trainer):
+        def get_train_dataloader(self) -> Any:
+            loader = torch.utils.data.DataLoader(
+                self.train_dataset, batch_size=2, shuffle=True, collate_fn=self.data_collator
+            )
+            return self.accelerator.prepare(loader) if case["own"] == "loader" else loader
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            rows = self.eval_dataset if eval_dataset is None else eval_dataset
+            return self.accelerator.prepare(torch.utils.data.DataLoader(rows, 2, collate_fn=self.data_collator))
+
+    class WithSampler(trainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return list(range(len(self.train_dataset)))[::-1]
+
+    made = {"loader": WithLoader, "whole": WithLoader, "sampler": WithSampler}
+    return made.get(case.get("own", ""), trainer)
+
+
+def optimizers_of(case: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The optimizer and the schedule of a case that brings them."""
+    if case.get("own") != "optimizer":
+        return {}
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.RMSprop(trained, lr=1e-3, momentum=0.5)
+    return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
 
 
 def metrics_of(case: dict[str, Any]) -> dict[str, Any]:

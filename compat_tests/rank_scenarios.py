@@ -226,7 +226,6 @@ def different() -> Any:
 
 def refused() -> Any:
     """What several processes are not proven for."""
-    import mlx.core as mx
     from datasets import Dataset
 
     told = {}
@@ -239,10 +238,6 @@ def refused() -> Any:
 
     case, out = CASES["plain"], f"{OUT}-refused"
 
-    def loss(logits: Any, labels: Any, mask: Any) -> Any:
-        return mx.zeros(labels.shape)
-
-    attempt("loss", lambda: build(case, FOLDER, out, loss=loss).train())
     attempt("compute_loss_func", lambda: build(case, FOLDER, out, compute_loss_func=lambda o, y, **k: o.loss).train())
     attempt("pieces", lambda: build(case | {"auto_find_batch_size": True}, FOLDER, out))
     attempt("uneven", lambda: build(case | {"accelerator_config": {"even_batches": False}}, FOLDER, out))

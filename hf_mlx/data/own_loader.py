@@ -74,6 +74,12 @@ class OwnLoader:
         """Whether accelerate leaves its last batch uncut, because it was asked to drop one that is not full."""
         return bool(getattr(self.loader, "_drop_last", False))
 
+    def kept(self, processes: int) -> int:
+        """Of how many processes metrics count at the end of an epoch; see :meth:`~hf_mlx.data.order.Share.kept`."""
+        cut = self.is_prepared and not self.drops_last and hasattr(self.dataset, "__len__")
+        rest = len(self.dataset) % self.batch_size if cut else 0
+        return min(rest, processes) if rest else processes
+
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(None)
 

@@ -14,6 +14,7 @@ import numpy as np
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
 from ..data.loader import RowLoader, StreamLoader
+from ..data.own_loader import OwnLoader
 from ..errors import TrainingError
 from ..feed import Loader
 from ..processes.world import World
@@ -111,11 +112,11 @@ class SharedWindows(Windows):
         if watch is not None:
             watch.say(self._step() + 1)
         try:
-            return self._take_ahead(size, following) if self._ahead else self._take_now(size)
+            return self._take_ahead(size, following) if self._ahead else self._take_now(size, last=following == 0)
         finally:
             self._first = False
 
-    def _take_now(self, size: int) -> Window:
+    def _take_now(self, size: int, *, last: bool) -> Window:
         window = list(islice(self._batches, size))
         flags = self._flags()
         if not window and not (flags and self._has_own_shards):
@@ -123,7 +124,7 @@ class SharedWindows(Windows):
         table = self._receive(self._send(window, flags))
         if self._obey(table[:, 0]):
             return []
-        return self._with_peers(window, table, last=False)
+        return self._with_peers(window, table, last=last)
 
     def _take_ahead(self, size: int, following: int) -> Window:
         if self._next is None:
@@ -211,6 +212,8 @@ class SharedWindows(Windows):
         kept = self._world.size
         if last and isinstance(self._loader, RowLoader):
             kept = self._loader.kept(len(self._loader) - 1)
+        elif last and isinstance(self._loader, OwnLoader):
+            kept = self._loader.kept(kept)
         made = []
         for number, (batch, laid) in enumerate(window):
             columns = (tuple(column) for column in counts[:, number].T.tolist())

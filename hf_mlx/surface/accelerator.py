@@ -44,6 +44,7 @@ class Accelerator:
         gradient_accumulation_steps: int = 1,
         seedable_sampler: bool = True,
         data_seed: int | None = None,
+        split_batches: bool = False,
     ) -> None:
         self._world = world = world or World()
         self.num_processes, self.process_index, self.local_process_index = world.size, world.rank, world.local_rank
@@ -51,7 +52,7 @@ class Accelerator:
         self.is_last_process = world.rank == world.size - 1
         self.use_distributed = not world.is_alone
         self.use_seedable_sampler = seedable_sampler
-        self._data_seed = data_seed
+        self._data_seed, self.split_batches = data_seed, split_batches
         self.device = Device("cpu")
         self.mixed_precision = mixed_precision
         self.gradient_accumulation_steps = gradient_accumulation_steps
@@ -80,6 +81,7 @@ class Accelerator:
             data_loader,
             num_processes=self.num_processes,
             process_index=self.process_index,
+            split_batches=self.split_batches and self.use_distributed,
             use_seedable_sampler=self.use_seedable_sampler,
             data_seed=self._data_seed,
         )

@@ -101,7 +101,7 @@ class Evaluation:
         if sums.losses:
             counted = None
             if not world.is_alone and rows is not None and is_cut:
-                counted = _repeated_rows(rows, loader, len(sums.losses), size)
+                counted = _repeated_rows(rows, loader, len(sums.losses), size, world.size)
             elif remainder:
                 counted = (len(sums.losses) - 1) * size + min(remainder, size)
             measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, counted=counted)
@@ -129,6 +129,8 @@ class Evaluation:
         kept = world.size
         if isinstance(loader, RowLoader) and sums.losses:
             kept = loader.kept(len(loader) - 1)
+        elif isinstance(loader, OwnLoader):
+            kept = loader.kept(kept)
         by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
         coefficient = session.step.objective.aux_coefficient
         weigh = session.step.weigh
@@ -156,10 +158,8 @@ def _round_rows(loader: Loader, batch_size: int) -> int:
     return batch_size if share is None else share.round_rows(loader.batch_size)
 
 
-def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
+def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int, processes: int) -> int:
     """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
-    if not isinstance(loader, RowLoader) or loader.share is None:
-        return rows
     rest = rows % _round_rows(loader, batch_size)
     repeated = batches * batch_size
-    return repeated - loader.share.processes * batch_size + rest if rest else repeated
+    return repeated - processes * batch_size + rest if rest else repeated

@@ -46,16 +46,8 @@ def check_own(trainer: Any, world: World) -> None:
         return
     asked = {
         "a loss of the script's own": (
-            trainer.session.host_loss is not None or trainer.session.native_loss is not None,
-            'the losses of the configuration: loss_type="nll"',
-        ),
-        "an optimizer or a schedule of the script's own": (
-            trainer._brings_optimizer(),
-            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …) without optimizers=',
-        ),
-        "a loader of the script's own": (
-            trainer._overrides_loaders(),
-            "train_dataset=…, data_collator=… and train_sampling_strategy=… without the override",
+            trainer.session.host_loss is not None,
+            'the losses of the configuration (loss_type="nll"), or MLXSFTTrainer(loss=…), which MLX compiles',
         ),
     }
     for name, (given, remedy) in asked.items():
