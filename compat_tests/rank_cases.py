@@ -179,6 +179,16 @@ OWN: dict[str, dict[str, Any]] = {
     "own_optimizer": _ADAPTED | {"own": "optimizer"},
     "own_loader": _ADAPTED | _SEEN | {"own": "loader"},
     "own_loader_whole": {"rows": 12, "own": "whole", "max_steps": 3},
+    "own_loss": {
+        "rows": 11,
+        "own": "loss",
+        "masked": True,
+        "gradient_accumulation_steps": 3,
+        "num_train_epochs": 2,
+    }
+    | _SEEN,
+    "own_loss_func": _ADAPTED | _SEEN | {"own": "loss_func", "told": "array"},
+    "own_loss_apart": _ADAPTED | _SEEN | {"own": "loss", "average_tokens_across_devices": False},
     "own_sampler": {"rows": 11, "own": "sampler", "gradient_accumulation_steps": 3, "num_train_epochs": 2} | _SEEN,
 }
 #: What torchrun cannot record, under the name of what it equals: its ranks do not see each other's cache of rows
@@ -274,12 +284,27 @@ def derive(trainer: type, case: dict[str, Any]) -> type:
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return list(range(len(self.train_dataset)))[::-1]
 
-    made = {"loader": WithLoader, "whole": WithLoader, "sampler": WithSampler}
+    class WithLoss(trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+            made = super().compute_loss(model, inputs, return_outputs=return_outputs, **options)
+            loss, outputs = made if return_outputs else (made, None)
+            # What is gathered is not trained by.
+            seen = self.accelerator.gather_for_metrics(inputs["input_ids"].sum().reshape(1))
+            self.seen = [*getattr(self, "seen", []), int(seen.sum())]
+            loss = loss * 1.5
+            return (loss, outputs) if return_outputs else loss
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs | {"seen": float(sum(self.seen))}, start_time)
+
+    made = {"loss": WithLoss, "loader": WithLoader, "whole": WithLoader, "sampler": WithSampler}
     return made.get(case.get("own", ""), trainer)
 
 
 def optimizers_of(case: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The optimizer and the schedule of a case that brings them."""
+    """The optimizer and the schedule of a case that brings them, or its loss."""
+    if case.get("own") == "loss_func":
+        return {"compute_loss_func": summed_loss}
     if case.get("own") != "optimizer":
         return {}
     import torch
@@ -287,6 +312,15 @@ def optimizers_of(case: dict[str, Any], model: Any) -> dict[str, Any]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.RMSprop(trained, lr=1e-3, momentum=0.5)
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
+
+
+def summed_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """A loss that divides by what it is told."""
+    import torch
+
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    summed = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return summed / num_items_in_batch
 
 
 def metrics_of(case: dict[str, Any]) -> dict[str, Any]:

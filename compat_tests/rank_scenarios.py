@@ -238,7 +238,6 @@ def refused() -> Any:
 
     case, out = CASES["plain"], f"{OUT}-refused"
 
-    attempt("compute_loss_func", lambda: build(case, FOLDER, out, compute_loss_func=lambda o, y, **k: o.loss).train())
     attempt("pieces", lambda: build(case | {"auto_find_batch_size": True}, FOLDER, out))
     attempt("uneven", lambda: build(case | {"accelerator_config": {"even_batches": False}}, FOLDER, out))
     attempt("dispatch", lambda: build(case | {"accelerator_config": {"dispatch_batches": True}}, FOLDER, out))

@@ -26,7 +26,7 @@ COUNTED = ("num_tokens", "num_input_tokens_seen", "step", "epoch", "learning_rat
 DOUBLED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", *COUNTED}
 SAMPLE = ["filled", "cut", "own_tokens", "evaluated", "tail", "stream", "shards", "language_evaluated"]
 SAMPLE += ["pairs_evaluated", "pairs_precomputed", "predicted_batched", "predicted_apart"]
-SAMPLE += ["own_optimizer", "own_loader", "own_native"]
+SAMPLE += ["own_optimizer", "own_loader", "own_native", "own_loss"]
 #: Of ranks, at events of callbacks and at steps that each of them has in a run of four steps with others after it.
 KILLS = 20
 EVENTS = {
@@ -90,7 +90,7 @@ def sample(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 def test_two_ranks_log_what_torchrun_logs(sample: list[dict[str, Any]]) -> None:
-    assert len(SAMPLE) == 15
+    assert len(SAMPLE) == 16
     for name in (*SAMPLE, "plain"):
         assert compare(name, 2, [one[name] for one in sample]) >= 6
 
@@ -113,7 +113,7 @@ def test_two_ranks_of_two_rows_are_one_process_of_four(
 @pytest.mark.wide
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9), ("predicted", 5), ("own", 5)])
+@pytest.mark.parametrize(("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9), ("predicted", 5), ("own", 8)])
 def test_every_case_logs_what_torchrun_logs(ranks: int, kind: str, count: int, models: Path, tmp_path: Path) -> None:
     cases = [
         *{
@@ -307,7 +307,7 @@ def test_ranks_that_differ_are_refused_by_name(played: list[dict[str, Any]]) -> 
 
 def test_what_is_not_proven_is_refused(played: list[dict[str, Any]]) -> None:
     for one in played:
-        assert len(one["refused"]) == 6
+        assert len(one["refused"]) == 5
         for name, (kind, text) in one["refused"].items():
             expected = "DataError" if name == "uneven evaluation" else "SettingError"
             assert kind == expected and "process" in text and "remedy:" in text, (name, text)

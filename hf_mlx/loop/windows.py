@@ -209,7 +209,9 @@ class SharedWindows(Windows):
 
     def _with_peers(self, window: list[Laid], table: np.ndarray, *, last: bool) -> Window:
         counts = table[:, 3:].reshape(self._world.size, -1, _COLUMNS)
-        kept = self._world.size
+        kept, remainder = self._world.size, 0
+        if last and isinstance(self._loader, RowLoader | OwnLoader):
+            remainder = self._loader.remainder
         if last and isinstance(self._loader, RowLoader):
             kept = self._loader.kept(len(self._loader) - 1)
         elif last and isinstance(self._loader, OwnLoader):
@@ -217,7 +219,7 @@ class SharedWindows(Windows):
         made = []
         for number, (batch, laid) in enumerate(window):
             columns = (tuple(column) for column in counts[:, number].T.tolist())
-            peers = Peers(self._world.rank, *columns, kept=kept, average=self._average)
+            peers = Peers(self._world.rank, *columns, kept=kept, remainder=remainder, average=self._average)
             made.append((batch, replace(laid.to_device(), peers=peers)))
         return made
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import SettingError
 from ..processes.world import World
 from .facade import Device
-from .gathering import gather, pad, reduce
+from .gathering import cut, gather, pad, reduce
 from .together import first
 
 
@@ -34,6 +34,8 @@ class Accelerator:
     """
 
     sync_gradients = True
+    #: Rows of a last round that are no repetition, while it is at hand; else 0.
+    remainder = 0
     distributed_type = "NO"
 
     def __init__(
@@ -94,7 +96,10 @@ class Accelerator:
         """The tensors of all processes, one after the other along their first dimension; nested ones likewise."""
         return gather(tensor, self._world)
 
-    gather_for_metrics = gather
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """The same, of several processes cut to the rows that are no repetition, where an epoch or evaluation ends."""
+        gathered = self.gather(input_data)
+        return cut(gathered, self.remainder) if self.remainder and self.use_distributed else gathered
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
+from ..data.batch import Batch
 from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
 from ..errors import DataError
@@ -26,6 +27,9 @@ class Evaluation:
         data: Turns batches into device arrays.
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
         counts_items: The upstream trainer divides a batch by the tokens that all processes evaluate at the same time.
+
+    Attributes:
+        remainder: Rows that are no repetition of a last round that is at hand and not full; else 0.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Evaluation:
         self._before_metrics = before_metrics
         self._counts_items = counts_items
         self._sums: EvalSums | None = None
+        self._is_last, self.remainder = False, 0
 
     def __call__(
         self,
@@ -78,7 +83,12 @@ class Evaluation:
         remainder = rows % _round_rows(loader, size) if rows is not None and is_cut else 0
         sink = None
         if keep_logits or compute_metrics is not None:
-            options: dict[str, Any] = {"size": size, "remainder": remainder, "ends": is_prepared, "keeps": keep_logits}
+            options: dict[str, Any] = {
+                "size": size,
+                "remainder": remainder,
+                "is_last": lambda: self._is_last,
+                "keeps": keep_logits,
+            }
             if not world.is_alone:
                 options |= {"world": world}
             sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
@@ -92,8 +102,10 @@ class Evaluation:
                 sink.end_batch()
 
         with session.evaluation(in_train=in_train) as (evaluator, params):
-            batches = loader if sink is None else sink.watch(loader)
+            looks = sink is not None or (session.host_loss is not None and not world.is_alone)
+            batches = self._watch(loader, is_prepared, remainder) if looks else loader
             sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+            self.remainder, self._is_last = 0, False
         if not world.is_alone:
             sums = self._gather(sums, loader)
         session.progress.mode, self._sums = "eval", sums
@@ -116,6 +128,16 @@ class Evaluation:
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, rows if rows is not None else sums.rows)
 
+    def _watch(self, loader: Loader, ends: bool, remainder: int) -> Iterator[Batch]:
+        """The batches, each once it is known whether another follows, as accelerate's loaders give them."""
+        rest = iter(loader)
+        following = next(rest, None)
+        while following is not None:
+            batch, following = following, next(rest, None)
+            self._is_last = ends and following is None
+            self.remainder = remainder if self._is_last else 0
+            yield batch
+
     def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
         session, world = self._session, self._session.world
         parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
@@ -131,7 +153,13 @@ class Evaluation:
             kept = loader.kept(len(loader) - 1)
         elif isinstance(loader, OwnLoader):
             kept = loader.kept(kept)
-        by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
+        # A loss of the script's own has been divided already.
+        by_all = (
+            self._counts_items
+            and session.host_loss is None
+            and session.loaded.accepts_loss_kwargs
+            and session.plan.batch.average_tokens
+        )
         coefficient = session.step.objective.aux_coefficient
         weigh = session.step.weigh
         return EvalSums.gathered(parts, kept, weigh=weigh, by_all=by_all, aux_coefficient=coefficient)

@@ -37,7 +37,8 @@ class OwnLoss:
         trainer, device = self._trainer, _device(self._trainer.model)
         inputs = read_inputs(micro.batch, device)
         model = self._model(forward, inputs, device, training=True, draws=micro.draws)
-        items = self._items(micro, device)
+        items = self._items(micro, micro.items, device)
+        trainer.accelerator.remainder = micro.remainder
         with _mode(trainer.model, training=True):
             loss = self._call(model, inputs, items)
             if not self._is_scaled(items):
@@ -53,7 +54,10 @@ class OwnLoss:
         trainer, device = self._trainer, _device(self._trainer.model)
         inputs = read_inputs(micro.batch, device)
         model = self._model(forward, inputs, device, training=False)
-        items = self._items(micro, device) if self._counts_in_evaluation else None
+        items = None
+        if self._counts_in_evaluation:
+            items = self._items(micro, self._count_all(micro), device)
+        trainer.accelerator.remainder = trainer._evaluate_loader.remainder
         with _mode(trainer.model, training=False), torch.no_grad():
             made = self._call(model, inputs, items, return_outputs=wants_logits or self._counts_in_evaluation)
         loss, outputs = made if isinstance(made, tuple) else (made, None)
@@ -77,7 +81,14 @@ class OwnLoss:
             options["num_items_in_batch"] = items
         return compute(model, inputs, **options)
 
-    def _items(self, micro: HostMicro, device: Any) -> Any:
+    def _count_all(self, micro: HostMicro) -> int:
+        """Tokens of an evaluation batch, of all processes where a batch is divided by those."""
+        trainer = self._trainer
+        if not trainer.plan.batch.average_tokens:
+            return micro.items
+        return int(trainer.world.gather("tokens of an evaluation", np.array([micro.items])).sum())
+
+    def _items(self, micro: HostMicro, count: int, device: Any) -> Any:
         import torch
 
         trainer = self._trainer
@@ -85,7 +96,7 @@ class OwnLoss:
             trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         ):
             return None
-        return torch.tensor(micro.items, device=device)
+        return torch.tensor(count, device=device)
 
     def _is_scaled(self, items: Any) -> bool:
         """Whether the loss is one of the whole window already (``Trainer.loss_is_scaled_for_ga``)."""

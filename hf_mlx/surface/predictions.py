@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ class Predictions:
         size: What the loss of each batch counts for: ``per_device_eval_batch_size``.
         remainder: Rows of a last batch that is not full, of all processes together, to which what comes of it is cut; 0
             where it is not known.
-        ends: Whether the last batch is known for the last.
+        is_last: Whether the batch at hand is known for the last.
         world: The processes that evaluate together; None for one.
     """
 
@@ -40,7 +40,7 @@ class Predictions:
         keeps: bool,
         size: int,
         remainder: int,
-        ends: bool,
+        is_last: Callable[[], bool],
         world: World | None = None,
     ) -> None:
         self._world = world
@@ -49,20 +49,10 @@ class Predictions:
         self._keeps = keeps or not self._by_batch
         self._included = tuple(args.include_for_metrics or ())
         self._joins = args.eval_do_concat_batches
-        self._size, self._remainder, self._ends = size, remainder, ends
+        self._size, self._remainder, self._is_last = size, remainder, is_last
         self._parts: dict[str, list[Any]] = {"predictions": [], "labels": [], "inputs": [], "losses": []}
         self._batch: dict[str, Any] = {}
-        self._is_last = False
         self._metrics: Any = None
-
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """``batches``, each once it is known whether another follows, as accelerate's loaders give them."""
-        rest = iter(batches)
-        following = next(rest, None)
-        while following is not None:
-            batch, following = following, next(rest, None)
-            self._is_last = self._ends and following is None
-            yield batch
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray | None, batch: Batch, loss: float | None) -> None:
         """Take one batch; ``labels`` and ``loss`` are None where it has no labels."""
@@ -85,7 +75,7 @@ class Predictions:
                 None if value is None else gather(value, self._world) for value in (given, known, inputs, losses)
             )
             examples = self._remainder
-        cut = self._remainder if self._is_last and 0 < examples <= self._remainder else None
+        cut = self._remainder if self._is_last() and 0 < examples <= self._remainder else None
         if cut is not None:
             # accelerate leaves what cannot be cut as it is.
             with suppress(IndexError, TypeError):
@@ -108,7 +98,7 @@ class Predictions:
         losses = like_torch(made["losses"]) if "loss" in self._included and made["losses"] is not None else None
         inputs = read_inputs(made["batch"], "cpu") if "inputs" in self._included else None
         prediction = _prediction(made["predictions"], made["labels"], inputs, losses)
-        self._metrics = self._compute(prediction, compute_result=self._is_last)
+        self._metrics = self._compute(prediction, compute_result=self._is_last())
 
     def finish(self) -> tuple[Any, Any, dict[str, Any]]:
         """Predictions and labels of all rows (None where there are none), and what ``compute_metrics`` returned."""

@@ -36,27 +36,6 @@ def check_recipe(recipe: Any, world: World) -> None:
         )
 
 
-def check_own(trainer: Any, world: World) -> None:
-    """Refuse parts of the script's own that several processes are not proven for.
-
-    Raises:
-        SettingError: Names the first of them.
-    """
-    if world.is_alone:
-        return
-    asked = {
-        "a loss of the script's own": (
-            trainer.session.host_loss is not None,
-            'the losses of the configuration (loss_type="nll"), or MLXSFTTrainer(loss=…), which MLX compiles',
-        ),
-    }
-    for name, (given, remedy) in asked.items():
-        if given:
-            raise SettingError(
-                f"{name} on {world.size} processes", "one process, or what is compiled into the step", remedy
-            )
-
-
 def check_epochs(args: Any, loader: Any) -> None:
     """Refuse what is due at an epoch's end where each process has an end of its own.
 

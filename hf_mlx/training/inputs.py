@@ -38,6 +38,7 @@ class Peers:
         positions, real: By rank, the positions of the collated batch, and those that are no padding.
         chosen, pairs: By rank, as of :class:`Inputs`.
         kept: Of how many processes, the first ones, metrics count: fewer at the end of an epoch.
+        remainder: Rows of the last round of an epoch that are no repetition, where it is not full; else 0.
         average: A window is divided by the tokens of all processes (``average_tokens_across_devices``).
     """
 
@@ -50,6 +51,7 @@ class Peers:
     chosen: tuple[int, ...]
     pairs: tuple[int, ...]
     kept: int
+    remainder: int = 0
     average: bool = True
 
     @property
