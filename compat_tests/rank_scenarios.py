@@ -270,14 +270,11 @@ class Dies(TrainerCallback):
             threading.Timer(self.delay, self._die).start() if self.delay else self._die()
 
     def _die(self) -> None:
-        died = Path(os.environ["KILLED_DIR"], "died")
-        died.parent.mkdir(parents=True, exist_ok=True)
-        died.write_text(repr(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed() -> Any:
-    """The rank that the environment names dies; the others write down when they end."""
+    """The rank that the environment names dies."""
     from hf_mlx.processes.world import the_world
 
     rank, event, step, delay = json.loads(os.environ["KILLED"])
@@ -288,7 +285,6 @@ def killed() -> Any:
         if dies:
             # The run may be over before it is.
             time.sleep(delay + 60)
-        Path(f"{OUT}.ended.{the_world().rank}").write_text(repr(time.time()))
 
 
 def revived() -> Any:

@@ -383,32 +383,43 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(models: Path, tmp_path: 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_runs_that_lost_a_rank_anywhere_go_on_bit_by_bit(ranks: int, models: Path, tmp_path: Path) -> None:
-    draw, kills = random.Random(f"{fresh_seed()}-{ranks}"), KILLS // 2
-    for kill in range(kills):
-        rank, (event, steps) = draw.randrange(ranks), draw.choice(list(EVENTS.items()))
+    draw, cases = random.Random(f"{fresh_seed()}-{ranks}"), []
+    for _ in range(KILLS // 2):
+        event, steps = draw.choice(list(EVENTS.items()))
         # At once, or somewhere in what comes after it: another step, a checkpoint that is being written.
         delay = draw.choice([0, round(draw.uniform(0, 0.3), 3)])
-        case = [rank, event, draw.choice(steps), delay]
-        folder = tmp_path / str(kill)
-        statuses = scenario(ranks, ["killed"], folder, models, KILLED_DIR=str(folder / "run"), KILLED=json.dumps(case))
-        assert statuses[rank] == -signal.SIGKILL, (case, statuses)
-        died = float((folder / "run" / "died").read_text())
+        cases.append([draw.randrange(ranks), event, draw.choice(steps), delay])
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    words = [str(models), str(tmp_path / "played"), str(ranks), json.dumps(cases)]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "rank_kills.py"), *words],
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    made = json.loads((tmp_path / "played" / "told.json").read_text())
+    assert len(made["killed"]) == len(cases) == 10
+    named, slowest = 0, 0.0
+    for case, ended in zip(cases, made["killed"], strict=True):
+        rank, _, _, delay = case
+        assert ended[rank]["status"] == -signal.SIGKILL, case
         for other in set(range(ranks)) - {rank}:
             # After the last step nobody waits for anybody.
-            if statuses[other] or delay == 0:
-                assert statuses[other] == 1, (case, statuses)
-                assert f"rank {rank} has ended without a word" in said(folder, other), (
+            if ended[other]["status"] or delay == 0:
+                assert ended[other]["status"] == 1, case
+                assert f"rank {rank} has ended without a word" in ended[other]["said"], (
                     case,
-                    said(folder, other)[-2000:],
+                    ended[other]["said"][-2000:],
                 )
-                assert float((folder / f"out.ended.{other}").read_text()) - died < 10, case
-    folders = [str(tmp_path / str(kill) / "run") for kill in range(kills)]
-    revived = tmp_path / "revived"
-    environ = {"KILLED_DIRS": os.pathsep.join([str(tmp_path / "unbroken"), *folders])}
-    assert scenario(ranks, ["revived"], revived, models, **environ) == [0] * ranks, said(revived, 0)[-3000:]
-    for one in told(ranks, revived):
-        whole = one["revived"].pop(str(tmp_path / "unbroken"))
-        assert list(one["revived"]) == folders and len(folders) == 10 and len(whole["log"]) == 5
+                named, slowest = named + 1, max(slowest, ended[other]["at"] - ended[rank]["at"])
+    print(f"{len(cases)} kills of {ranks} ranks, named on {named} others, the last of them gone after {slowest:.1f} s")
+    assert named >= len(cases) and slowest < 10
+    assert [one["status"] for one in made["revived"]] == [0] * ranks, made["revived"][0]["said"][-3000:]
+    for one in told(ranks, tmp_path / "played" / "revived"):
+        whole = one["revived"].pop(str(tmp_path / "played" / "unbroken"))
+        assert list(one["revived"]) == made["runs"] and len(whole["log"]) == 5
         for folder, again in one["revived"].items():
             assert again["exact"] == whole["exact"], folder
             assert again["log"][:-1] == whole["log"][:-1], folder

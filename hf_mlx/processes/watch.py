@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 #: Seconds of waiting after which it is said who is waited for.
 PATIENCE = 30.0
 #: Seconds after another process has ended in which MLX's own error is given the chance to be raised.
-GRACE = 8.0
+GRACE = 5.0
 
 
 class Watch:

@@ -34,8 +34,6 @@ class Accelerator:
     """
 
     sync_gradients = True
-    #: Rows of a last round that are no repetition, while it is at hand; else 0.
-    remainder = 0
     distributed_type = "NO"
 
     def __init__(
@@ -58,6 +56,7 @@ class Accelerator:
         self.device = Device("cpu")
         self.mixed_precision = mixed_precision
         self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._remainder = 0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """``print``, once on each machine."""
@@ -99,7 +98,16 @@ class Accelerator:
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """The same, of several processes cut to the rows that are no repetition, where an epoch or evaluation ends."""
         gathered = self.gather(input_data)
-        return cut(gathered, self.remainder) if self.remainder and self.use_distributed else gathered
+        return cut(gathered, self._remainder) if self._remainder and self.use_distributed else gathered
+
+    @contextmanager
+    def ending(self, remainder: int) -> Iterator[None]:
+        """A block in which a last round is at hand, of which ``remainder`` rows are no repetition; 0 for another."""
+        self._remainder = remainder
+        try:
+            yield
+        finally:
+            self._remainder = 0
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:

@@ -38,8 +38,7 @@ class OwnLoss:
         inputs = read_inputs(micro.batch, device)
         model = self._model(forward, inputs, device, training=True, draws=micro.draws)
         items = self._items(micro, micro.items, device)
-        trainer.accelerator.remainder = micro.remainder
-        with _mode(trainer.model, training=True):
+        with _mode(trainer.model, training=True), trainer.accelerator.ending(micro.remainder):
             loss = self._call(model, inputs, items)
             if not self._is_scaled(items):
                 loss = loss / micro.window
@@ -57,8 +56,8 @@ class OwnLoss:
         items = None
         if self._counts_in_evaluation:
             items = self._items(micro, self._count_all(micro), device)
-        trainer.accelerator.remainder = trainer._evaluate_loader.remainder
-        with _mode(trainer.model, training=False), torch.no_grad():
+        ending = trainer.accelerator.ending(trainer._evaluate_loader.remainder)
+        with _mode(trainer.model, training=False), torch.no_grad(), ending:
             made = self._call(model, inputs, items, return_outputs=wants_logits or self._counts_in_evaluation)
         loss, outputs = made if isinstance(made, tuple) else (made, None)
         logits = getattr(outputs, "logits", None)
