@@ -19,10 +19,11 @@ from typing import Any
 from rank_runs import HERE, free_ports
 
 LIMIT = 300
+NAMED = "has ended without a word"
 
 
 def run(ranks: int, folder: Path, models: str, name: str, **environ: str) -> list[dict[str, Any]]:
-    """Status, end and output of each process that plays the scenario ``name``."""
+    """Status, end, output and the moment of :data:`NAMED` of each process that plays the scenario ``name``."""
     folder.mkdir(parents=True)
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
@@ -38,19 +39,24 @@ def run(ranks: int, folder: Path, models: str, name: str, **environ: str) -> lis
             runpy.run_path(str(HERE / "rank_scenarios.py"), run_name="__main__")
             sys.exit()
         pids.append(pid)
+        (folder / f"rank-{rank}.txt").touch()
     ended: dict[int, dict[str, Any]] = {}
+    named: dict[int, float] = {}
     deadline = time.time() + LIMIT
     while len(ended) < ranks:
         for rank, pid in enumerate(pids):
             if rank in ended:
                 continue
+            if rank not in named and NAMED in (folder / f"rank-{rank}.txt").read_text():
+                named[rank] = time.time()
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 ended[rank] = {"status": os.waitstatus_to_exitcode(status), "at": time.time()}
             elif time.time() > deadline:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    return [ended[rank] | {"said": (folder / f"rank-{rank}.txt").read_text()} for rank in range(ranks)]
+    said = {rank: (folder / f"rank-{rank}.txt").read_text() for rank in range(ranks)}
+    return [ended[rank] | {"said": said[rank], "named": named.get(rank)} for rank in range(ranks)]
 
 
 def main() -> None:

@@ -243,6 +243,8 @@ def refused() -> Any:
     attempt("dispatch", lambda: build(case | {"accelerator_config": {"dispatch_batches": True}}, FOLDER, out))
     shards = CASES["shards"]
     attempt("epochs of shards", lambda: build(shards | {"save_strategy": "epoch"}, FOLDER, out).train())
+    short = CASES["stream"] | {"rows": 3, "gradient_accumulation_steps": 4}
+    attempt("short stream", lambda: build(short, FOLDER, out).train())
     held = Dataset.from_list(token_rows(7, 1)).to_iterable_dataset(num_shards=7)
     one_row = case | {"per_device_eval_batch_size": 1}
     attempt("uneven evaluation", lambda: build(one_row, FOLDER, out, eval_dataset=held).evaluate())
