@@ -418,9 +418,7 @@ def test_runs_that_lost_a_rank_anywhere_go_on_bit_by_bit(ranks: int, models: Pat
                 told_at = ended[other]["named"] or ended[other]["at"]
                 named, slowest = named + 1, max(slowest, told_at - ended[rank]["at"])
                 gone = max(gone, ended[other]["at"] - ended[rank]["at"])
-    print(
-        f"{len(cases)} kills of {ranks} ranks, named on {named} others after {slowest:.1f} s, all gone after {gone:.1f} s"
-    )
+    print(f"{len(cases)} kills of {ranks} ranks, named on {named} others in {slowest:.1f} s, gone in {gone:.1f} s")
     assert named >= len(cases) and slowest < 10
     assert [one["status"] for one in made["revived"]] == [0] * ranks, made["revived"][0]["said"][-3000:]
     for one in told(ranks, tmp_path / "played" / "revived"):
