@@ -110,7 +110,8 @@ class Bench:
     def launch(self, peer: str, processes: int, parts: list[str], **variables: str) -> None:
         """Start the processes of one peer, and keep what they write."""
         folder, name = Path(self.job["folder"]), f"{peer}, {processes} process(es), {' and '.join(parts)}"
-        left = self.options.limit - (time.monotonic() - self.began)
+        # One that hangs must leave the others their time.
+        left = min(self.options.limit - (time.monotonic() - self.began), self.options.limit / 2)
         if left < 10:
             self.say(f"{name}: left out, no time")
             return
@@ -131,14 +132,14 @@ class Bench:
                 # Left open and never written: mlx.launch would read an empty input without rest.
                 stdin=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
+            written = {
+                part: [out.with_name(f"{out.name}.{rank}.{part}") for rank in range(processes)] for part in parts
+            }
             try:
-                status: Any = started.wait(timeout=left)
-            except subprocess.TimeoutExpired:
-                status = f"none after {left:.0f} s"
+                status: Any = wait(started, left, [file for files in written.values() for file in files])
             finally:
                 end(started)
-            for part in parts:
-                files = [out.with_name(f"{out.name}.{rank}.{part}") for rank in range(processes)]
+            for part, files in written.items():
                 found = [json.loads(file.read_text()) for file in files if file.exists()]
                 if len(found) == processes:
                     self.made[peer, processes, part] = found
@@ -251,6 +252,20 @@ def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def wait(started: subprocess.Popen[bytes], seconds: float, files: list[Path]) -> int | str:
+    """The exit status; 0 also for a launcher that does not end within 20 s of the last of ``files``."""
+    deadline, complete = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        if (status := started.poll()) is not None:
+            return status
+        if complete is None and all(file.exists() for file in files):
+            complete = time.monotonic()
+        if complete is not None and time.monotonic() - complete > 20:
+            return 0
+        time.sleep(0.2)
+    return f"none after {seconds:.0f} s"
 
 
 def end(started: subprocess.Popen[bytes]) -> None:
