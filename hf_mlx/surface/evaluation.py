@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -67,7 +68,7 @@ class Evaluation:
         from transformers.trainer_utils import EvalLoopOutput
 
         plan, session = self._session.plan, self._session
-        world = session.world
+        world = session.world.sharing
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         own = loader if isinstance(loader, OwnLoader) else None
@@ -93,7 +94,9 @@ class Evaluation:
 
         with session.evaluation(in_train=in_train) as (evaluator, params):
             batches = loader if sink is None else sink.watch(loader)
-            sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+            # Processes that hold one model together wait for each other in every layer.
+            with session.world.waiting("an evaluation", computes=True) if session.split else nullcontext():
+                sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
         if not world.is_alone:
             sums = self._gather(sums, loader)
         session.progress.mode, self._sums = "eval", sums
