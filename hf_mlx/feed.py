@@ -75,7 +75,7 @@ class Feed:
         self._keep_columns = keep_columns
         self.columns: tuple[str, ...] = recipe.rows.signature_columns or tuple(signature_columns)
         self.rng = ProcessGenerator(plan.batch.seed)
-        world, batch = the_world(), plan.batch
+        world, batch = the_world().sharing, plan.batch
         self.share = None if world.is_alone else Share(world.rank, world.size, batch.split_batches)
         self.share_rows = self._has_own_loader = False
         own: dict[str, Any] = {"collator": collator, "columns": self.columns, "keep_columns": keep_columns}

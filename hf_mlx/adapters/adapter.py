@@ -18,6 +18,7 @@ from .targets import Target
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
+    from .tensor_parallel import Split
 
 PREFIX = "base_model.model."
 
@@ -55,6 +56,7 @@ class Adapter:
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
         folder: Where it was read from; None for one that was made here.
+        split: How its arrays lie on several processes that hold the model together; None for one.
     """
 
     plan: LoraPlan
@@ -63,6 +65,7 @@ class Adapter:
     idle: dict[str, mx.array] = field(default_factory=dict)
     conv1d: bool = False
     folder: Path | None = None
+    split: Split | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -56,6 +56,7 @@ class LoadedModel:
         resized: Embedding and head have another number of rows than in the base that ``path`` names.
         decomposed: PEFT has taken an adapter's start (PiSSA, OLoRA) out of these weights already.
         untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
+        sizes: Elements of each array of the whole model, by its path, where several processes hold it together.
         padding_row: Id whose row of the input embedding gets no gradient (torch's ``padding_idx``), or None.
     """
 
@@ -73,6 +74,7 @@ class LoadedModel:
     untied: bool = False
     decomposed: bool = False
     padding_row: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""

@@ -156,7 +156,7 @@ class PrecisionPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Which weights to load and how."""
+    """Which weights to load and how. ``tensor_parallel`` is how many processes hold them together."""
 
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
@@ -164,6 +164,7 @@ class ModelPlan:
     quantization_bits: int | None = None
     quantization_group_size: int = 64
     precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -72,7 +73,8 @@ class Evaluation:
         from transformers.trainer_utils import EvalLoopOutput
 
         plan, session = self._session.plan, self._session
-        world, size, dataset = session.world, plan.batch.eval_batch_size, loader.dataset
+        world = session.world.sharing
+        size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
         cut = _cut_of(loader, rows, size, drop_last=plan.batch.drop_last)
         sink = None
@@ -94,7 +96,9 @@ class Evaluation:
         with session.evaluation(in_train=in_train) as (evaluator, params):
             looks = sink is not None or (session.host_loss is not None and not world.is_alone)
             batches = self._watch(loader, cut.is_prepared, cut.remainder) if looks else loader
-            sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+            # Processes that hold one model together wait for each other in every layer.
+            with session.world.waiting("an evaluation", computes=True) if session.split else nullcontext():
+                sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
             self.remainder, self._is_last = 0, False
         if not world.is_alone:
             sums = self._gather(sums, loader)

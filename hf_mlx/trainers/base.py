@@ -27,7 +27,7 @@ from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
-from ..surface.together import check_recipe, tell_accelerate
+from ..surface.together import check_recipe, check_split, tell_accelerate
 from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
@@ -89,8 +89,10 @@ class TrainerBase(Running):
             overrides=overrides,
             table=self.recipe.config,
             processes=self.world.size,
+            tensor_parallel=self.world.tensor_parallel,
         )
         check_recipe(self.recipe, self.world)
+        check_split(self.plan, self._base, self.recipe)
         tell_accelerate(self.args, self.world)
         self._asked = Asked(
             self.args,
@@ -100,6 +102,7 @@ class TrainerBase(Running):
             overrides=dict(overrides),
             table=self.recipe.config,
             processes=self.world.size,
+            tensor_parallel=self.world.tensor_parallel,
         )
         reporting.set_log_level(self.args, self.world)
         self.grad_clip = self.plan.clip

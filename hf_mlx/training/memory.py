@@ -154,8 +154,8 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         step.optimizer,
         plan,
         head=step.objective.head,
-        # A model without attention has no heads.
-        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0),
+        # A model without attention has no heads; one that processes hold together has some of them on each.
+        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0) // plan.model.tensor_parallel,
         rows=rows,
         tokens=tokens,
         reference=getattr(step.objective, "reference_bytes", None),

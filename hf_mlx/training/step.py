@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .clip import clip_gradients
-from .exchange import Exchange
+from .exchange import GradientExchange
 from .inputs import Inputs
 from .measured import StepMetrics
 from .objective import Objective
@@ -64,7 +64,7 @@ class Step(Trained):
         seed: int = 42,
         weigh: Weighting | None = None,
         computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
-        exchange: Exchange | None = None,
+        exchange: GradientExchange | None = None,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
@@ -195,8 +195,8 @@ class Step(Trained):
         return self._update_carried(params, state, carry, hyper)
 
     def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics = self._gather(carry)
-        grads, scale, norm = clip_gradients(grads, self.clip)
+        grads, metrics, norm = self._gather(carry)
+        grads, scale = clip_gradients(grads, self.clip, norm)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
 

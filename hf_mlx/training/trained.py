@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
-from .clip import clip_whole
-from .exchange import Exchange
+from .clip import clip_whole, global_norm
+from .exchange import GradientExchange
 from .measured import Held, StepMetrics
 from .objective import Objective
 from .optim import Optimizer
@@ -31,7 +32,7 @@ class Trained:
     objective: Objective
     optimizer: Optimizer
     clip: GradClip
-    exchange: Exchange | None
+    exchange: GradientExchange | None
     draws: int
 
     _names: list[str]
@@ -41,10 +42,13 @@ class Trained:
     _params: Arrays
     _state: State
     _views: Arrays | None
+    _whole: tuple[Arrays, State] | None = None
 
     @property
     def params(self) -> Arrays:
         """Flat {MLX name: array}: views of what is kept; another dict after each update."""
+        if self._whole is not None:
+            return self._whole[0]
         if self._views is None:
             self._views = self._bundles.unpack(self._params)
         return self._views
@@ -52,7 +56,29 @@ class Trained:
     @property
     def state(self) -> dict[str, Arrays]:
         """The optimizer's state, {torch's name: {MLX name: array}}: views of what is kept."""
+        if self._whole is not None:
+            return self._whole[1]
         return {slot: self._bundles.unpack(arrays) for slot, arrays in self._state.items()}
+
+    @contextmanager
+    def joined(self, what: str) -> Iterator[None]:
+        """A block in which parameters and state are whole where processes hold parts of them; all of them enter it.
+
+        Args:
+            what: What for, for messages.
+        """
+        split = None if self.exchange is None else self.exchange.split
+        if split is None or self._whole is not None:
+            yield
+            return
+        params, state = split.join(self.params, what), {k: split.join(v, what) for k, v in self.state.items()}
+        try:
+            self._whole = params, state
+            self._bind()
+            yield
+        finally:
+            self._whole = None
+            self._bind()
 
     @property
     def carry(self) -> tuple[Arrays, Arrays] | None:
@@ -108,6 +134,9 @@ class Trained:
             state: {torch's name: {MLX name: array}}.
         """
         params = {name: params[name] for name in self._names}
+        if self._whole is not None and self.exchange is not None and self.exchange.split is not None:
+            cut, self._whole = self.exchange.split.cut, (params, state)
+            params, state = cut(params), {slot: cut(arrays) for slot, arrays in state.items()}
         bundles = self._arrange(params)
         if bundles != self._bundles:
             # A trace holds where each array lies.
@@ -148,7 +177,8 @@ class Trained:
 
     def _arrange(self, params: Arrays) -> Bundles:
         largest = LARGEST if self.optimizer.elementwise else 0
-        return Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+        kinds = {} if self.exchange is None else self.exchange.kinds
+        return Bundles(params, self.optimizer.decay, self._computed_in(), largest, kinds)
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
@@ -173,11 +203,12 @@ class Trained:
     def _hyper(self, step: int, lr: float) -> Arrays:
         return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
 
-    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-        """Gradients and metrics of a whole window, of all processes."""
-        return carry if self.exchange is None else self.exchange(*carry)
+    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays, mx.array]:
+        """Gradients and metrics of a whole window, of all processes, and the norm of the gradients."""
+        if self.exchange is not None:
+            return self.exchange(*carry)
+        return *carry, global_norm(carry[0].values())
 
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
-        grads, metrics = self._gather(carry)
-        grads, norm = clip_whole(grads, self.clip)
-        return grads, {**metrics, "grad_norm": norm}
+        grads, metrics, norm = self._gather(carry)
+        return clip_whole(grads, self.clip, norm), {**metrics, "grad_norm": norm}
