@@ -163,9 +163,14 @@ class TorchModel:
     def mirror_tokens(self, tokenizer: Any, *, eos: bool) -> None:
         """Set pad (and eos) ids on config and generation_config, as trl 1.16 ``SFTTrainer.__init__`` does."""
         text, generation = self.base.config.get_text_config(), self.base.generation_config
-        text.pad_token_id = generation.pad_token_id = tokenizer.pad_token_id
+        text.pad_token_id = tokenizer.pad_token_id
         if eos:
             text.eos_token_id = tokenizer.eos_token_id
+        if generation is None:
+            # A model that does not generate.
+            return
+        generation.pad_token_id = tokenizer.pad_token_id
+        if eos:
             known = generation.eos_token_id
             known = [] if known is None else [known] if isinstance(known, int) else list(known)
             if tokenizer.eos_token_id not in known:

@@ -32,6 +32,7 @@ from .names import NameMap
 from .overrides import adapt, model_classes, own_head
 from .padding_row import named_padding_row
 from .quantize import quantize_base
+from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
 from .weights import Checkpoint, inspect_checkpoint
 
@@ -57,6 +58,9 @@ class LoadedModel:
         decomposed: PEFT has taken an adapter's start (PiSSA, OLoRA) out of these weights already.
         untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
         padding_row: Id whose row of the input embedding gets no gradient (torch's ``padding_idx``), or None.
+        scores: It scores rows, and has no vocabulary head.
+        fresh_head: The score is still to be drawn: the files hold none.
+        head_draws: 32-bit draws of torch's generator that the score took.
     """
 
     model: nn.Module
@@ -73,6 +77,9 @@ class LoadedModel:
     untied: bool = False
     decomposed: bool = False
     padding_row: int | None = None
+    scores: bool = False
+    fresh_head: bool = False
+    head_draws: int = 0
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
@@ -146,14 +153,17 @@ def _assemble(
     architecture = look_up(config, folder)
     full = interpret(config)
     check_config(full, folder)
+    if plan.scores:
+        check_scored(config, folder)
     checkpoint, weights = read()
+    fresh_head = plan.scores and check_head(checkpoint, plan.precision.dtype, folder)
     four_bit = is_four_bit(config) and weights is None
     checkpoint, weights, packed = unpack(folder, checkpoint) if four_bit else (checkpoint, weights, {})
     check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
     converts = checkpoint.layout == "hf" and (bool(packed) or not config.get("quantization_config"))
-    model = _build(folder, full, steps if converts else None, weights)
+    model = _build(folder, full, steps if converts else None, weights, scores=plan.scores)
     coded = find_packed(model, packed)
     adapt(model, full, converts)
     if converts:
@@ -175,7 +185,7 @@ def _assemble(
     buffers = tuple(k for k, _ in params if k.endswith(BUFFERS))
     loaded = LoadedModel(
         model,
-        config,
+        scored_config(config) if plan.scores else config,
         folder,
         model_type,
         names,
@@ -185,22 +195,35 @@ def _assemble(
         buffers,
         notes,
         padding_row=named_padding_row(full),
+        scores=plan.scores,
+        fresh_head=fresh_head,
     )
+    if plan.scores:
+        # Files that hold none yet are saved with one.
+        loaded.names = names.with_shapes({WEIGHT: shapes[WEIGHT]})
     loaded.freeze_buffers()
     return loaded
 
 
-def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str, mx.array] | None = None) -> nn.Module:
+def _build(
+    folder: Path,
+    config: Config,
+    steps: tuple | None,
+    weights: dict[str, mx.array] | None = None,
+    *,
+    scores: bool = False,
+) -> nn.Module:
     """Builds through mlx-lm's loader, or from ``weights``; ``steps`` None leaves them to mlx-lm's own ``sanitize``."""
     from mlx_lm.utils import load_model as load_mlx
 
     flat = normalise(config)
-    untied = config.get("tie_word_embeddings") is False
+    untied = config.get("tie_word_embeddings") is False and not scores
 
     def classes(config: Config) -> tuple[Any, Any]:
         base, args = model_classes(flat["model_type"]) or _mlx_classes(flat["model_type"])
         if untied and flat["model_type"] in own_head.EMBEDDINGS:
             base = own_head.building(base, flat["model_type"])
+        base = scored_class(base) if scores else base
         return (base if steps is None else _with_layout(base, steps, flat)), args
 
     try:

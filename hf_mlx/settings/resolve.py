@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import SettingError
@@ -65,7 +66,7 @@ def resolve_plan(
     plan = TrainPlan(
         batch=resolve_batch(values, processes),
         data=table.resolve_data(values),
-        model=resolve_model(values),
+        model=replace(resolve_model(values), scores=table.scores),
         optim=resolve_optim(values),
         schedule=resolve_schedule(values),
         loss=table.resolve_loss(values),

@@ -28,6 +28,7 @@ from .base_settings import drop_init_kwargs, read_peft_config, read_tables
 from .facade import MLXCausalLM
 from .handover import Handover
 from .loans import take_over_loans
+from .scored import MLXSequenceClassifier
 from .signature import forward_columns, named_forward
 from .ties import Tied
 from .upstream import upstream_trainer
@@ -180,7 +181,8 @@ class NamedBase:
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
         session = Session(self._plan, self._loaded, recipe)
         self._session = session
-        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
+        facade = MLXSequenceClassifier if self._loaded.scores else MLXCausalLM
+        self._model = facade(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
         self._model.settle = lambda: self.take_over("")
         return session, self._model
 

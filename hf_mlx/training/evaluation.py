@@ -17,7 +17,7 @@ from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
 
 # Receives logits (B, T, V) and labels (B, T) of one batch as numpy arrays, the batch and its loss; labels and loss are
-# None where it has no labels.
+# None where it has no labels, and labels alone where the objective knows none.
 LogitsSink = Callable[[np.ndarray, np.ndarray | None, Batch, float | None], None]
 
 
