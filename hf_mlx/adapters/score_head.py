@@ -1,19 +1,25 @@
-"""The first values of a score that the base does not hold: torch's, drawn as ``from_pretrained`` draws them."""
+"""The score of a reward model: its first values, drawn as ``from_pretrained`` draws them, and its place in an adapter."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from ..data.generator import TorchGenerator
 from ..models.config import interpret
+from ..models.scoring import HEAD
+from ..settings.plan import LoraPlan
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
 
 # ``PreTrainedModel._init_weights`` (transformers 5.23), where the config says nothing else.
 _SPREAD = 0.02
+SEQ_CLS = "SEQ_CLS"
+# What PEFT saves beside an adapter of that task, whichever of the two there is.
+SAVED_HEADS = ("classifier", HEAD)
 _BLOCK = 16  # values that torch's vectorised normal draws at once
 
 
@@ -28,6 +34,14 @@ def draw_head(loaded: LoadedModel, seed: int) -> None:
     model.score.weight = mx.array(TorchGenerator(seed).normal(shape, std=spread))
     loaded.head_draws = _count_draws(shape[1])
     loaded.fresh_head = False
+
+
+def save_head(loaded: LoadedModel, plan: LoraPlan) -> LoraPlan:
+    """``plan`` with the score among what is trained in full, as ``PeftModelForSequenceClassification`` (0.21) has it."""
+    names = plan.modules_to_save or ()
+    if not loaded.scores or plan.task_type != SEQ_CLS or set(SAVED_HEADS) <= set(names):
+        return plan
+    return replace(plan, modules_to_save=(*names, *SAVED_HEADS))
 
 
 def _count_draws(size: int) -> int:
