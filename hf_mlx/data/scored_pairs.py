@@ -72,11 +72,13 @@ class ScoredEncoder:
         tokenizer: Prepared.
         name: What errors call the set.
         closes: EOS ends each text, by what the set's first row is.
+        joins: Prompts stand in front of their answers in the columns too, as they do upstream but for a stream.
     """
 
     tokenizer: Any
     name: str
     closes: bool
+    joins: bool = True
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Encodes rows numbered ``indices``.
@@ -86,23 +88,19 @@ class ScoredEncoder:
         """
         rows = [{column: values[at] for column, values in batch.items()} for at in range(len(indices))]
         try:
-            whole = [self._join(row, at) for at, row in enumerate(rows)]
-            made: dict[str, list[Any]] = {column: [row[column] for row in whole] for column in _ANSWERS}
+            closed = [self._close(row, at) for at, row in enumerate(rows)]
+            whole = [_join(row, at) for at, row in enumerate(closed)]
+            kept = whole if self.joins else closed
+            made: dict[str, list[Any]] = {column: [row[column] for row in kept] for column in _ANSWERS}
             return made | {f"{column}_ids": self._encode(whole, column) for column in _ANSWERS}
         except RowFault as fault:
             raise name_row(fault, self.name, indices[fault.row]) from fault.__cause__
 
-    def _join(self, row: Mapping[str, Any], at: int) -> dict[str, Any]:
+    def _close(self, row: Mapping[str, Any], at: int) -> dict[str, Any]:
         row = dict(row)
-        for column in _ANSWERS:
-            if self.closes:
-                text = check_text(row[column], column, at)
-                row[column] = text if text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
-            if "prompt" in row:
-                if type(row["prompt"]) is not type(row[column]):
-                    kind = f"a {type(row['prompt']).__name__}, as the prompt is"
-                    raise RowFault(at, column, show(row[column]), kind, drop_row())
-                row[column] = row["prompt"] + row[column]
+        for column in _ANSWERS if self.closes else ():
+            text = check_text(row[column], column, at)
+            row[column] = text if text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
         return row
 
     def _encode(self, rows: Sequence[Mapping[str, Any]], column: str) -> list[list[int]]:
@@ -119,6 +117,16 @@ class ScoredEncoder:
             for at, ids in zip(chats, tokenize_chats(self.tokenizer, made, None, prompt=False), strict=True):
                 found[at] = ids
         return found
+
+
+def _join(row: Mapping[str, Any], at: int) -> dict[str, Any]:
+    row = dict(row)
+    for column in _ANSWERS if "prompt" in row else ():
+        if type(row["prompt"]) is not type(row[column]):
+            kind = f"a {type(row['prompt']).__name__}, as the prompt is"
+            raise RowFault(at, column, show(row[column]), kind, drop_row())
+        row[column] = row["prompt"] + row[column]
+    return row
 
 
 def is_messages(answer: Any) -> bool:
@@ -252,7 +260,7 @@ def _encode(
     closes = not any(is_messages(first.get(column)) for column in ("prompt", *_ANSWERS))
     if closes and tokenizer.eos_token is None:
         raise missing_eos(tokenizer)
-    encoder = ScoredEncoder(tokenizer, name, closes)
+    encoder = ScoredEncoder(tokenizer, name, closes, joins=not streamed)
     if streamed:
         return dataset.map(encoder, batched=True, with_indices=True)
     with naming_processes(plan.dataset_num_proc, name):
