@@ -11,6 +11,7 @@ from ..data.generator import TorchGenerator
 from ..models.config import interpret
 from ..models.scoring import HEAD
 from ..settings.plan import LoraPlan
+from .start import count_loading_draws
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
@@ -31,7 +32,9 @@ def draw_head(loaded: LoadedModel, seed: int) -> None:
     model: Any = loaded.model
     shape = model.score.weight.shape
     spread = interpret(loaded.config).get("initializer_range") or _SPREAD
-    model.score.weight = mx.array(TorchGenerator(seed).normal(shape, std=spread))
+    generator = TorchGenerator(seed)
+    generator.random(count_loading_draws(loaded))
+    model.score.weight = mx.array(generator.normal(shape, std=spread))
     loaded.head_draws = _count_draws(shape[1])
     loaded.fresh_head = False
 

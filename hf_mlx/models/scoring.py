@@ -24,14 +24,23 @@ HEAD = "score"
 WEIGHT = f"{HEAD}.weight"
 #: model type → what the name of its class begins with. The tests compare rewards and their training with transformers.
 SCORED: Mapping[str, str] = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "exaone4": "Exaone4",
     "gemma": "Gemma",
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3Text",
     "glm": "Glm",
     "glm4": "Glm4",
+    "gpt_oss": "GptOss",
     "helium": "Helium",
+    "hunyuan_v1_dense": "HunYuanDenseV1",
+    "jamba": "Jamba",
     "llama": "Llama",
+    "minicpm3": "MiniCPM3",
+    "ministral3": "Ministral3",
     "mistral": "Mistral",
+    "mixtral": "Mixtral",
     "nemotron": "Nemotron",
     "olmo": "Olmo",
     "olmo2": "Olmo2",
@@ -39,7 +48,10 @@ SCORED: Mapping[str, str] = {
     "phi": "Phi",
     "phi3": "Phi3",
     "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
     "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
     "seed_oss": "SeedOss",
     "smollm3": "SmolLM3",
     "stablelm": "StableLm",
@@ -116,7 +128,9 @@ def scored_class(base: type[Any]) -> type[Any]:
             self.score = nn.Linear(args.hidden_size, 1, bias=False)
 
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            weights = super().sanitize(weights) if hasattr(base, "sanitize") else dict(weights)
+            if hasattr(base, "sanitize"):
+                # Where none is stored some take the head away, which is gone already.
+                weights = super().sanitize({"lm_head.weight": mx.zeros(1)} | weights)
             weights = {name: value for name, value in weights.items() if not name.startswith("lm_head.")}
             weights.setdefault(WEIGHT, mx.zeros_like(self.score.weight))
             return weights
@@ -136,6 +150,6 @@ def score_rows(model: Any, input_ids: mx.array, last: mx.array) -> mx.array:
         input_ids: (R, W) int32, padded on the right.
         last: (R,) int32, the position that is read.
     """
-    hidden = model.model(input_ids)
+    hidden = model.model(input_ids, cache=None)
     read = mx.take_along_axis(hidden, last[:, None, None], axis=1)
     return model.score(read)[:, 0, 0].astype(mx.float32)
