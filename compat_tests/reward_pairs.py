@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,18 @@ def arguments(folder: Path, model: str, lora: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def run(cls: type, folder: Path, settings: dict[str, Any], rows: Any, model: str, lora: dict[str, Any], **more: Any):
-    """One run; the trainer, trained."""
+def run(
+    cls: type,
+    folder: Path,
+    settings: dict[str, Any],
+    rows: Any,
+    model: str,
+    lora: dict[str, Any],
+    *,
+    then: Callable[[Any], Any] = lambda trainer: None,
+    **more: Any,
+):
+    """One run; the trainer, trained, with ``found``: what ``then`` made of it."""
     with _quiet() as output, warnings.catch_warnings():
         # PEFT and transformers on modules that are copied beside the base.
         warnings.simplefilter("ignore")
@@ -74,6 +85,7 @@ def run(cls: type, folder: Path, settings: dict[str, Any], rows: Any, model: str
             **more,
         )
         trainer.train()
+        trainer.found = then(trainer)
     return trainer
 
 

@@ -162,7 +162,7 @@ class TorchModel:
 
     def mirror_tokens(self, tokenizer: Any, *, eos: bool) -> None:
         """Set pad (and eos) ids on config and generation_config, as trl 1.16 ``SFTTrainer.__init__`` does."""
-        text, generation = self.base.config.get_text_config(), self.base.generation_config
+        text, generation = self.base.config.get_text_config(), getattr(self.base, "generation_config", None)
         text.pad_token_id = tokenizer.pad_token_id
         if eos:
             text.eos_token_id = tokenizer.eos_token_id

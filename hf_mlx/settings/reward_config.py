@@ -44,8 +44,6 @@ REWARD_CONFIG: tuple[Rule, ...] = (
     ignore("activation_offloading", False, "has no place to offload to in unified memory"),
     # Fields of TrainingArguments that mean something else under this trainer.
     ignore("label_smoothing_factor", 0.0, "is not read by TRL's reward loss"),
-    ignore("batch_eval_metrics", False, "has no metrics to compute: without labels TRL calls no compute_metrics"),
-    ignore("include_for_metrics", [], "has no metrics to compute: without labels TRL calls no compute_metrics"),
     refuse("neftune_noise_alpha", None, "puts no noise on a reward model here", write="neftune_noise_alpha=None"),
     SAMPLING,
 )

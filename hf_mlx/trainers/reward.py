@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,9 +13,6 @@ from ..surface.references import check_rows
 from ..surface.scored import check_scored_object
 from .base import TrainerBase
 from .refused import refuse
-
-logger = logging.getLogger(__name__)
-
 
 class MLXRewardTrainer(TrainerBase):
     """Training of reward models on MLX with the interface of ``trl.RewardTrainer``.
@@ -36,7 +32,7 @@ class MLXRewardTrainer(TrainerBase):
             and maybe ``prompt`` and ``margin``; or with ``chosen_ids`` and ``rejected_ids``.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer; None loads the model's own.
-        compute_metrics: Never called, as in TRL: there are no labels.
+        compute_metrics: Called with a ``transformers.EvalPrediction`` of rewards (2N, 1), and ``()`` for the labels.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
         optimizers: A torch optimizer over the model's parameters and a torch schedule, which then take the steps;
             ``(None, None)`` makes those that ``args`` names, inside the compiled step.
@@ -104,8 +100,6 @@ class MLXRewardTrainer(TrainerBase):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             **keywords,
         )
-        if compute_metrics is not None:
-            logger.warning("compute_metrics is never called: a reward model has no labels to compare with (as in TRL)")
 
     @refuse("trainer.evaluate(rows), or trainer.predict(rows)")
     def compute_loss(

@@ -17,8 +17,8 @@ from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
 
 # Receives logits (B, T, V) and labels (B, T) of one batch as numpy arrays, the batch and its loss; labels and loss are
-# None where it has no labels, and labels alone where the objective knows none.
-LogitsSink = Callable[[np.ndarray, np.ndarray | None, Batch, float | None], None]
+# None where it has no labels, and labels are () where the loss needs none.
+LogitsSink = Callable[[np.ndarray, np.ndarray | tuple[()] | None, Batch, float | None], None]
 
 
 @dataclass

@@ -105,8 +105,8 @@ class Objective(Protocol):
         """What the loss of a batch is divided by in evaluation."""
         ...
 
-    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits and labels of a batch as ``compute_metrics`` gets them; labels of None where there are none."""
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray | tuple[()]]:
+        """Logits and labels of a batch as ``compute_metrics`` gets them; ``()`` where the loss needs no labels."""
         ...
 
 

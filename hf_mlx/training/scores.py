@@ -85,9 +85,9 @@ class ScoreObjective:
         """1: what :meth:`__call__` returns is divided already."""
         return 1
 
-    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
-        """The rewards; there are no labels."""
-        return logits, None
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, tuple[()]]:
+        """The rewards, and the empty tuple that upstream has for the labels."""
+        return logits, ()
 
     def _bind_keys(self, arrays: Arrays) -> None:
         if not self._dropouts:
