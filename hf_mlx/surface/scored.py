@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -9,11 +10,13 @@ import numpy as np
 
 from ..errors import SettingError
 from ..models.bridge import is_torch_model
+from ..models.load import LoadedModel
 from ..models.scoring import SCORED, score_rows
 from .facade import MLXCausalLM
 from .forward import CausalLMOutput
 from .generation import like, read_ids
 
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _NAME = 'AutoModelForSequenceClassification.from_pretrained("owner/name", num_labels=1)'
 
 
@@ -45,6 +48,13 @@ def check_scored_object(model: Any) -> None:
 
 class MLXSequenceClassifier(MLXCausalLM):
     """The reward model being trained, under the names of a ``*ForSequenceClassification``."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write the adapter for PEFT, or the whole model for transformers; arguments as of a language model's."""
+        # By the padding token a loaded model finds the end of a row; the others are the tokenizer's once it trains.
+        text = self.config.get_text_config()
+        self.loaded.config |= {name: getattr(text, name, None) for name in _TOKENS}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> CausalLMOutput:
         """The rewards of rows, without gradients.
