@@ -20,7 +20,15 @@ from hf_mlx import MLXRewardTrainer
 
 FORMATS = ("text", "chat", "implicit", "implicit chat")
 # How the model comes in, and what is trained.
-MODELS = ("name", "name, full", "object", "object, full", "peft model", "folder with a score", "folder with a score, full")
+MODELS = (
+    "name",
+    "name, full",
+    "object",
+    "object, full",
+    "peft model",
+    "folder with a score",
+    "folder with a score, full",
+)
 
 
 def reward_rows(kind: str, count: int, seed: int = 0, *, margin: bool = False) -> list[dict[str, Any]]:

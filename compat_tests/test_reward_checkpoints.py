@@ -144,7 +144,9 @@ def test_the_whole_model_scores_in_transformers_as_here(model, tmp_path, how):
     np.testing.assert_allclose(rewards(trainer), theirs.numpy(), atol=1e-6)
     # And goes on being trained here, from its own score.
     again = MLXRewardTrainer(
-        str(tmp_path / "saved"), RewardConfig(str(tmp_path / "again"), **SETTINGS), train_dataset=Dataset.from_list(ROWS)
+        str(tmp_path / "saved"),
+        RewardConfig(str(tmp_path / "again"), **SETTINGS),
+        train_dataset=Dataset.from_list(ROWS),
     )
     np.testing.assert_array_equal(rewards(again), rewards(trainer))
 

@@ -39,7 +39,9 @@ def check(folder, how, settings, *, lora=LORA, rows=16, kind="text", margin=Fals
 FEW = ("name", "object, full", "peft model")
 
 
-@pytest.mark.parametrize("how", [name if name in FEW else pytest.param(name, marks=pytest.mark.wide) for name in MODELS])
+@pytest.mark.parametrize(
+    "how", [name if name in FEW else pytest.param(name, marks=pytest.mark.wide) for name in MODELS]
+)
 def test_models(model, how):
     # 16 rows in batches of 3: the last window of an epoch is short, and so is its last micro-batch.
     check(model, how, {})

@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from hf_mlx.data.scored_pairs import ID_COLUMNS, collate_scored, convert_scored, last_tokens, prepare_scored
+from hf_mlx.data.scored_pairs import ID_COLUMNS, collate_scored, convert_scored, last_tokens
+from hf_mlx.data.scored_rows import prepare_scored
 from hf_mlx.errors import DataError
 from hf_mlx.settings.plan import DataPlan
 
@@ -91,7 +92,10 @@ def test_rows_equal_trls(case, streamed):
 def test_random_texts():
     draw = random.Random(5)
     rows = [
-        {key: "".join(draw.choices(["ab", " ", "</s>", "é", "x y"], k=draw.randint(0, 6))) for key in ("chosen", "rejected")}
+        {
+            key: "".join(draw.choices(["ab", " ", "</s>", "é", "x y"], k=draw.randint(0, 6)))
+            for key in ("chosen", "rejected")
+        }
         | {"prompt": "".join(draw.choices("ab ", k=draw.randint(0, 4)))}
         for _ in range(100)
     ]

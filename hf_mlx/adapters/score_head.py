@@ -1,4 +1,4 @@
-"""The score of a reward model: its first values, drawn as ``from_pretrained`` draws them, and its place in an adapter."""
+"""The score of a reward model: its first values, as ``from_pretrained`` draws them, and its place in an adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def draw_head(loaded: LoadedModel, seed: int) -> None:
 
 
 def save_head(loaded: LoadedModel, plan: LoraPlan) -> LoraPlan:
-    """``plan`` with the score among what is trained in full, as ``PeftModelForSequenceClassification`` (0.21) has it."""
+    """``plan`` with the score trained in full, as ``PeftModelForSequenceClassification`` (0.21) has it."""
     names = plan.modules_to_save or ()
     if not loaded.scores or plan.task_type != SEQ_CLS or set(SAVED_HEADS) <= set(names):
         return plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from .architectures import (
     steps_for,
 )
 from .bitsandbytes import compute_dtype, describe_packed, find_packed, hold_packed, is_four_bit, unpack
+from .classes import mlx_classes, with_layout
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config, check_layers
 from .names import NameMap
@@ -220,11 +220,11 @@ def _build(
     untied = config.get("tie_word_embeddings") is False and not scores
 
     def classes(config: Config) -> tuple[Any, Any]:
-        base, args = model_classes(flat["model_type"]) or _mlx_classes(flat["model_type"])
+        base, args = model_classes(flat["model_type"]) or mlx_classes(flat["model_type"])
         if untied and flat["model_type"] in own_head.EMBEDDINGS:
             base = own_head.building(base, flat["model_type"])
         base = scored_class(base) if scores else base
-        return (base if steps is None else _with_layout(base, steps, flat)), args
+        return (base if steps is None else with_layout(base, steps, flat)), args
 
     try:
         if weights is None:
@@ -260,33 +260,6 @@ def _check_finite(loaded: LoadedModel) -> None:
     for name, value in parameters:
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
             raise FILES.refuse(loaded.path, f"{name} holds NaN or infinite values", "finite weights")
-
-
-def _mlx_classes(model_type: str) -> tuple[type[nn.Module], type]:
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
-    return module.Model, module.ModelArgs
-
-
-def _with_layout(base: type[Any], steps: tuple, config: Config) -> type[nn.Module]:
-    """A subclass whose ``sanitize`` is our reversible steps, so that what is loaded can be written back."""
-    tied = config.get("tie_word_embeddings", False)
-
-    class Model(base):
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            # Tied checkpoints of older libraries still store the head; precomputed rotary tables are not weights.
-            weights = {
-                k: v
-                for k, v in weights.items()
-                if not k.endswith("rotary_emb.inv_freq") and not (tied and k.endswith("lm_head.weight"))
-            }
-            for step in steps:
-                weights = step.load(weights)
-            return super().sanitize(weights) if hasattr(base, "sanitize") else weights
-
-    Model.__qualname__ = base.__qualname__
-    return Model
 
 
 def _cast(model: nn.Module, dtype: str) -> None:

@@ -1,7 +1,7 @@
 """A score in the place of the vocabulary head: transformers' ``*ForSequenceClassification`` with one label.
 
-Its classes (``GenericForSequenceClassification``, transformers 5.23) put ``score``, a Linear without bias, on the hidden
-state of each row's last token that is not the padding token.
+Its classes (``GenericForSequenceClassification``, transformers 5.23) put ``score``, a Linear without bias, on the
+hidden state of each row's last token that is not the padding token.
 """
 
 from __future__ import annotations

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..data.buckets import pad_batch
 from ..data.order import count_tokens
 from ..data.prepare import prepare_tokenizer
 from ..data.prompts import pair_width
-from ..data.scored_pairs import ID_COLUMNS, MARGIN, ScoredBatch, collate_scored, convert_scored, prepare_scored
+from ..data.scored_pairs import ID_COLUMNS, MARGIN, ScoredBatch, collate_scored, convert_scored
+from ..data.scored_rows import prepare_scored
 from ..models.load import LoadedModel
 from ..settings.config_tables import REWARD_TABLE
 from ..settings.plan import DataPlan, ScoreLossPlan, TrainPlan

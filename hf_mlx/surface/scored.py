@@ -88,3 +88,8 @@ class MLXSequenceClassifier(MLXCausalLM):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """A reward model does not generate."""
         raise SettingError("generate() of a reward model", "a causal language model", "model(**inputs).logits")
+
+
+def make_facade(loaded: LoadedModel, *args: Any, **kwargs: Any) -> MLXCausalLM:
+    """What ``trainer.model`` is for a model named by a string; arguments as of :class:`MLXCausalLM`."""
+    return (MLXSequenceClassifier if loaded.scores else MLXCausalLM)(loaded, *args, **kwargs)

@@ -14,6 +14,7 @@ from ..surface.scored import check_scored_object
 from .base import TrainerBase
 from .refused import refuse
 
+
 class MLXRewardTrainer(TrainerBase):
     """Training of reward models on MLX with the interface of ``trl.RewardTrainer``.
 
@@ -26,8 +27,8 @@ class MLXRewardTrainer(TrainerBase):
             transformers model with ``num_labels=1``, or a PeftModel around one, which is trained as it is and has the
             trained weights written back into it.
         args: ``RewardConfig``; None is TRL's default configuration.
-        data_collator: Called with a list of prepared rows; returns ``input_ids`` and ``attention_mask``, all chosen rows
-            first, and maybe ``margin``.
+        data_collator: Called with a list of prepared rows; returns ``input_ids`` and ``attention_mask``, all chosen
+            rows first, and maybe ``margin``.
         train_dataset: ``datasets.Dataset``, ``IterableDataset`` or a list of dicts with ``chosen`` and ``rejected``,
             and maybe ``prompt`` and ``margin``; or with ``chosen_ids`` and ``rejected_ids``.
         eval_dataset: Likewise, or a dict of datasets.

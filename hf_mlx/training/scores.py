@@ -11,12 +11,14 @@ import numpy as np
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
 from ..data.batch import Batch
+from ..models.heads import Head
 from ..models.load import LoadedModel
 from ..models.scoring import score_rows
 from ..settings.plan import ScoreLossPlan
 from .inputs import Inputs
 from .objective import Slots
 from .optimizers.contract import Arrays
+from .router import Routers
 
 SCORE_METRICS = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
 
@@ -34,12 +36,12 @@ class ScoreObjective:
     """
 
     captured: Arrays | None = None
-    routers = None
-    head = None
-    aux_coefficient = 0.0
-    metrics = SCORE_METRICS
+    routers: Routers | None = None
+    head: Head | None = None
+    aux_coefficient: float = 0.0
+    metrics: tuple[str, ...] = SCORE_METRICS
     # The smallest and the largest reward of a micro-batch are logged.
-    whole = True
+    whole: bool = True
 
     def __init__(self, loaded: LoadedModel, names: Iterable[str], plan: ScoreLossPlan) -> None:
         self.model = loaded.model
