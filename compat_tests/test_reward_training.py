@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
@@ -155,6 +156,18 @@ def test_a_collator_of_the_scripts_own(model):
             return super().torch_call(examples[::-1])
 
     check(model, "name", {"max_steps": 2}, margin=True, data_collator=Reversed(pad_token_id=2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("width", [64, 8])
+def test_a_score_that_is_drawn_is_torchs(tmp_path, dtype, width):
+    folder = tiny_model("qwen2", tmp_path / "model", hidden_size=width, num_attention_heads=2, intermediate_size=16)
+    settings = {"max_steps": 1, "seed": 11, "learning_rate": 0.0, "model_init_kwargs": {"dtype": dtype}}
+    theirs, ours = run_both(folder, settings, reward_rows("text", 4), "name, full", LORA)
+    want, got = theirs.model.score.weight.detach(), ours.session.step.params["score.weight"]
+    assert str(want.dtype).rpartition(".")[2] == str(got.dtype).rpartition(".")[2] == dtype
+    # torch has its own vector log and cosine.
+    np.testing.assert_allclose(np.array(got.astype(mx.float32)), want.float().numpy(), rtol=1e-5, atol=1e-8)
 
 
 def test_bfloat16_is_within_its_rounding(model):

@@ -80,16 +80,11 @@ def check_scored(config: Config, folder: Path) -> None:
         )
 
 
-def check_head(checkpoint: Checkpoint, dtype: str, folder: Path) -> bool:
+def check_head(checkpoint: Checkpoint, folder: Path) -> bool:
     """Whether the score is to be drawn, because the files hold none.
 
-    Args:
-        checkpoint: Of the base.
-        dtype: What it is loaded in; ``"auto"`` is its own.
-        folder: For messages.
-
     Raises:
-        ModelError: They hold one for several labels, or it would be drawn in half precision.
+        ModelError: They hold one for several labels.
     """
     stored = checkpoint.tensors.get(WEIGHT)
     if stored is not None and stored.shape[0] != 1:
@@ -97,14 +92,6 @@ def check_head(checkpoint: Checkpoint, dtype: str, folder: Path) -> bool:
             f"{folder}: {WEIGHT} of shape {stored.shape}, which is num_labels={stored.shape[0]}",
             "`num_labels=1` to output a single scalar reward per sequence (TRL raises too)",
             "a base without a score, or AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)",
-        )
-    own = next((tensor.dtype for tensor in checkpoint.tensors.values()), "F32")
-    if stored is None and (dtype not in ("float32", "auto") or (dtype == "auto" and own != "F32")):
-        raise ModelError(
-            f"{folder}: no {WEIGHT}, to be drawn in {dtype if dtype != 'auto' else own.lower()}",
-            "a first score that is torch's, which is known in float32",
-            "leave dtype out of model_init_kwargs (bf16=True computes in bfloat16), or hand over the model: "
-            "AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype=...)",
         )
     return stored is None
 
@@ -132,7 +119,9 @@ def scored_class(base: type[Any]) -> type[Any]:
                 # Where none is stored some take the head away, which is gone already.
                 weights = super().sanitize({"lm_head.weight": mx.zeros(1)} | weights)
             weights = {name: value for name, value in weights.items() if not name.startswith("lm_head.")}
-            weights.setdefault(WEIGHT, mx.zeros_like(self.score.weight))
+            # In the dtype of the rest, until it is drawn.
+            dtype = next(iter(weights.values())).dtype
+            weights.setdefault(WEIGHT, mx.zeros(self.score.weight.shape, dtype))
             return weights
 
         def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:

@@ -57,6 +57,8 @@ class MLXRewardTrainer(TrainerBase):
 
     recipe = REWARD
     loss_is_scaled_for_ga = False
+    #: As in TRL: the loss needs no labels.
+    can_return_loss = True
     #: What may not be set on the trainer, with what to write instead.
     remedies: Mapping[str, str] = {"loss_is_scaled_for_ga": "leave it as it is: the loss is compiled"}
 
@@ -107,6 +109,11 @@ class MLXRewardTrainer(TrainerBase):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch."""
+
+    @property
+    def label_names(self) -> list[str]:
+        """None."""
+        return []
 
     @property
     def data_collator(self) -> Any:
