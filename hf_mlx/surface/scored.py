@@ -37,13 +37,21 @@ def check_scored_object(model: Any) -> None:
             "reward models require `num_labels=1` to output a single scalar reward per sequence",
             _NAME,
         )
-    known = {f"{stem}ForSequenceClassification" for stem in SCORED.values()}
-    if not any(cls.__name__ in known for cls in type(base).__mro__):
+    if not is_scored(model):
         raise SettingError(
             f"model of class {type(base).__name__} as a reward model",
-            f"one of {', '.join(sorted(known))}, whose score has been compared with transformers'",
+            f"a *ForSequenceClassification of one of {', '.join(SCORED)}",
             "trl.RewardTrainer(model=model, ...) on torch",
         )
+
+
+def is_scored(model: Any) -> bool:
+    """Whether ``model``, a torch object, is of a class whose score is known here; a name is, until it is loaded."""
+    if not is_torch_model(model):
+        return True
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = {f"{stem}ForSequenceClassification" for stem in SCORED.values()}
+    return any(cls.__name__ in known for cls in type(base).__mro__)
 
 
 class MLXSequenceClassifier(MLXCausalLM):

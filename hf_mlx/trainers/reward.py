@@ -10,7 +10,7 @@ from ..errors import MissingDependency
 from ..recipes.reward import REWARD
 from ..settings.plan import ScoreLossPlan
 from ..surface.references import check_rows
-from ..surface.scored import check_scored_object
+from ..surface.scored import check_scored_object, is_scored
 from .base import TrainerBase
 from .refused import refuse
 
@@ -61,6 +61,11 @@ class MLXRewardTrainer(TrainerBase):
     can_return_loss = True
     #: What may not be set on the trainer, with what to write instead.
     remedies: Mapping[str, str] = {"loss_is_scaled_for_ga": "leave it as it is: the loss is compiled"}
+
+    @staticmethod
+    def trains(model: Any) -> bool:
+        """Whether ``model`` is of a class that this trainer trains; a name is, until it is loaded."""
+        return is_scored(model)
 
     def __init__(
         self,
