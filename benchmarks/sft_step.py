@@ -29,6 +29,7 @@ from typing import Any
 
 PRESETS = {
     # hidden, mlp, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 512),
     "small": (256, 768, 4, 4, 2, 8192),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-1b": (2048, 8192, 16, 32, 8, 49152),
@@ -84,25 +85,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_peer(job: dict, folder: str, worker: Path = WORKER, **variables: str) -> Any:
+def run_peer(job: dict, folder: str, worker: Path = WORKER, *, limit: float | None = None, **variables: str) -> Any:
     """Run one peer in a process of its own; what it wrote, or an empty list once it was said why there is nothing.
 
     Args:
         job: What ``worker`` does; ``peer`` and ``mode`` name it in a message.
         folder: For the result.
         worker: Script that takes the job and the file to write.
+        limit: Seconds after which it is stopped.
         variables: Of its environment, beside this one's.
     """
     output = Path(folder, "result.json")
     output.unlink(missing_ok=True)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | variables
     command = [sys.executable, str(worker), json.dumps(job), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(f"{job['peer']} {job.get('mode', '')}".strip() + f" stopped: {reason}", file=sys.stderr)
-    return results
+    reason = ""
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
+        if done.returncode:
+            # Where it stopped, not only why: the machine may be gone when someone asks.
+            reason = "\n".join(done.stderr.strip().splitlines()[-8:]) or f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        reason = f"it took more than {limit:.0f} seconds (--limit)"
+    if reason:
+        print(f"{job['peer']} {job.get('mode', '')}".strip() + f" stopped: {reason}", file=sys.stderr, flush=True)
+    return json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
 
 
 def table(options: argparse.Namespace, results: list[dict]) -> str:
@@ -150,12 +157,19 @@ def draw(results: list[dict], path: str) -> None:
 def versions() -> dict[str, str]:
     """Versions of what was measured, and the machine."""
     names = ("mlx", "mlx-lm", "transformers", "trl", "peft", "torch", "accelerate")
-    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {name: found.get(name, "") for name in names} | {
+    return {name: installed(name) for name in names} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": device(),
     }
+
+
+def installed(name: str) -> str:
+    """The version that is imported; empty where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def device() -> str:

@@ -69,10 +69,12 @@ def make_model(job: dict[str, Any]) -> None:
 
 
 def random_rows(job: dict[str, Any], count: int, tokens: int) -> list[list[int]]:
-    """``count`` rows of ``tokens`` random ids."""
+    """``count`` rows of ``tokens`` random ids; where the job is ``uneven``, of half as many to all of them."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(3, job["model"][-1], (count, tokens)).tolist()
+    draw = np.random.default_rng(0)
+    rows = draw.integers(3, job["model"][-1], (count, tokens)).tolist()
+    return [row[: draw.integers(tokens // 2, tokens + 1)] for row in rows] if job.get("uneven") else rows
 
 
 class Clock:
@@ -87,6 +89,16 @@ class Clock:
         self.memory = memory
         self.ends: list[float] = []
         self.step = 0
+
+    def callback(self) -> Any:
+        """A ``TrainerCallback`` that ticks at the end of each step."""
+        from transformers import TrainerCallback
+
+        class Ticks(TrainerCallback):
+            def on_step_end(_, args, state, control, **kwargs):
+                self.tick()
+
+        return Ticks()
 
     def tick(self) -> None:
         """A step has ended."""
@@ -156,38 +168,46 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def settings(job: dict[str, Any], rows: int, clock: Clock) -> dict[str, Any]:
+    """What every script writes into its arguments."""
+    return {
+        "output_dir": f"{job['folder']}/out",
+        "max_steps": clock.last,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": job["accumulate"],
+        "max_grad_norm": job["clip"],
+        "bf16": job["dtype"] != "float32",
+        "gradient_checkpointing": job["on"],
+        "logging_steps": job.get("logging_steps", 10),
+        "use_cpu": job.get("use_cpu", False),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def named_dtype(job: dict[str, Any]) -> dict[str, str]:
+    """``model_init_kwargs`` of a model given by name."""
+    return {"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"}
+
+
+def lora(job: dict[str, Any]) -> Any:
+    """The adapter of every script."""
+    from peft import LoraConfig
+
+    targets = job.get("targets", SEVEN)
+    return LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=targets, task_type="CAUSAL_LM")
+
+
 def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int, clock: Clock) -> Any:
     """The script that both trainers run."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig
 
-    class Ticks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.tick()
-
-    steps = clock.last
-    data = Dataset.from_dict({"input_ids": random_rows(job, rows * job["accumulate"] * steps, tokens)})
-    lowered = job["dtype"] != "float32"
-    args = SFTConfig(
-        output_dir=f"{job['folder']}/out",
-        max_steps=steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=job["accumulate"],
-        max_length=tokens,
-        max_grad_norm=job["clip"],
-        bf16=lowered,
-        model_init_kwargs={"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"},
-        gradient_checkpointing=job["on"],
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(
-        r=job["rank"], lora_alpha=2 * job["rank"], target_modules=job.get("targets", SEVEN), task_type="CAUSAL_LM"
-    )
-    return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora, callbacks=[Ticks()])
+    count = rows * job["accumulate"] * job.get("processes", 1) * clock.last
+    data = Dataset.from_dict({"input_ids": random_rows(job, count, tokens)})
+    args = SFTConfig(**settings(job, rows, clock), max_length=tokens, model_init_kwargs=named_dtype(job))
+    return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora(job), callbacks=[clock.callback()])
 
 
 def run_trl(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
@@ -267,8 +287,8 @@ def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
     network, _ = load(job["folder"])
     network.freeze()
     keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
-    lora = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(network, len(network.layers), lora)
+    options = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(network, len(network.layers), options)
     length = tokens + (job["peer"] == "mlx-lm +1")
     train(
         model=network,
