@@ -156,7 +156,7 @@ def _assemble(
     if plan.scores:
         check_scored(config, folder)
     checkpoint, weights = read()
-    fresh_head = plan.scores and check_head(checkpoint, folder)
+    fresh_head = check_head(checkpoint, folder, scores=plan.scores)
     four_bit = is_four_bit(config) and weights is None
     checkpoint, weights, packed = unpack(folder, checkpoint) if four_bit else (checkpoint, weights, {})
     check_layers(full, checkpoint, folder)

@@ -80,13 +80,21 @@ def check_scored(config: Config, folder: Path) -> None:
         )
 
 
-def check_head(checkpoint: Checkpoint, folder: Path) -> bool:
-    """Whether the score is to be drawn, because the files hold none.
+def check_head(checkpoint: Checkpoint, folder: Path, *, scores: bool) -> bool:
+    """Whether a score is to be drawn, because the files hold none.
 
     Raises:
-        ModelError: They hold one for several labels.
+        ModelError: They hold one for several labels, or one that a language model has no place for.
     """
     stored = checkpoint.tensors.get(WEIGHT)
+    if not scores:
+        if stored is not None:
+            raise ModelError(
+                f"{folder}, a reward model or classifier: it holds {WEIGHT}",
+                "a causal language model",
+                "MLXRewardTrainer(model=folder), or the model that it was trained from",
+            )
+        return False
     if stored is not None and stored.shape[0] != 1:
         raise ModelError(
             f"{folder}: {WEIGHT} of shape {stored.shape}, which is num_labels={stored.shape[0]}",
