@@ -124,7 +124,7 @@ def parameters(method: Any) -> list[tuple[Any, ...]]:
 
 
 def test_values_are_theirs(built):
-    _, theirs, ours = built
+    pair, theirs, ours = built
     plain = (bool, int, float, str, list, type(None))
     compared = 0
     for name in sorted(public(theirs)):
@@ -132,7 +132,7 @@ def test_values_are_theirs(built):
         if isinstance(value, plain):
             assert getattr(ours, name) == value, name
             compared += 1
-    assert compared >= 29
+    assert compared >= (28 if pair.theirs is RewardTrainer else 29)
 
 
 def test_every_attribute_is_written_or_refused(built):
