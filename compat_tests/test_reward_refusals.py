@@ -163,6 +163,28 @@ def test_hooks(model, tmp_path):
             call()
 
 
+def test_remedies_are_a_reward_models(model, tmp_path):
+    with pytest.raises(HFMLXError, match=r"center_rewards_coefficient=0.01"):
+        make(model, tmp_path, loss=lambda logits, labels, mask: logits)
+    trainer = make(model, tmp_path)
+    trainer.compute_loss = lambda *args, **kwargs: 0
+    with pytest.raises(HFMLXError, match=r"center_rewards_coefficient=0.01"):
+        trainer.train()
+    changed = load(model)
+    changed.model.layers[0].mlp.act_fn = torch.nn.Tanh()
+    with pytest.raises(HFMLXError, match=r"AutoModelForSequenceClassification.from_pretrained\("):
+        make(changed, tmp_path)
+    with pytest.raises(HFMLXError, match=r"keyword|parameter of RewardTrainer"):
+        make(model, tmp_path, beta=0.1)
+    with pytest.warns(DeprecationWarning, match=r"RewardConfig\(max_length=\.\.\.\)"):
+        assert (
+            make(
+                model, tmp_path, max_length=7, train_dataset=[{"chosen_ids": [3], "rejected_ids": [4]}]
+            ).plan.data.max_length
+            == 7
+        )
+
+
 def test_the_tools_for_language_models_name_an_adapter_of_a_reward_model(model, tmp_path):
     trainer = make(model, tmp_path, peft_config=LoraConfig(r=2, task_type="SEQ_CLS"), settings={"max_steps": 1})
     trainer.train()

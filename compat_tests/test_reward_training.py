@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from datasets import Dataset, IterableDataset
-from pairs import tiny_model
+from pairs import SILENT, _quiet, tiny_model, tokenizer
 from reward_pairs import MODELS, assert_same_log, load, reward_rows, run, run_both
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from hf_mlx import MLXRewardTrainer
@@ -37,7 +37,7 @@ def check(folder, how, settings, *, lora=LORA, rows=16, kind="text", margin=Fals
 
 
 # The others run in `make compat`.
-FEW = ("name", "object, full", "peft model")
+FEW = ("name", "object, full")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,8 @@ def test_settings(model, settings):
     check(model, "name", settings, margin=True)
 
 
-@pytest.mark.parametrize("task", [None, pytest.param("modules_to_save", marks=pytest.mark.wide)])
+@pytest.mark.wide
+@pytest.mark.parametrize("task", [None, "modules_to_save"])
 def test_adapters_of_no_task(model, task):
     # PEFT then adapts the score as a Linear like any other, or trains it where it is told to.
     lora = {"r": 2, "target_modules": "all-linear"}
@@ -150,6 +151,7 @@ def test_a_stream(model):
     assert assert_same_log(*for_each, relative=RELATIVE, loss=LOSS) >= 40
 
 
+@pytest.mark.wide
 def test_a_collator_of_the_scripts_own(model):
     class Reversed(DataCollatorForPreference):
         def torch_call(self, examples):
@@ -158,8 +160,16 @@ def test_a_collator_of_the_scripts_own(model):
     check(model, "name", {"max_steps": 2}, margin=True, data_collator=Reversed(pad_token_id=2))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("width", [64, 8])
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [
+        (64, "bfloat16"),
+        *[
+            pytest.param(*drawn, marks=pytest.mark.wide)
+            for drawn in ((64, "float32"), (64, "float16"), (8, "bfloat16"))
+        ],
+    ],
+)
 def test_a_score_that_is_drawn_is_torchs(tmp_path, dtype, width):
     folder = tiny_model("qwen2", tmp_path / "model", hidden_size=width, num_attention_heads=2, intermediate_size=16)
     settings = {"max_steps": 1, "seed": 11, "learning_rate": 0.0, "model_init_kwargs": {"dtype": dtype}}
@@ -170,6 +180,7 @@ def test_a_score_that_is_drawn_is_torchs(tmp_path, dtype, width):
     np.testing.assert_allclose(np.array(got.astype(mx.float32)), want.float().numpy(), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.wide
 def test_bfloat16_is_within_its_rounding(model):
     theirs, ours = run_both(model, {**SETTINGS, "bf16": True}, reward_rows("text", 16), "name", LORA)
     losses = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (theirs, ours)]
@@ -192,14 +203,13 @@ def test_the_model_that_is_shown(model):
 
 
 def test_the_object_holds_what_was_trained(model):
-    object_ = load(model)
-    first = object_.score.weight.detach().clone()
-    trainer = MLXRewardTrainer(
-        object_,
-        run(RewardTrainer, model, {"max_steps": 1}, reward_rows("text", 4), "name", LORA).args,
-        train_dataset=reward_rows("text", 4),
-        processing_class=__import__("pairs").tokenizer(),
-    )
-    trainer.train()
-    assert trainer.model is object_
-    assert (object_.score.weight != first).any()
+    held = load(model)
+    first = held.score.weight.detach().clone()
+    rows = Dataset.from_list(reward_rows("text", 4))
+    with _quiet() as output:
+        args = RewardConfig(output, **SILENT, max_steps=1)
+        trainer = MLXRewardTrainer(held, args, train_dataset=rows, processing_class=tokenizer())
+        trainer.train()
+    assert trainer.model is held and (held.score.weight != first).any()
+    ours = np.array(trainer.session.step.params["score.weight"])
+    np.testing.assert_array_equal(held.score.weight.detach().numpy(), ours)
