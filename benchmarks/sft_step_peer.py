@@ -178,7 +178,6 @@ def settings(job: dict[str, Any], rows: int, clock: Clock) -> dict[str, Any]:
         "max_grad_norm": job["clip"],
         "bf16": job["dtype"] != "float32",
         "gradient_checkpointing": job["on"],
-        "logging_steps": job.get("logging_steps", 10),
         "use_cpu": job.get("use_cpu", False),
         "save_strategy": "no",
         "report_to": "none",
@@ -206,7 +205,8 @@ def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int
 
     count = rows * job["accumulate"] * job.get("processes", 1) * clock.last
     data = Dataset.from_dict({"input_ids": random_rows(job, count, tokens)})
-    args = SFTConfig(**settings(job, rows, clock), max_length=tokens, model_init_kwargs=named_dtype(job))
+    options = {"logging_steps": job.get("logging_steps", 10)}
+    args = SFTConfig(**settings(job, rows, clock), **options, max_length=tokens, model_init_kwargs=named_dtype(job))
     return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora(job), callbacks=[clock.callback()])
 
 
