@@ -15,6 +15,7 @@ from .adapters.adapter import Adapter
 from .adapters.attach import attach
 from .adapters.layers import LoRALinear
 from .adapters.origin import resolve_origin
+from .adapters.score_head import draw_head
 from .adapters.tensor_parallel import Split, split_model
 from .checkpoints.fingerprint import choose_samples, read_samples
 from .errors import ModelError, SettingError
@@ -78,6 +79,8 @@ class Session:
         self.world = the_world()
         self.packs = can_pack(loaded.model_type)
         _check_packing(loaded, plan.data)
+        if loaded.fresh_head:
+            draw_head(loaded, plan.batch.seed)
         precision = plan.model.precision
         if precision.autocast:
             apply_autocast(loaded.model, getattr(mx, precision.autocast))

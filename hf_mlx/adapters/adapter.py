@@ -86,6 +86,8 @@ class Adapter:
     @property
     def torch_class(self) -> str:
         """The transformers class whose module paths the keys have."""
+        if self.loaded.scores:
+            return "AutoModelForSequenceClassification"
         classes = self.loaded.config.get("architectures") or ()
         return classes[0] if classes and self.loaded.model_type in SPLIT_TYPES else "AutoModelForCausalLM"
 
@@ -99,7 +101,12 @@ class Adapter:
                 "modules_to_save is a string, which PEFT reads letter by letter: trained in full are "
                 + (", ".join(site.hf_path for site in self.blueprint.saved) or "no modules")
             )
-        if self.torch_class == "AutoModelForCausalLM":
+        if self.loaded.scores and not any(name.startswith("score.") for name in self.trainable()):
+            lines.append(
+                "the score is neither trained nor saved, and is drawn anew wherever the adapter is loaded (as in TRL): "
+                'LoraConfig(..., task_type="SEQ_CLS") trains it'
+            )
+        if self.torch_class.startswith("AutoModel"):
             return tuple(lines)
         return (
             *lines,

@@ -99,7 +99,7 @@ def write_adapter(
         CONFIG: lambda path: write_text(path, json.dumps(config, indent=2, sort_keys=True)),
     }
     if not (folder / "README.md").exists():
-        writers["README.md"] = lambda path: write_text(path, _card(name, adapter.torch_class))
+        writers["README.md"] = lambda path: write_text(path, _card(name, adapter))
     write_files(folder, writers)
     return folder
 
@@ -161,7 +161,8 @@ def _check(tensors: Mapping[str, mx.array], slots: Mapping[str, Slot]) -> None:
             )
 
 
-def _card(base: str, torch_class: str) -> str:
+def _card(base: str, adapter: Adapter) -> str:
+    torch_class, labels = adapter.torch_class, ", num_labels=1" if adapter.loaded.scores else ""
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
@@ -178,7 +179,7 @@ def _card(base: str, torch_class: str) -> str:
         "from peft import PeftModel",
         f"from transformers import {torch_class}",
         "",
-        f"model = {torch_class}.from_pretrained({base!r})",
+        f"model = {torch_class}.from_pretrained({base!r}{labels})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",

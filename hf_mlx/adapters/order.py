@@ -58,7 +58,7 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
     "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"),
 }
-_LAST = ("lm_head", "embed_out", "output")
+_LAST = ("lm_head", "embed_out", "output", "score")
 
 
 def order_key(model_type: str, hf_paths: Iterable[str]) -> Callable[[str], tuple]:

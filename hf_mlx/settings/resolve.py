@@ -68,7 +68,7 @@ def resolve_plan(
     plan = TrainPlan(
         batch=resolve_batch(values, 1 if tensor_parallel else processes),
         data=table.resolve_data(values),
-        model=replace(resolve_model(values), tensor_parallel=processes if tensor_parallel else 1),
+        model=replace(resolve_model(values), scores=table.scores, tensor_parallel=processes if tensor_parallel else 1),
         optim=resolve_optim(values),
         schedule=resolve_schedule(values),
         loss=table.resolve_loss(values),

@@ -113,6 +113,7 @@ class Publishing(Records):
             method=self.recipe.method,
             paper=self.recipe.paper,
             adapter=self.session.adapter is not None,
+            scores=self.session.loaded.scores,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,
         )

@@ -132,7 +132,9 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
     if not plan.auto_find_batch_size:
         return step
     if step.objective.whole and step.objective.routers is None:
-        logger.warning("auto_find_batch_size: this loss sorts the pairs of a micro-batch, which is computed whole.")
+        logger.warning(
+            "auto_find_batch_size: this loss looks at all pairs of a micro-batch at once, which is computed whole."
+        )
         return step
     if not step.divisible:
         logger.warning(
