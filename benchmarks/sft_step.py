@@ -33,6 +33,22 @@ PRESETS = {
     "small": (256, 768, 4, 4, 2, 8192),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-1b": (2048, 8192, 16, 32, 8, 49152),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
+    "gemma3-1b": (1152, 6912, 26, 4, 1, 262144),
+    "qwen3-moe": (2048, 6144, 8, 32, 4, 49152),
+}
+# What a preset's configuration has beside its sizes; a Llama without an entry.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": True},
+    "gemma3-1b": {"model_type": "gemma3_text", "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 512},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
 }
 PEERS = ("hf_mlx", "mlx-lm", "mlx-lm +1", "trl")
 WORKER = Path(__file__).with_name("sft_step_peer.py")
@@ -46,7 +62,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     report = {"versions": versions(), "preset": options.preset, "dtype": options.dtype, "results": results}
     with tempfile.TemporaryDirectory() as folder:
-        job = vars(options) | {"folder": folder, "model": PRESETS[options.preset]}
+        job = vars(options) | {"folder": folder, **model_of(options.preset)}
         run_peer({**job, "peer": "make-model"}, folder)
         for checkpointing in options.checkpointing:
             for peer, shape in product(options.peers, options.shapes):
@@ -58,6 +74,11 @@ def main() -> None:
     print(table(options, results))
     if options.chart:
         draw(results, options.chart)
+
+
+def model_of(preset: str) -> dict[str, Any]:
+    """What a job says of its model."""
+    return {"model": PRESETS[preset], "config": CONFIGS.get(preset, {})}
 
 
 def parse() -> argparse.Namespace:
@@ -74,6 +95,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--trained", choices=("lora", "all"), default="lora", help="LoRA on linear layers, or all weights"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=1, help="gradient_accumulation_steps (not for mlx-lm)")
     parser.add_argument("--clip", type=float, default=1.0, help="max_grad_norm; 0 is off")
@@ -114,8 +138,9 @@ def run_peer(job: dict, folder: str, worker: Path = WORKER, *, limit: float | No
 
 def table(options: argparse.Namespace, results: list[dict]) -> str:
     """Ratios to hf_mlx, with the figures they come from."""
+    trained = "all weights" if options.trained == "all" else f"LoRA r={options.rank} on all seven projections"
     lines = [
-        f"\n{options.preset}, LoRA r={options.rank} on all seven projections, {options.dtype}, AdamW, "
+        f"\n{options.preset}, {trained}, {options.dtype}, AdamW, "
         f"clip {options.clip or 'off'}, mean of {options.steps} steps",
         f"{'batch':>9} {'ckpt':>4} {'peer':10} {'ms/step':>8} {'tokens/s':>9} {'x ours':>7} {'GiB':>9} {'x ours':>7}",
     ]

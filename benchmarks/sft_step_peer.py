@@ -35,13 +35,14 @@ def main() -> None:
 
 
 def make_model(job: dict[str, Any]) -> None:
-    """Write a Llama of random weights, with a tokenizer, into the job's folder."""
+    """Write a model of random weights, a Llama unless the job says otherwise, with a tokenizer into its folder."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     hidden, mlp, layers, heads, key_value_heads, vocabulary = job["model"]
-    config = LlamaConfig(
+    changes = {"model_type": "llama", "tie_word_embeddings": False} | job.get("config", {})
+    config = AutoConfig.for_model(
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
@@ -49,14 +50,14 @@ def make_model(job: dict[str, Any]) -> None:
         num_key_value_heads=key_value_heads,
         vocab_size=vocabulary,
         max_position_embeddings=16384,
-        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **changes,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(torch.float32 if job["dtype"] == "float32" else torch.bfloat16).save_pretrained(job["folder"])
     words = {f"w{i}": i for i in range(vocabulary)}
     PreTrainedTokenizerFast(
@@ -207,7 +208,8 @@ def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int
     data = Dataset.from_dict({"input_ids": random_rows(job, count, tokens)})
     options = {"logging_steps": job.get("logging_steps", 10)}
     args = SFTConfig(**settings(job, rows, clock), **options, max_length=tokens, model_init_kwargs=named_dtype(job))
-    return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora(job), callbacks=[clock.callback()])
+    adapter = None if job.get("trained") == "all" else lora(job)
+    return trainer_class(job["folder"], args, train_dataset=data, peft_config=adapter, callbacks=[clock.callback()])
 
 
 def run_trl(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
@@ -285,10 +287,11 @@ def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
 
     clock = Clock(job, MLXMemory())
     network, _ = load(job["folder"])
-    network.freeze()
-    keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
-    options = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(network, len(network.layers), options)
+    if job.get("trained") != "all":
+        network.freeze()
+        keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
+        options = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(network, len(network.layers), options)
     length = tokens + (job["peer"] == "mlx-lm +1")
     train(
         model=network,
