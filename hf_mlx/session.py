@@ -41,8 +41,10 @@ from .training.native_loss import NativeLoss
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
 from .training.padding_row import hold_padding_row
+from .training.routed_experts import route_experts
 from .training.split_exchange import SplitExchange
 from .training.step import Step
+from .training.weight_gradients import lay_out_gradients
 from .training.weighting import ByTokens
 
 
@@ -93,6 +95,8 @@ class Session:
         self.routers = recipe.make_routers(loaded, plan.loss)
         _check_routers(self.routers, plan)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        lay_out_gradients(loaded.model)
+        route_experts(layers(loaded.model))
         attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))

@@ -93,7 +93,7 @@ class Splitting:
             except (RuntimeError, MemoryError) as error:
                 sizes = ((unit * math.ceil(rows / unit / count), tokens, unit) for rows, tokens, unit, count in pieces)
                 rows, tokens, unit = max(sizes, key=lambda size: size[0] * size[1])
-                if rows <= unit or not is_shortage(error):
+                if rows <= unit or held.taken or not is_shortage(error):
                     raise
                 cause = str(error)
             # Outside of the handler, whose traceback keeps the arrays of the failed attempt.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -79,6 +80,7 @@ class Step(Trained):
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
+        self._holds = WeakSet()
         self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
@@ -126,7 +128,7 @@ class Step(Trained):
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
-        if self.optimizer.on_host or not self._updates_with_last(pieces):
+        if self.optimizer.on_host or self._replaces or not self._updates_with_last(pieces):
             self._accumulate_all(pieces)
             return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
@@ -143,6 +145,12 @@ class Step(Trained):
         if self.optimizer.on_host:
             grads, sums = self._clip(self._carry)
             return self._update_clipped(grads, sums, hyper)
+        if self._replaces:
+            grads, factor, sums = self._measure(self._carry)
+            # What may fail for want of memory has been computed by the time that the old arrays go.
+            (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
+            self._replace(grads, factor.get("scale"), hyper)
+            return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums

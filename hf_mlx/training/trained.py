@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
-from .clip import clip_whole, global_norm
+from .clip import clip_gradients, clip_whole, global_norm
 from .exchange import GradientExchange
 from .measured import Held, StepMetrics
 from .objective import Objective
@@ -43,6 +45,7 @@ class Trained:
     _state: State
     _views: Arrays | None
     _whole: tuple[Arrays, State] | None = None
+    _holds: WeakSet[Held]
 
     @property
     def params(self) -> Arrays:
@@ -157,11 +160,15 @@ class Trained:
         self.load(params, state)
 
     def hold(self) -> Held:
-        """What :meth:`restore` goes back to."""
-        return Held(self._params, self._state, self._carry, self.draws)
+        """What :meth:`restore` goes back to, until an update lets large arrays go."""
+        held = Held(self._params, self._state, self._carry, self.draws)
+        self._holds.add(held)
+        return held
 
     def restore(self, held: Held) -> None:
-        """Undo what was done since ``held``."""
+        """Undo what was done since ``held``; of an update that has let the old arrays go, nothing."""
+        if held.taken:
+            return
         self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
         self._bind()
 
@@ -174,11 +181,18 @@ class Trained:
     def _compile_update(self) -> None:
         self._clip = self._wrap(self._clip_carried)
         self._updated = self._wrap(self._update_packed)
+        self._measure = self._wrap(self._measure_carried)
+        self._move_params = self._wrap(self._params_moved)
+        self._move_slot: dict[str, Callable] = {}
 
     def _arrange(self, params: Arrays) -> Bundles:
         largest = LARGEST if self.optimizer.elementwise else 0
         kinds = {} if self.exchange is None else self.exchange.kinds
         return Bundles(params, self.optimizer.decay, self._computed_in(), largest, kinds)
+
+    @property
+    def _replaces(self) -> bool:
+        return replaces(self.optimizer, self._params.values())
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
@@ -192,13 +206,42 @@ class Trained:
             mx.eval(grads, sums)
             moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
             self._params = self._bundles.pack(moved)
+        elif self._replaces:
+            self._replace(grads, None, hyper)
+            return sums
         else:
             self._params, self._state = self._updated(self._params, grads, self._state, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _update_packed(self, params: Arrays, grads: Arrays, state: Any, hyper: Arrays) -> tuple[Arrays, Any]:
-        return self.optimizer.update(params, grads, state, hyper)
+    def _replace(self, grads: Arrays, scale: mx.array | None, hyper: Arrays) -> None:
+        """Update so that each old array goes as its new one comes: nobody but the pending work holds it.
+
+        A function for each kind of array. Within one, the compiler would keep in float32 what two outputs share, and
+        round it afterwards; a kernel that has all of an update on one element reads and writes once.
+        """
+        for slot in self._state.keys() - self._move_slot.keys():
+            self._move_slot[slot] = self._wrap(partial(self._slot_moved, slot))
+        given = (self._params, grads, self._state, hyper, scale)
+        params = self._move_params(*given)
+        state = {slot: self._move_slot[slot](*given) for slot in self._state}
+        # From here on there is no way back.
+        for held in list(self._holds):
+            held.give_up()
+        self._params, self._state, self._carry = params, state, None
+        del given
+        self._bind()
+        for arrays in (params, *state.values()):
+            mx.async_eval(arrays)
+
+    def _params_moved(self, *given: Any) -> Arrays:
+        return self.optimizer.update(*given)[0]
+
+    def _slot_moved(self, slot: str, *given: Any) -> Arrays:
+        return self.optimizer.update(*given)[1][slot]
+
+    def _update_packed(self, *given: Any) -> tuple[Arrays, Any]:
+        return self.optimizer.update(*given)
 
     def _hyper(self, step: int, lr: float) -> Arrays:
         return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
@@ -209,6 +252,22 @@ class Trained:
             return self.exchange(*carry)
         return *carry, global_norm(carry[0].values())
 
+    def _measure_carried(self, carry: Any) -> tuple[Arrays, dict[str, mx.array], Arrays]:
+        """The gradients, the factor that clips them if there is one, and what the window measured."""
+        grads, metrics, norm = self._gather(carry)
+        grads, scale = clip_gradients(grads, self.clip, norm)
+        return grads, {} if scale is None else {"scale": scale}, {**metrics, "grad_norm": norm}
+
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
         grads, metrics, norm = self._gather(carry)
         return clip_whole(grads, self.clip, norm), {**metrics, "grad_norm": norm}
+
+
+def replaces(optimizer: Optimizer, arrays: Iterable[mx.array]) -> bool:
+    """Whether there are arrays too large to exist twice, so that an update lets the old ones go, kind by kind.
+
+    Args:
+        optimizer: One that looks at whole matrices, or that is the script's own, moves all at once.
+        arrays: What is trained.
+    """
+    return optimizer.elementwise and not optimizer.on_host and any(array.size > LARGEST for array in arrays)
