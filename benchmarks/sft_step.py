@@ -29,6 +29,7 @@ from typing import Any
 
 PRESETS = {
     # hidden, mlp, layers, heads, key-value heads, vocabulary
+    "tiny": (64, 128, 2, 4, 2, 512),
     "small": (256, 768, 4, 4, 2, 8192),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-1b": (2048, 8192, 16, 32, 8, 49152),

@@ -69,10 +69,12 @@ def make_model(job: dict[str, Any]) -> None:
 
 
 def random_rows(job: dict[str, Any], count: int, tokens: int) -> list[list[int]]:
-    """``count`` rows of ``tokens`` random ids."""
+    """``count`` rows of ``tokens`` random ids; where the job is ``uneven``, of half as many to all of them."""
     import numpy as np
 
-    return np.random.default_rng(0).integers(3, job["model"][-1], (count, tokens)).tolist()
+    draw = np.random.default_rng(0)
+    rows = draw.integers(3, job["model"][-1], (count, tokens)).tolist()
+    return [row[: draw.integers(tokens // 2, tokens + 1)] for row in rows] if job.get("uneven") else rows
 
 
 class Clock:
@@ -176,6 +178,7 @@ def settings(job: dict[str, Any], rows: int, clock: Clock) -> dict[str, Any]:
         "max_grad_norm": job["clip"],
         "bf16": job["dtype"] != "float32",
         "gradient_checkpointing": job["on"],
+        "use_cpu": job.get("use_cpu", False),
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -200,8 +203,10 @@ def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int
     from datasets import Dataset
     from trl import SFTConfig
 
-    data = Dataset.from_dict({"input_ids": random_rows(job, rows * job["accumulate"] * clock.last, tokens)})
-    args = SFTConfig(**settings(job, rows, clock), max_length=tokens, model_init_kwargs=named_dtype(job))
+    count = rows * job["accumulate"] * job.get("processes", 1) * clock.last
+    data = Dataset.from_dict({"input_ids": random_rows(job, count, tokens)})
+    options = {"logging_steps": job.get("logging_steps", 10)}
+    args = SFTConfig(**settings(job, rows, clock), **options, max_length=tokens, model_init_kwargs=named_dtype(job))
     return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora(job), callbacks=[clock.callback()])
 
 

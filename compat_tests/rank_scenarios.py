@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -225,11 +226,7 @@ def different() -> Any:
 
 def refused() -> Any:
     """What several processes are not proven for."""
-    import mlx.core as mx
     from datasets import Dataset
-    from trl import DPOConfig
-
-    from hf_mlx import MLXDPOTrainer
 
     told = {}
 
@@ -241,22 +238,16 @@ def refused() -> Any:
 
     case, out = CASES["plain"], f"{OUT}-refused"
 
-    def loss(logits: Any, labels: Any, mask: Any) -> Any:
-        return mx.zeros(labels.shape)
-
-    attempt("loss", lambda: build(case, FOLDER, out, loss=loss).train())
-    attempt("compute_loss_func", lambda: build(case, FOLDER, out, compute_loss_func=lambda o, y, **k: o.loss).train())
     attempt("pieces", lambda: build(case | {"auto_find_batch_size": True}, FOLDER, out))
     attempt("uneven", lambda: build(case | {"accelerator_config": {"even_batches": False}}, FOLDER, out))
     attempt("dispatch", lambda: build(case | {"accelerator_config": {"dispatch_batches": True}}, FOLDER, out))
     shards = CASES["shards"]
     attempt("epochs of shards", lambda: build(shards | {"save_strategy": "epoch"}, FOLDER, out).train())
+    short = CASES["stream"] | {"rows": 3, "gradient_accumulation_steps": 4}
+    attempt("short stream", lambda: build(short, FOLDER, out).train())
     held = Dataset.from_list(token_rows(7, 1)).to_iterable_dataset(num_shards=7)
     one_row = case | {"per_device_eval_batch_size": 1}
     attempt("uneven evaluation", lambda: build(one_row, FOLDER, out, eval_dataset=held).evaluate())
-    pairs = Dataset.from_list([{"prompt": "w1 w2", "chosen": "w3", "rejected": "w4"}] * 4)
-    settings = {"output_dir": out, "report_to": "none", "bf16": False}
-    attempt("dpo", lambda: MLXDPOTrainer(str(FOLDER / "llama"), args=DPOConfig(**settings), train_dataset=pairs))
     return told
 
 
@@ -269,19 +260,44 @@ def raising() -> Any:
     build(SHORT, FOLDER, f"{OUT}-raising", callbacks=[At(1, fail, 1)]).train()
 
 
+class Dies(TrainerCallback):
+    """Ends its process with SIGKILL some seconds after an event of a step."""
+
+    def __init__(self, event: str, step: int, delay: float) -> None:
+        self.step, self.delay = step, delay
+        setattr(self, event, self._begin)
+
+    def _begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            threading.Timer(self.delay, self._die).start() if self.delay else self._die()
+
+    def _die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def killed() -> Any:
-    """A rank that the environment names dies after a step that it names."""
-    rank, step = (int(os.environ[name]) for name in ("KILLED_RANK", "KILLED_STEP"))
-    act = At(step, lambda _: os.kill(os.getpid(), signal.SIGKILL), rank)
-    build(SAVED, FOLDER, os.environ["KILLED_DIR"], callbacks=[act]).train()
+    """The rank that the environment names dies."""
+    from hf_mlx.processes.world import the_world
+
+    rank, event, step, delay = json.loads(os.environ["KILLED"])
+    dies = the_world().rank == rank
+    try:
+        build(SAVED, FOLDER, os.environ["KILLED_DIR"], callbacks=[Dies(event, step, delay)] if dies else []).train()
+    finally:
+        if dies:
+            # The run may be over before it is.
+            time.sleep(delay + 60)
 
 
 def revived() -> Any:
-    """Goes on from the newest checkpoint of a run that ended."""
-    trainer = build(SAVED, FOLDER, os.environ["KILLED_DIR"])
-    kept = any(Path(os.environ["KILLED_DIR"]).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=True if kept else None)
-    return describe(trainer)
+    """Goes on from the newest checkpoint of each run that ended; what each rank then holds, by folder."""
+    made = {}
+    for folder in os.environ["KILLED_DIRS"].split(os.pathsep):
+        trainer = build(SAVED, FOLDER, folder)
+        kept = any(Path(folder).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=True if kept else None)
+        made[folder] = describe(trainer)
+    return made
 
 
 def hanging() -> Any:

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES, datasets_of, lora_of, settings_of, summed
+from rank_cases import CASES, datasets_of, derive, lora_of, metrics_of, optimizers_of, settings_of, summed
 
 TIMED = ("runtime", "per_second", "total_flos")
 
 
 def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
     """The trainer of a case."""
+    import mlx.nn as nn
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
-    from hf_mlx import MLXSFTTrainer, MLXTrainer
+    from hf_mlx import MLXDPOTrainer, MLXSFTTrainer, MLXTrainer
 
     rows, held = datasets_of(case)
     model = folder / case.get("family", "llama")
@@ -35,13 +36,19 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
         base.config.output_router_logits = True
     settings = settings_of(case, out)
     keywords = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer} | keywords
+    keywords = metrics_of(case) | keywords
     if case.get("trainer") == "lm":
         torch.manual_seed(3)
         lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords.setdefault("data_collator", DataCollatorForSeq2Seq(tokenizer))
-        return MLXTrainer(lora, TrainingArguments(**settings), **keywords)
+        keywords = optimizers_of(case, lora) | keywords
+        return derive(MLXTrainer, case)(lora, TrainingArguments(**settings), **keywords)
     lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
-    return MLXSFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
+    if case.get("trainer") == "dpo":
+        return derive(MLXDPOTrainer, case)(model=base, args=DPOConfig(**settings), peft_config=lora, **keywords)
+    if case.get("own") == "native":
+        keywords["loss"] = lambda logits, labels, mask: nn.losses.cross_entropy(logits, labels, reduction="none")
+    return derive(MLXSFTTrainer, case)(base, SFTConfig(**settings), peft_config=lora, **keywords)
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_cases import CASES, SAVED, datasets_of, lora_of, make_model, settings_of, summed
+from rank_cases import (
+    CASES,
+    SAVED,
+    datasets_of,
+    derive,
+    lora_of,
+    make_model,
+    metrics_of,
+    optimizers_of,
+    settings_of,
+    summed,
+)
 
 TIMED = ("runtime", "per_second", "total_flos")
 
@@ -25,7 +36,7 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
     """The trainer, after its run, or the rest of it from ``checkpoint`` on."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-    from trl import SFTConfig, SFTTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
     rows, held = datasets_of(case)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -34,16 +45,19 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         base.config.output_router_logits = True
     settings = settings_of(case, out)
     keywords: dict[str, Any] = {"train_dataset": rows, "eval_dataset": held, "processing_class": tokenizer}
+    keywords |= metrics_of(case)
     if case.get("trainer") == "lm":
         from transformers import DataCollatorForSeq2Seq
 
         torch.manual_seed(3)
         lora = get_peft_model(base, LoraConfig(**lora_of(case)))
         keywords["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
-        trainer: Any = Trainer(lora, TrainingArguments(**settings), **keywords)
+        keywords |= optimizers_of(case, lora)
+        trainer: Any = derive(Trainer, case)(lora, TrainingArguments(**settings), **keywords)
     else:
         lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
-        trainer = SFTTrainer(base, SFTConfig(**settings), peft_config=lora, **keywords)
+        config, made = (DPOConfig, DPOTrainer) if case.get("trainer") == "dpo" else (SFTConfig, SFTTrainer)
+        trainer = derive(made, case)(model=base, args=config(**settings), peft_config=lora, **keywords)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
@@ -61,6 +75,8 @@ def resume(models: str, out: str, checkpoint: str) -> None:
 
 
 def main() -> None:
+    from accelerate.state import GradientState
+
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if sys.argv[1] == "--resume":
@@ -78,6 +94,8 @@ def main() -> None:
                 print("FAILED", name, type(error).__name__, str(error)[:300], flush=True)
                 continue
             history = untimed(trainer.state.log_history)
+            # A loader that is not read to its end is taken for the one at hand in the next case.
+            GradientState._reset_state()
             held = {k: p.detach().numpy() for k, p in trainer.model.named_parameters() if p.requires_grad}
             made = {"max_steps": trainer.state.max_steps, "log": history, "weights": summed(held)}
             if trainer.args.process_index == 0:

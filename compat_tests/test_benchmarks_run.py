@@ -78,3 +78,32 @@ def test_a_step_of_preferences_beside_trl(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
     assert [line[3] for line in lines] == ["hf_mlx", "trl"]
     assert "reference: the policy with its adapter off" in done.stdout
+
+
+@pytest.mark.wide
+def test_one_process_and_two_beside_torchrun(tmp_path):
+    kept = tmp_path / "ranks.json"
+    words = ["--preset", "tiny", "--shape", "2x32", "--check-shape", "2x16", "--check-steps", "2", "--steps", "3"]
+    words += ["--warm-up", "1", "--dtype", "float32", "--limit", "800", "--json", kept]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "ranks.py", *map(str, words)], capture_output=True, text=True, timeout=850
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    report = json.loads(kept.read_text())
+    found = {(one["peer"], one["processes"], one["part"]): one["ranks"] for one in report["results"]}
+    timed = [(peer, processes) for peer in ("hf_mlx", "trl", "torch") for processes in (1, 2)]
+    assert [(peer, processes) for peer, processes, part in found if part == "speed"] == timed
+    assert all(len(found[peer, processes, "speed"]) == processes for peer, processes in timed)
+    assert all(rank["seconds"] > 0 and rank["peak"] > 0 for one in timed for rank in found[*one, "speed"])
+    # Two processes, one of as many rows, one that accumulates, and TRL's two, on rows of uneven length.
+    ours = found["hf_mlx", 2, "check"]
+    assert len(ours[0]["log"]) == 2 and ours[0]["weights"] == ours[1]["weights"]
+    for key in (("hf_mlx", 1, "check"), ("hf_mlx", 1, "accumulated"), ("trl", 2, "check")):
+        for expected, entry in zip(found[key][0]["log"], ours[0]["log"], strict=True):
+            assert entry == pytest.approx(expected, rel=5e-6), key
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines if line[:1] in (["hf_mlx"], ["trl"], ["torch"])] == [
+        [peer, str(processes)] for peer, processes in timed
+    ]
+    assert "trained weights on all ranks: bitwise equal" in done.stdout

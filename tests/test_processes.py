@@ -101,8 +101,10 @@ def _window(rank, kept, average=True):
     valid = ((3, 5), (2, 0))
     made = []
     for counts in valid:
-        peers = Peers(rank, counts, tuple(n + 1 for n in counts), counts, counts, counts, kept, average)
-        made.append(Inputs({}, counts[rank], counts[rank], 0, counts[rank] + 1, None, peers))
+        peers = Peers(
+            rank, counts, tuple(n + 1 for n in counts), counts, counts, counts, counts, counts, kept, average=average
+        )
+        made.append(Inputs({}, counts[rank], counts[rank], 0, counts[rank] + 1, None, peers=peers))
     return made
 
 

@@ -72,6 +72,13 @@ class RowLoader:
             return self.share.processes
         return self.share.kept(len(self.dataset), self.batch_size, drop_last=self.drop_last)
 
+    @property
+    def remainder(self) -> int:
+        """Rows of a last round of several processes that is not full; 0 where it is left out."""
+        if self.share is None or self.drop_last:
+            return 0
+        return len(self.dataset) % self.share.round_rows(self.batch_size)
+
     def sample(self, count: int) -> Iterator[Batch]:
         """Up to ``count`` micro-batches, spread evenly over the first epoch, in an order that any part of is, too."""
         order = np.arange(len(self.dataset)) if self.order is None else self.order(0)

@@ -70,6 +70,16 @@ class OwnLoader:
         """Whether accelerate leaves its last batch uncut, because it was asked to drop one that is not full."""
         return bool(getattr(self.loader, "_drop_last", False))
 
+    @property
+    def remainder(self) -> int:
+        """Rows of a last round that is not full, to which accelerate cuts what is gathered; 0 where it cuts nothing."""
+        cut = self.is_prepared and not self.drops_last and hasattr(self.dataset, "__len__")
+        return len(self.dataset) % self.batch_size if cut else 0
+
+    def kept(self, processes: int) -> int:
+        """Of how many processes metrics count at the end of an epoch; see :meth:`~hf_mlx.data.order.Share.kept`."""
+        return min(self.remainder, processes) or processes
+
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(None)
 

@@ -13,7 +13,7 @@ from ..checkpoints.boundary import Boundary
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
 from ..data.order import Steps
-from ..errors import TrainingError
+from ..errors import DataError, TrainingError
 from ..feed import Feed, Loader
 from ..processes.world import World
 from ..session import Session
@@ -175,6 +175,7 @@ class Loop:
                     self.compute.accumulate(inputs, trained)
                 if trained == len(window):
                     fire(self.host, "on_substep_end")
+                    _check_steps(update, micro, self.plan.batch.gradient_accumulation_steps)
                 break
             self._optimize(inputs)
             host.state.epoch = epoch + micro / self.steps.batches_per_epoch
@@ -279,6 +280,15 @@ class Loop:
         except BaseException:
             step.restore(held)
             raise
+
+
+def _check_steps(update: int, micro: int, accumulation: int) -> None:
+    if update == 0:
+        raise DataError(
+            f"a stream that ends after {micro} micro-batch(es), with gradient_accumulation_steps={accumulation}",
+            "a whole step in an epoch: upstream begins to count anew with each, and reads the stream for ever",
+            f"gradient_accumulation_steps={micro}, or a stream that repeats its rows: rows.repeat(None)",
+        )
 
 
 def _check_alone(world: World) -> None:

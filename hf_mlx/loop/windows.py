@@ -14,10 +14,11 @@ import numpy as np
 from ..checkpoints.interrupt import Interrupt
 from ..data.collate import Batch
 from ..data.loader import RowLoader, StreamLoader
+from ..data.own_loader import OwnLoader
 from ..errors import TrainingError
 from ..feed import Loader
 from ..processes.world import World
-from ..training.inputs import HostInputs, Inputs, Peers
+from ..training.inputs import PEER_COLUMNS, HostInputs, Inputs, Peers
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ Window = list[tuple[Batch, Inputs]]
 # What a process tells the others before each step, as bits.
 _EPOCH_STOP, _TRAINING_STOP, _INTERRUPT = 1, 2, 4
 _STOPS = _EPOCH_STOP | _TRAINING_STOP
-_COLUMNS = 5
+_COLUMNS = len(PEER_COLUMNS)
 _KIND = "the counts of a step"
 
 
@@ -111,11 +112,11 @@ class SharedWindows(Windows):
         if watch is not None:
             watch.say(self._step() + 1)
         try:
-            return self._take_ahead(size, following) if self._ahead else self._take_now(size)
+            return self._take_ahead(size, following) if self._ahead else self._take_now(size, last=following == 0)
         finally:
             self._first = False
 
-    def _take_now(self, size: int) -> Window:
+    def _take_now(self, size: int, *, last: bool) -> Window:
         window = list(islice(self._batches, size))
         flags = self._flags()
         if not window and not (flags and self._has_own_shards):
@@ -123,7 +124,7 @@ class SharedWindows(Windows):
         table = self._receive(self._send(window, flags))
         if self._obey(table[:, 0]):
             return []
-        return self._with_peers(window, table, last=False)
+        return self._with_peers(window, table, last=last)
 
     def _take_ahead(self, size: int, following: int) -> Window:
         if self._next is None:
@@ -189,7 +190,7 @@ class SharedWindows(Windows):
         counts = table[3:].reshape(self._accumulation, _COLUMNS)
         for row, (batch, laid) in zip(counts, window, strict=False):
             real = batch.count_input_tokens(self._pad_token_id)
-            row[:] = laid.valid, laid.labelled, laid.tokens, batch.input_ids.size, real
+            row[:] = laid.valid, laid.labelled, laid.tokens, batch.input_ids.size, real, laid.chosen, laid.pairs
         return self._world.gather_later(_KIND, table)
 
     def _receive(self, sent: mx.array | None) -> np.ndarray:
@@ -208,13 +209,17 @@ class SharedWindows(Windows):
 
     def _with_peers(self, window: list[Laid], table: np.ndarray, *, last: bool) -> Window:
         counts = table[:, 3:].reshape(self._world.size, -1, _COLUMNS)
-        kept = self._world.size
+        kept, remainder = self._world.size, 0
+        if last and isinstance(self._loader, RowLoader | OwnLoader):
+            remainder = self._loader.remainder
         if last and isinstance(self._loader, RowLoader):
             kept = self._loader.kept(len(self._loader) - 1)
+        elif last and isinstance(self._loader, OwnLoader):
+            kept = self._loader.kept(kept)
         made = []
         for number, (batch, laid) in enumerate(window):
             columns = (tuple(column) for column in counts[:, number].T.tolist())
-            peers = Peers(self._world.rank, *columns, kept=kept, average=self._average)
+            peers = Peers(self._world.rank, *columns, kept=kept, remainder=remainder, average=self._average)
             made.append((batch, replace(laid.to_device(), peers=peers)))
         return made
 

@@ -66,7 +66,9 @@ def read_launcher(environ: Mapping[str, str] | None = None) -> Launched | None:
     if size == 1:
         # mlx.launch -n 1: a group of one is no group.
         return None
-    return Launched("nccl", rank, size, environ.get("NCCL_HOST_IP"), int(environ.get("CUDA_VISIBLE_DEVICES") or 0))
+    # mlx.launch shows each process one card, by its number on the machine.
+    card = environ.get("CUDA_VISIBLE_DEVICES", "")
+    return Launched("nccl", rank, size, environ.get("NCCL_HOST_IP"), int(card) if card.isdigit() else rank)
 
 
 def _refuse_torch(environ: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 #: Seconds of waiting after which it is said who is waited for.
 PATIENCE = 30.0
 #: Seconds after another process has ended in which MLX's own error is given the chance to be raised.
-GRACE = 8.0
+GRACE = 5.0
 
 
 class Watch:
@@ -164,18 +164,20 @@ class Watch:
                     done = done or who == rank
                     self._gone = self._gone or f"rank {who} has ended before the others"
                 elif "failed" in message:
-                    self._hear(f"rank {who} has ended with {message['failed']}", message)
+                    self._hear(who, f"rank {who} has ended with {message['failed']}")
+                elif "ended" in message:
+                    self._hear(who, message["ended"])
         except (OSError, ValueError, KeyError):
             pass
         if not done and not self._is_over:
             at = f" at step {self._at[rank]}" if rank in self._at else ""
-            self._hear(f"rank {rank} has ended without a word{at}", {"rank": rank, "failed": f"no word{at}"})
+            self._hear(rank, f"rank {rank} has ended without a word{at}")
 
-    def _hear(self, words: str, message: dict[str, Any]) -> None:
+    def _hear(self, rank: int, words: str) -> None:
         if self._ended is None:
             self._ended = words
             if self.rank == 0:
-                self._send(message)
+                self._send({"rank": rank, "ended": words})
             self._news.set()
 
     def _look(self) -> None:

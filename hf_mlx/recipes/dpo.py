@@ -115,7 +115,8 @@ def _lay_shared(batch: PairBatch, shared: SharedPrompts) -> HostInputs:
 
 def _host_inputs(batch: PairBatch, arrays: dict[str, np.ndarray], held: int) -> HostInputs:
     valid, labelled = int((batch.labels[:, 1:] != IGNORE).sum()), int((batch.labels != IGNORE).sum())
-    return HostInputs(arrays, valid, batch.num_tokens, arrays["input_ids"].size - held, labelled)
+    chosen, padding = int((batch.labels[::2, 1:] != IGNORE).sum()), arrays["input_ids"].size - held
+    return HostInputs(arrays, valid, batch.num_tokens, padding, labelled, chosen=chosen, pairs=batch.examples)
 
 
 def default_args(model: str) -> Any:
@@ -175,4 +176,5 @@ DPO = Recipe(
     tags=("generated_from_trainer", "trl", "dpo", "hf-mlx"),
     method="DPO",
     paper=_PAPER,
+    trains_together=True,
 )

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import SettingError
 from ..processes.world import World
 from .facade import Device
-from .gathering import gather, pad, reduce
+from .gathering import cut, gather, pad, reduce
 from .together import first
 
 
@@ -44,6 +44,7 @@ class Accelerator:
         gradient_accumulation_steps: int = 1,
         seedable_sampler: bool = True,
         data_seed: int | None = None,
+        split_batches: bool = False,
     ) -> None:
         self._world = world = world or World()
         self.num_processes, self.process_index, self.local_process_index = world.size, world.rank, world.local_rank
@@ -51,10 +52,11 @@ class Accelerator:
         self.is_last_process = world.rank == world.size - 1
         self.use_distributed = not world.is_alone
         self.use_seedable_sampler = seedable_sampler
-        self._data_seed = data_seed
+        self._data_seed, self.split_batches = data_seed, split_batches
         self.device = Device("cpu")
         self.mixed_precision = mixed_precision
         self.gradient_accumulation_steps = gradient_accumulation_steps
+        self._remainder = 0
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """``print``, once on each machine."""
@@ -80,6 +82,7 @@ class Accelerator:
             data_loader,
             num_processes=self.num_processes,
             process_index=self.process_index,
+            split_batches=self.split_batches and self.use_distributed,
             use_seedable_sampler=self.use_seedable_sampler,
             data_seed=self._data_seed,
         )
@@ -92,7 +95,19 @@ class Accelerator:
         """The tensors of all processes, one after the other along their first dimension; nested ones likewise."""
         return gather(tensor, self._world)
 
-    gather_for_metrics = gather
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """The same, of several processes cut to the rows that are no repetition, where an epoch or evaluation ends."""
+        gathered = self.gather(input_data)
+        return cut(gathered, self._remainder) if self._remainder and self.use_distributed else gathered
+
+    @contextmanager
+    def ending(self, remainder: int) -> Iterator[None]:
+        """A block in which a last round is at hand, of which ``remainder`` rows are no repetition; 0 for another."""
+        self._remainder = remainder
+        try:
+            yield
+        finally:
+            self._remainder = 0
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:

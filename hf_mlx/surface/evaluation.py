@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+from ..data.batch import Batch
 from ..data.loader import RowLoader
 from ..data.own_loader import OwnLoader
 from ..errors import DataError
@@ -26,6 +27,9 @@ class Evaluation:
         data: Turns batches into device arrays.
         before_metrics: Called before ``compute_metrics``, which may look at the user's model.
         counts_items: The upstream trainer divides a batch by the tokens that all processes evaluate at the same time.
+
+    Attributes:
+        remainder: Rows that are no repetition of a last round that is at hand and not full; else 0.
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class Evaluation:
         self._before_metrics = before_metrics
         self._counts_items = counts_items
         self._sums: EvalSums | None = None
+        self._is_last, self.remainder = False, 0
 
     def __call__(
         self,
@@ -72,10 +77,10 @@ class Evaluation:
         cut = _cut_of(loader, rows, size, drop_last=plan.batch.drop_last)
         sink = None
         if keep_logits or compute_metrics is not None:
-            options: dict[str, Any] = {"size": size, "remainder": cut.remainder}
-            options |= {"ends": cut.is_prepared, "keeps": keep_logits}
+            options: dict[str, Any] = {"size": size, "remainder": cut.remainder, "keeps": keep_logits}
+            options["is_last"] = lambda: self._is_last
             if not world.is_alone:
-                options |= {"world": world, "rows": rows if cut.is_cut else None}
+                options |= {"world": world}
             sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
             if compute_metrics is not None:
                 self._before_metrics()
@@ -87,8 +92,10 @@ class Evaluation:
                 sink.end_batch()
 
         with session.evaluation(in_train=in_train) as (evaluator, params):
-            batches = loader if sink is None else sink.watch(loader)
+            looks = sink is not None or (session.host_loss is not None and not world.is_alone)
+            batches = self._watch(loader, cut.is_prepared, cut.remainder) if looks else loader
             sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+            self.remainder, self._is_last = 0, False
         if not world.is_alone:
             sums = self._gather(sums, loader)
         session.progress.mode, self._sums = "eval", sums
@@ -96,7 +103,7 @@ class Evaluation:
         if sums.losses:
             counted = None
             if not world.is_alone and rows is not None and cut.is_cut:
-                counted = _repeated_rows(rows, loader, len(sums.losses), size)
+                counted = _repeated_rows(rows, loader, len(sums.losses), size, world.size)
             elif cut.remainder:
                 counted = (len(sums.losses) - 1) * size + min(cut.remainder, size)
             measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, counted=counted)
@@ -111,6 +118,16 @@ class Evaluation:
         metrics |= {f"{prefix}_{key}": metrics.pop(key) for key in bare}
         return EvalLoopOutput(cast(Any, predictions), labels, metrics, rows if rows is not None else sums.rows)
 
+    def _watch(self, loader: Loader, ends: bool, remainder: int) -> Iterator[Batch]:
+        """The batches, each once it is known whether another follows, as accelerate's loaders give them."""
+        rest = iter(loader)
+        following = next(rest, None)
+        while following is not None:
+            batch, following = following, next(rest, None)
+            self._is_last = ends and following is None
+            self.remainder = remainder if self._is_last else 0
+            yield batch
+
     def _gather(self, sums: EvalSums, loader: Loader) -> EvalSums:
         session, world = self._session, self._session.world
         parts = [EvalSums(**part) for part in world.gather_object(vars(sums), "the end of an evaluation")]
@@ -124,9 +141,18 @@ class Evaluation:
         kept = world.size
         if isinstance(loader, RowLoader) and sums.losses:
             kept = loader.kept(len(loader) - 1)
-        by_all = self._counts_items and session.loaded.accepts_loss_kwargs and session.plan.batch.average_tokens
+        elif isinstance(loader, OwnLoader):
+            kept = loader.kept(kept)
+        # A loss of the script's own has been divided already.
+        by_all = (
+            self._counts_items
+            and session.host_loss is None
+            and session.loaded.accepts_loss_kwargs
+            and session.plan.batch.average_tokens
+        )
         coefficient = session.step.objective.aux_coefficient
-        return EvalSums.gathered(parts, kept, by_all=by_all, aux_coefficient=coefficient)
+        weigh = session.step.weigh
+        return EvalSums.gathered(parts, kept, weigh=weigh, by_all=by_all, aux_coefficient=coefficient)
 
     def running_metrics(self) -> dict[str, float]:
         """What the upstream trainer adds to an entry: the running means of the mode the model is in."""
@@ -162,13 +188,19 @@ def _cut_of(loader: Loader, rows: int | None, batch_size: int, *, drop_last: boo
     drops = drop_last if own is None else own.drops_last
     if rows is None or not is_prepared or drops:
         return _Cut(is_prepared, False, 0)
-    return _Cut(True, True, rows % (batch_size if own is None else own.batch_size))
+    return _Cut(True, True, rows % _round_rows(loader, batch_size))
 
 
-def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int) -> int:
+def _round_rows(loader: Loader, batch_size: int) -> int:
+    """Rows that all processes evaluate at the same time."""
+    if isinstance(loader, OwnLoader):
+        return loader.batch_size
+    share = loader.share if isinstance(loader, RowLoader) else None
+    return batch_size if share is None else share.round_rows(loader.batch_size)
+
+
+def _repeated_rows(rows: int, loader: Loader, batches: int, batch_size: int, processes: int) -> int:
     """How many of the repeated losses upstream keeps: of the last round as many as it has rows of its own."""
-    if not isinstance(loader, RowLoader) or loader.share is None:
-        return rows
-    rest = rows % loader.share.round_rows(loader.batch_size)
+    rest = rows % _round_rows(loader, batch_size)
     repeated = batches * batch_size
-    return repeated - loader.share.processes * batch_size + rest if rest else repeated
+    return repeated - processes * batch_size + rest if rest else repeated

@@ -23,6 +23,11 @@ def gather(value: Any, world: World) -> Any:
     return value if world.is_alone else _map(value, lambda array: np.concatenate(_exchange(array, world)))
 
 
+def cut(value: Any, rows: int) -> Any:
+    """The first ``rows`` of gathered arrays."""
+    return _map(value, lambda array: array[:rows])
+
+
 def reduce(value: Any, world: World, reduction: str, scale: float) -> Any:
     """The sum or the mean over all processes, times ``scale``.
 

@@ -37,8 +37,8 @@ class OwnLoss:
         trainer, device = self._trainer, _device(self._trainer.model)
         inputs = read_inputs(micro.batch, device)
         model = self._model(forward, inputs, device, training=True, draws=micro.draws)
-        items = self._items(micro, device)
-        with _mode(trainer.model, training=True):
+        items = self._items(micro, micro.items, device)
+        with _mode(trainer.model, training=True), trainer.accelerator.ending(micro.remainder):
             loss = self._call(model, inputs, items)
             if not self._is_scaled(items):
                 loss = loss / micro.window
@@ -53,8 +53,11 @@ class OwnLoss:
         trainer, device = self._trainer, _device(self._trainer.model)
         inputs = read_inputs(micro.batch, device)
         model = self._model(forward, inputs, device, training=False)
-        items = self._items(micro, device) if self._counts_in_evaluation else None
-        with _mode(trainer.model, training=False), torch.no_grad():
+        items = None
+        if self._counts_in_evaluation:
+            items = self._items(micro, self._count_all(micro), device)
+        ending = trainer.accelerator.ending(trainer._evaluate_loader.remainder)
+        with _mode(trainer.model, training=False), torch.no_grad(), ending:
             made = self._call(model, inputs, items, return_outputs=wants_logits or self._counts_in_evaluation)
         loss, outputs = made if isinstance(made, tuple) else (made, None)
         logits = getattr(outputs, "logits", None)
@@ -77,7 +80,14 @@ class OwnLoss:
             options["num_items_in_batch"] = items
         return compute(model, inputs, **options)
 
-    def _items(self, micro: HostMicro, device: Any) -> Any:
+    def _count_all(self, micro: HostMicro) -> int:
+        """Tokens of an evaluation batch, of all processes where a batch is divided by those."""
+        trainer = self._trainer
+        if not trainer.plan.batch.average_tokens:
+            return micro.items
+        return int(trainer.world.gather("tokens of an evaluation", np.array([micro.items])).sum())
+
+    def _items(self, micro: HostMicro, count: int, device: Any) -> Any:
         import torch
 
         trainer = self._trainer
@@ -85,7 +95,7 @@ class OwnLoss:
             trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
         ):
             return None
-        return torch.tensor(micro.items, device=device)
+        return torch.tensor(count, device=device)
 
     def _is_scaled(self, items: Any) -> bool:
         """Whether the loss is one of the whole window already (``Trainer.loss_is_scaled_for_ga``)."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
 
 from ..data.batch import Batch
-from ..errors import SettingError
 from ..models.torch_arrays import like_torch, to_numpy
 from ..processes.world import World
+from .gathering import gather, pad
 from .own_loss import read_inputs
 
 
@@ -26,13 +25,10 @@ class Predictions:
             where torch is installed; may return tuples, lists and dicts of arrays.
         keeps: Keep predictions even where metrics are computed by batch.
         size: What the loss of each batch counts for: ``per_device_eval_batch_size``.
-        remainder: Rows of a last batch that is not full, to which what comes of it is cut; 0 where it is not known.
-        ends: Whether the last batch is known for the last.
+        remainder: Rows of a last batch that is not full, of all processes together, to which what comes of it is cut; 0
+            where it is not known.
+        is_last: Whether the batch at hand is known for the last.
         world: The processes that evaluate together; None for one.
-        rows: Of the set, where several processes repeat some to have as many each.
-
-    Raises:
-        SettingError: Several processes cannot compute metrics from what is asked for.
     """
 
     def __init__(
@@ -44,32 +40,19 @@ class Predictions:
         keeps: bool,
         size: int,
         remainder: int,
-        ends: bool,
+        is_last: Callable[[], bool],
         world: World | None = None,
-        rows: int | None = None,
     ) -> None:
-        if world is not None:
-            _check_processes(args)
-        self._world, self._rows = world, rows
+        self._world = world
         self._compute, self._preprocess = compute, preprocess
         self._by_batch = bool(args.batch_eval_metrics)
         self._keeps = keeps or not self._by_batch
         self._included = tuple(args.include_for_metrics or ())
         self._joins = args.eval_do_concat_batches
-        self._size, self._remainder, self._ends = size, remainder, ends
+        self._size, self._remainder, self._is_last = size, remainder, is_last
         self._parts: dict[str, list[Any]] = {"predictions": [], "labels": [], "inputs": [], "losses": []}
         self._batch: dict[str, Any] = {}
-        self._is_last = False
         self._metrics: Any = None
-
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """``batches``, each once it is known whether another follows, as accelerate's loaders give them."""
-        rest = iter(batches)
-        following = next(rest, None)
-        while following is not None:
-            batch, following = following, next(rest, None)
-            self._is_last = self._ends and following is None
-            yield batch
 
     def __call__(self, logits: np.ndarray, labels: np.ndarray | None, batch: Batch, loss: float | None) -> None:
         """Take one batch; ``labels`` and ``loss`` are None where it has no labels."""
@@ -83,20 +66,27 @@ class Predictions:
         known = None if labels is None else like_torch(labels.astype(np.int64))
         if self._preprocess is not None:
             given = self._preprocess(given, known)
-        is_cut = self._world is None and self._is_last and 0 < batch.examples <= self._remainder
-        cut = self._remainder if is_cut else None
+        inputs = batch.collated_ids.astype(np.int64) if "inputs" in self._included and self._keeps else None
+        losses = None if loss is None else np.full(self._size, loss, np.float32)
+        examples = batch.examples
+        if self._world is not None:
+            inputs = None if inputs is None else pad(inputs, self._world, 1, -100, False)
+            given, known, inputs, losses = (
+                None if value is None else gather(value, self._world) for value in (given, known, inputs, losses)
+            )
+            examples = self._remainder
+        cut = self._remainder if self._is_last() and 0 < examples <= self._remainder else None
         if cut is not None:
             # accelerate leaves what cannot be cut as it is.
             with suppress(IndexError, TypeError):
                 given = _map(lambda array: array[:cut], given)
             # Of a batch of pairs, which counts by pairs, it leaves the chosen answers.
             known = None if known is None else known[:cut]
-        losses = None if loss is None else np.full(min(cut or self._size, self._size), loss, np.float32)
+        losses = None if losses is None else losses[:cut]
         self._batch = {"predictions": given, "labels": known, "losses": losses, "batch": batch}
         if not self._keeps:
             return
-        inputs = batch.collated_ids[:cut].astype(np.int64) if "inputs" in self._included else None
-        for name, value in {**self._batch, "inputs": inputs}.items():
+        for name, value in {**self._batch, "inputs": None if inputs is None else inputs[:cut]}.items():
             if name in self._parts and value is not None:
                 self._parts[name].append(_map(to_numpy, value))
 
@@ -108,7 +98,7 @@ class Predictions:
         losses = like_torch(made["losses"]) if "loss" in self._included and made["losses"] is not None else None
         inputs = read_inputs(made["batch"], "cpu") if "inputs" in self._included else None
         prediction = _prediction(made["predictions"], made["labels"], inputs, losses)
-        self._metrics = self._compute(prediction, compute_result=self._is_last)
+        self._metrics = self._compute(prediction, compute_result=self._is_last())
 
     def finish(self) -> tuple[Any, Any, dict[str, Any]]:
         """Predictions and labels of all rows (None where there are none), and what ``compute_metrics`` returned."""
@@ -120,8 +110,6 @@ class Predictions:
         return predictions, labels, _plain(self._metrics if self._metrics is not None else {})
 
     def _join(self, parts: list[Any]) -> Any:
-        if parts and self._world is not None:
-            return _concatenate(_gather_rows(parts, self._world))[: self._rows]
         if not parts or not self._joins:
             return parts or None
         return _concatenate(parts)
@@ -129,34 +117,6 @@ class Predictions:
 
 # What include_for_metrics calls the fields of an EvalPrediction.
 _WORDS = {"inputs": "inputs", "losses": "loss"}
-
-
-def _check_processes(args: Any) -> None:
-    asked = {
-        "batch_eval_metrics": bool(args.batch_eval_metrics),
-        "include_for_metrics": bool(args.include_for_metrics),
-        "eval_do_concat_batches=False": not args.eval_do_concat_batches,
-    }
-    for name in (name for name, is_asked in asked.items() if is_asked):
-        raise SettingError(
-            f"{name} on several processes",
-            "metrics are computed there from all predictions and labels at once",
-            f"leave {name.split('=')[0]} out, or evaluate on one process",
-        )
-
-
-def _gather_rows(parts: list[Any], world: World) -> list[np.ndarray]:
-    """The batches of all processes: of a round by rank, one round after the other."""
-    if not all(isinstance(part, np.ndarray) for part in parts):
-        raise SettingError(
-            "several arrays from preprocess_logits_for_metrics, on several processes",
-            "it returns one array of a batch there",
-            "return one array, or evaluate on one process",
-        )
-    buffer = io.BytesIO()
-    np.savez(buffer, *parts)
-    gathered = [np.load(io.BytesIO(data)) for data in world.gather_bytes(buffer.getvalue(), "predictions")]
-    return [archive[f"arr_{number}"] for number in range(len(parts)) for archive in gathered]
 
 
 def _widen(array: np.ndarray, width: int) -> np.ndarray:

@@ -173,7 +173,8 @@ def _as_computed(loaded: LoadedModel, plan: TrainPlan) -> None:
 def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size: int) -> Any:
     """``dataset`` with the reference's log-probabilities as columns of float32.
 
-    Rows are batched as the first epoch will batch them, so that step 1 finds the very numbers it computes itself.
+    Rows are batched as the first epoch will batch them, so that step 1 finds the very numbers it computes itself. Of
+    several processes each computes its share of the batches.
 
     Raises:
         SettingError: A stream, which cannot be read twice.
@@ -197,14 +198,19 @@ def precompute(dataset: Any, session: Session, data: Feed, name: str, batch_size
     found = np.zeros((len(dataset), 2), np.float32)
     training = objective.model.training
     objective.model.eval()
+    world = session.world
     try:
         for start, batch in _batches(dataset, order, data, batch_size):
+            if (start // batch_size) % world.size != world.rank:
+                continue
             rows = order[start : start + batch_size]
             arrays = data.inputs(batch).arrays
             found[rows] = np.array(compute(session.step.params, arrays))
     finally:
         objective.slots.bind(session.step.params)
         objective.model.train(training)
+    if not world.is_alone:
+        found = np.array(world.sum({"": mx.array(found)}, f"the reference of the {name} dataset")[""])
     for column, values in zip(REFERENCE_COLUMNS, found.T, strict=True):
         dataset = dataset.add_column(column, np.ascontiguousarray(values))
     return dataset

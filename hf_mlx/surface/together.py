@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import SettingError
 from ..processes.world import World, find_different
+from ..training.inputs import PEER_COLUMNS
 
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "numpy")
 _ROWS_AT_ONCE = 10_000
@@ -33,35 +34,6 @@ def check_recipe(recipe: Any, world: World) -> None:
             "one process: its losses are not compared with several processes of upstream yet",
             f"python train.py, with gradient_accumulation_steps={world.size} times as many",
         )
-
-
-def check_own(trainer: Any, world: World) -> None:
-    """Refuse parts of the script's own that several processes are not proven for.
-
-    Raises:
-        SettingError: Names the first of them.
-    """
-    if world.is_alone:
-        return
-    asked = {
-        "a loss of the script's own": (
-            trainer.session.host_loss is not None or trainer.session.native_loss is not None,
-            'the losses of the configuration: loss_type="nll"',
-        ),
-        "an optimizer or a schedule of the script's own": (
-            trainer._brings_optimizer(),
-            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …) without optimizers=',
-        ),
-        "a loader of the script's own": (
-            trainer._overrides_loaders(),
-            "train_dataset=…, data_collator=… and train_sampling_strategy=… without the override",
-        ),
-    }
-    for name, (given, remedy) in asked.items():
-        if given:
-            raise SettingError(
-                f"{name} on {world.size} processes", "one process, or what is compiled into the step", remedy
-            )
 
 
 def check_epochs(args: Any, loader: Any) -> None:
@@ -113,7 +85,7 @@ def join_step(world: World, accumulation: int, timeout: float) -> None:
         timeout: ``ddp_timeout``, in seconds.
     """
     if world.watch is not None:
-        world.width = max(64, 8 + 5 * accumulation)
+        world.width = max(64, 8 + len(PEER_COLUMNS) * accumulation)
         world.watch.limit = float(timeout)
 
 

@@ -24,12 +24,14 @@ def hf_loss(trainer: Any, model: Any, inputs: dict[str, Any], items: Any) -> tup
         inputs = {**inputs, "num_items_in_batch": items}
     outputs = model(**inputs)
     if trainer.compute_loss_func is not None:
-        return trainer.compute_loss_func(outputs, labels, num_items_in_batch=items), outputs
-    if smoother is not None and labels is not None:
-        return smoother(outputs, labels, shift_labels=True, num_items_in_batch=items), outputs
-    if outputs.loss is None:
+        loss = trainer.compute_loss_func(outputs, labels, num_items_in_batch=items)
+    elif smoother is not None and labels is not None:
+        loss = smoother(outputs, labels, shift_labels=True, num_items_in_batch=items)
+    elif outputs.loss is None:
         raise ValueError(f"The model did not return a loss from the inputs {', '.join(inputs)}: there are no labels.")
-    return outputs.loss, outputs
+    else:
+        loss = outputs.loss
+    return _of_all(trainer, loss, items), outputs
 
 
 def trl_loss(trainer: Any, model: Any, inputs: dict[str, Any], items: Any, *, return_outputs: bool) -> Any:
@@ -49,6 +51,7 @@ def trl_loss(trainer: Any, model: Any, inputs: dict[str, Any], items: Any, *, re
         losses = -scored * scored.exp().detach() if trainer.plan.loss.kind == "dft" else -scored
         count = kept.sum() if items is None else items
         loss = losses.sum() / torch.as_tensor(count).clamp(min=1)
+    loss = _of_all(trainer, loss, items)
     with torch.no_grad():
         _measure(trainer, "train" if trainer.model.training else "eval", logits.detach(), labels)
     if not return_outputs:
@@ -56,6 +59,12 @@ def trl_loss(trainer: Any, model: Any, inputs: dict[str, Any], items: Any, *, re
     if logits.requires_grad and torch.is_grad_enabled():
         trainer.say_once(_DETACHED)
     return loss, type(outputs)(logits=logits.detach())
+
+
+def _of_all(trainer: Any, loss: Any, items: Any) -> Any:
+    """``items`` are those of all processes, and the mean over processes is minimised."""
+    divided = items is not None and trainer.plan.batch.average_tokens and not trainer.world.is_alone
+    return loss * trainer.world.size if divided else loss
 
 
 def _smoother(trainer: Any) -> Any:
@@ -75,10 +84,14 @@ def _token_log_probs(logits: Any, labels: Any) -> tuple[Any, Any]:
 
 def _measure(trainer: Any, mode: str, logits: Any, labels: Any) -> None:
     targets = labels[:, 1:]
+    import torch
+
     kept = targets != -100
-    count, rows = int(kept.sum()), logits[:, :-1][kept].float()
+    rows = logits[:, :-1][kept].float()
     logs = rows.log_softmax(-1)
+    own = torch.stack([kept.sum(), -(logs.exp() * logs).sum(), (rows.argmax(-1) == targets[kept]).sum()])
+    count, entropy, correct = trainer.accelerator.gather_for_metrics(own[None]).sum(0).tolist()
     metrics = trainer._metrics[mode]
-    metrics["entropy"].append(float(-(logs.exp() * logs).sum() / count) if count else 0.0)
-    metrics["mean_token_accuracy"].append(float((rows.argmax(-1) == targets[kept]).sum() / count) if count else 0.0)
+    metrics["entropy"].append(entropy / count if count else 0.0)
+    metrics["mean_token_accuracy"].append(correct / count if count else 0.0)
     metrics["num_tokens"] = [float(trainer.session.progress.num_tokens)]

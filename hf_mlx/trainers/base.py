@@ -188,6 +188,7 @@ class TrainerBase(Running):
             mixed_precision="bf16" if self.plan.model.precision.autocast else "no",
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
             seedable_sampler=self.plan.batch.seedable_sampler,
+            split_batches=self.plan.batch.split_batches,
             data_seed=self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)

@@ -65,6 +65,7 @@ class MLXDPOTrainer(PairNames):
     """
 
     recipe = DPO
+    counts_in_evaluation = False
 
     def __init__(
         self,

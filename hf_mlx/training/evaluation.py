@@ -11,10 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..data.collate import Batch
-from .inputs import Inputs
+from .inputs import Counted, Inputs
 from .objective import TOKEN_METRICS, Objective
 from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
+from .weighting import Weighting
 
 # Receives logits (B, T, V) and labels (B, T) of one batch as numpy arrays, the batch and its loss; labels and loss are
 # None where it has no labels.
@@ -28,6 +29,7 @@ class EvalSums:
     Attributes:
         losses: Token-mean loss of each batch; of several processes those of a round one after the other.
         tokens: Scored tokens of each batch, likewise.
+        chosen, pairs: Of each batch, as of :class:`~hf_mlx.training.inputs.Inputs`.
         metrics: By name, what the objective measured of each batch, or round of batches.
         batches: How many were seen; those without labels have no loss.
         rows: Of all batches.
@@ -35,6 +37,8 @@ class EvalSums:
 
     losses: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     batches: int = 0
     rows: int = 0
@@ -45,12 +49,15 @@ class EvalSums:
         self.rows += rows
 
     @classmethod
-    def gathered(cls, parts: Sequence[EvalSums], kept: int, *, by_all: bool, aux_coefficient: float) -> EvalSums:
+    def gathered(
+        cls, parts: Sequence[EvalSums], kept: int, *, weigh: Weighting, by_all: bool, aux_coefficient: float
+    ) -> EvalSums:
         """What several processes measured, as upstream gathers it.
 
         Args:
             parts: By rank, as many batches each.
             kept: Of how many processes the metrics of the last round count.
+            weigh: What the metrics of a process weigh in those of all.
             by_all: A batch is divided by the tokens of all processes and multiplied by their number, as transformers
                 5.23 ``Trainer.prediction_step`` has it.
             aux_coefficient: What the routers' loss is multiplied by in the losses.
@@ -65,14 +72,15 @@ class EvalSums:
             for part, share in zip(parts, shares, strict=True):
                 aux = aux_coefficient * part.metrics.get("aux_loss", [0.0] * rounds)[number]
                 made.losses.append((part.losses[number] - aux) * share + aux * (ranks if by_all else 1))
-            made.tokens += [part.tokens[number] for part in parts]
-            counted = parts[: kept if number == rounds - 1 else ranks]
-            weights = np.array([part.tokens[number] for part in counted], np.float64)
+            columns = ([getattr(part, name)[number] for part in parts] for name in ("tokens", "chosen", "pairs"))
+            counted = Counted(*map(tuple, columns))
+            made.tokens += counted.valid
             for name in parts[0].metrics:
-                values = np.array([part.metrics[name][number] for part in counted])
-                by_token = (values * weights).sum() / max(weights.sum(), 1)
-                mean = by_token if name in TOKEN_METRICS else values.mean()
-                made.metrics.setdefault(name, []).append(float(mean))
+                weights = weigh.shares(name, counted, kept if number == rounds - 1 else ranks)
+                values = [part.metrics[name][number] for part in parts]
+                # What does not count may be NaN.
+                mean = sum(value * weight for value, weight in zip(values, weights, strict=True) if weight)
+                made.metrics.setdefault(name, []).append(mean)
         return made
 
     def loss(self, *, finite_only: bool, batch_size: int, counted: int | None = None) -> float:
@@ -156,6 +164,8 @@ class Evaluator:
         mean = math.nan if is_undefined(self.objective.plan, inputs.valid) else values[0] / divisor
         sums.losses.append(mean + self.objective.aux_coefficient * metrics.get("aux_loss", 0.0))
         sums.tokens.append(inputs.valid)
+        sums.chosen.append(inputs.chosen)
+        sums.pairs.append(inputs.pairs)
         for name, value in metrics.items():
             sums.metrics.setdefault(name, []).append(value)
         return sums.losses[-1]

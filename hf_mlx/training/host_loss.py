@@ -16,7 +16,7 @@ import numpy as np
 
 from ..data.batch import Batch
 from .evaluation import EvalSums, Evaluator, LogitsSink
-from .inputs import Inputs
+from .inputs import Counted, Inputs
 from .objective import TokenObjective
 from .optimizers.contract import Arrays
 from .shortage import describe_evaluation, naming_shortage
@@ -38,12 +38,14 @@ class HostMicro:
         items: Tokens of the window that are scored.
         window: Micro-batches of the window.
         draws: Whether another forward pass has other logits (dropout, NEFTune).
+        remainder: Rows that accelerate's ``gather_for_metrics`` leaves of what several processes gather; 0 for all.
     """
 
     batch: Batch
     items: int
     window: int
     draws: bool
+    remainder: int = 0
 
 
 class HostLoss(Protocol):
@@ -66,6 +68,10 @@ class AsItIs:
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         return [{} for _ in window]
+
+    def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
+        """Each process the same; the script gathers what it measures itself."""
+        return [1 / len(counted.valid)] * len(counted.valid)
 
 
 class HostLossStep(Step):
@@ -95,10 +101,11 @@ class HostLossStep(Step):
     def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Weights]]:
         items, made = self._count(window), []
         for micro in window[:count]:
-            key = mx.array([self.seed, self.draws, 0], mx.uint32)
+            key = mx.array([self.seed, self._draw(), 0], mx.uint32)
             batch = _batch(micro)
             arrays = {**host_arrays(micro.arrays, batch), "key": key}
-            made.append((arrays, {"micro": HostMicro(batch, items, len(window), self.objective.draws)}))
+            rest = 0 if micro.peers is None else micro.peers.remainder
+            made.append((arrays, {"micro": HostMicro(batch, items, len(window), self.objective.draws, rest)}))
             self.draws += 1
         return made
 
@@ -118,10 +125,13 @@ class HostLossStep(Step):
                 self.objective.slots.bind(self.params)
 
         loss, cotangents = self._loss.train(forward, micro)
-        sums = {"loss": mx.array(loss, mx.float32), "micro_batches": mx.array(1.0)}
+        # Of several processes the mean counts, and they add up.
+        share = 1 if self.exchange is None else 1 / self.exchange.size
+        sums = {"loss": mx.array(loss * share, mx.float32), "micro_batches": mx.array(1.0)}
         grads, carried = self._carry if self._carry is not None else (None, None)
         for number, cotangent in enumerate(cotangents):
             if cotangent is not None:
+                cotangent = cotangent if share == 1 else cotangent * share
                 padded = mx.pad(cotangent, [(0, 0), (0, arrays["input_ids"].shape[1] - width), (0, 0)])
                 grads = self._backward(self._params, grads, _numbered(arrays, number), padded)
         if grads is None:
@@ -181,6 +191,8 @@ class HostEvaluator(Evaluator):
                 if loss is not None:
                     sums.losses.append(loss)
                     sums.tokens.append(inputs.valid)
+                    sums.chosen.append(0)
+                    sums.pairs.append(0)
                 if logits_to is not None and logits is not None:
                     logits_to(logits, batch.labels if batch.has_labels else None, batch, loss)
                 on_batch()

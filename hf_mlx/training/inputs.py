@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,17 @@ from ..data.masked import needs_keys
 from ..data.shapes import Shape, Shapes
 from .loss import IGNORED
 
+#: What processes tell each other of every micro-batch, in this order: fields of :class:`Peers`.
+PEER_COLUMNS = ("valid", "labelled", "tokens", "positions", "real", "chosen", "pairs")
+
+
+class Counted(NamedTuple):
+    """What means are taken over, by rank: scored tokens, those of chosen answers, and pairs."""
+
+    valid: tuple[int, ...]
+    chosen: tuple[int, ...]
+    pairs: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Peers:
@@ -24,7 +36,9 @@ class Peers:
         rank: Of this process.
         valid, labelled, tokens: By rank, as of :class:`Inputs`.
         positions, real: By rank, the positions of the collated batch, and those that are no padding.
+        chosen, pairs: By rank, as of :class:`Inputs`.
         kept: Of how many processes, the first ones, metrics count: fewer at the end of an epoch.
+        remainder: Rows of the last round of an epoch that are no repetition, where it is not full; else 0.
         average: A window is divided by the tokens of all processes (``average_tokens_across_devices``).
     """
 
@@ -34,7 +48,10 @@ class Peers:
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     real: tuple[int, ...]
+    chosen: tuple[int, ...]
+    pairs: tuple[int, ...]
     kept: int
+    remainder: int = 0
     average: bool = True
 
     @property
@@ -43,9 +60,9 @@ class Peers:
         return len(self.valid)
 
     @property
-    def kept_valid(self) -> int:
-        """Scored tokens of those whose metrics count."""
-        return sum(self.valid[: self.kept])
+    def counted(self) -> Counted:
+        """What means are taken over."""
+        return Counted(self.valid, self.chosen, self.pairs)
 
     @property
     def kept_tokens(self) -> int:
@@ -68,6 +85,8 @@ class Inputs:
         padding: Positions that hold no token of the dataset.
         labelled: ``(labels != -100).sum()``, the first label of each row included, which nothing predicts.
         batch: What the collator made, where a loss of the script's own reads it.
+        chosen: Of pairs of answers, the scored tokens of the chosen ones.
+        pairs: How many pairs there are; 0 where rows are no pairs.
         peers: Of several processes, what all of them count at the same time.
     """
 
@@ -77,6 +96,8 @@ class Inputs:
     padding: int
     labelled: int = 0
     batch: Batch | None = None
+    chosen: int = 0
+    pairs: int = 0
     peers: Peers | None = None
 
 
@@ -90,11 +111,13 @@ class HostInputs:
     padding: int
     labelled: int
     batch: Batch | None = None
+    chosen: int = 0
+    pairs: int = 0
 
     def to_device(self) -> Inputs:
         """The same as MLX arrays."""
         arrays = {name: mx.array(array) for name, array in self.arrays.items()}
-        return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled, self.batch)
+        return Inputs(arrays, self.valid, self.tokens, self.padding, self.labelled, self.batch, self.chosen, self.pairs)
 
 
 def make_inputs(batch: Batch, pad_token_id: int, shapes: Shapes | None = None, *, limit: int | None = None) -> Inputs:

@@ -59,13 +59,18 @@ class MemoryEstimate:
     reference_pass: int = 0
 
     @property
-    def total(self) -> int:
-        """The peak: of the backward pass, or of the update, which writes new parameters and state beside the old.
+    def temporary(self) -> int:
+        """What a step takes and gives back: the backward pass, or the update's new parameters and state beside the old.
 
         MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
         """
         backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
-        return self.weights + self.reference + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
+        return max(backward, 2 * self.gradients + self.optimizer)
+
+    @property
+    def total(self) -> int:
+        """The peak: what stays from step to step, and what one of them takes."""
+        return self.weights + self.reference + self.optimizer + self.temporary
 
 
 def estimate(

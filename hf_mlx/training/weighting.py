@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from .inputs import Inputs
+from .inputs import Counted, Inputs
 from .objective import TOKEN_METRICS
 from .optimizers.contract import Arrays
+from .pairs import PAIR_METRICS
 
 # {"loss": …, "aux_loss": …, "metrics": {name: …}}
 Weights = dict[str, Any]
@@ -24,6 +25,10 @@ class Weighting(Protocol):
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]: ...
 
+    def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
+        """By rank, what a process's mean of a metric weighs in that of all; ``kept`` as of ``Peers``."""
+        ...
+
 
 class ByMicroBatch:
     """Each micro-batch of a window weighs the same, however many rows it has (trl 1.16 ``DPOTrainer``).
@@ -31,10 +36,31 @@ class ByMicroBatch:
     What the objective returns is a mean over the micro-batch already.
     """
 
+    metrics = PAIR_METRICS
+
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
         """The factors of each micro-batch of ``window``."""
-        share = mx.array(1 / len(window))
-        return [{"loss": share, "metrics": {}, "aux_loss": share} for _ in window]
+        share = mx.array(1 / (len(window) * count_processes(window)))
+        return [{"loss": share, "metrics": self._metrics(micro), "aux_loss": share} for micro in window]
+
+    def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
+        """Tokens weigh the means over tokens, pairs those over pairs; the latter are gathered whole."""
+        rejected = [all_of - chosen for all_of, chosen in zip(counted.valid, counted.chosen, strict=True)]
+        over = {
+            "aux_loss": [1] * len(counted.valid),
+            "entropy": counted.valid,
+            "logits/chosen": counted.chosen,
+            "mean_token_accuracy": counted.chosen,
+            "logits/rejected": rejected,
+        }
+        return _shares(over[name], kept) if name in over else _shares(counted.pairs, len(counted.pairs))
+
+    def _metrics(self, micro: Inputs) -> Arrays:
+        peers = micro.peers
+        if peers is None:
+            return {}
+        names = (*self.metrics, "aux_loss")
+        return {name: mx.array(self.shares(name, peers.counted, peers.kept)[peers.rank]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -77,6 +103,10 @@ class ByTokens:
             return micro.labelled if self.counts_every_label else micro.valid
         return sum(micro.peers.labelled if self.counts_every_label else micro.peers.valid)
 
+    def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
+        """Tokens weigh the means over tokens; what else there is weighs the same for each process."""
+        return _shares(counted.valid if name in TOKEN_METRICS else [1] * len(counted.valid), kept)
+
 
 def count_processes(window: Sequence[Inputs]) -> int:
     """How many processes compute a window each: gradients and metrics are added up over them."""
@@ -93,5 +123,11 @@ def _metric_weights(micro: Inputs) -> Arrays:
     if peers is None:
         return dict.fromkeys(TOKEN_METRICS, mx.array(1 / max(micro.valid, 1)))
     counts = peers.rank < peers.kept
-    share = mx.array(counts / max(peers.kept_valid, 1))
+    # The objective's are sums over the micro-batch's tokens.
+    share = mx.array(counts / max(sum(peers.valid[: peers.kept]), 1))
     return dict.fromkeys(TOKEN_METRICS, share) | {"aux_loss": mx.array(counts / peers.kept)}
+
+
+def _shares(sizes: Sequence[int], kept: int) -> list[float]:
+    total = max(sum(sizes[:kept]), 1)
+    return [size * (rank < kept) / total for rank, size in enumerate(sizes)]
