@@ -203,7 +203,7 @@ class Feed:
         self._guard.dataset(prepared.dataset, name, batch_size, padding_free=self._train.padding_free)
 
     def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
-        """Micro-batches of a prepared set, in the order of transformers' train dataloader; ``rng`` None is the run's."""
+        """Micro-batches of a prepared set, in transformers' order; ``rng`` None is the run's."""
         plan, dataset = self.plan.batch, self._view(dataset)
         lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
         rng = rng or self.rng
