@@ -203,12 +203,7 @@ class Feed:
         self._guard.dataset(prepared.dataset, name, batch_size, padding_free=self._train.padding_free)
 
     def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
-        """Micro-batches in the order of transformers' train dataloader.
-
-        Args:
-            dataset: A prepared one.
-            rng: Stands for torch's global generator; None takes the run's.
-        """
+        """Micro-batches of a prepared set, in transformers' order; ``rng`` None is the run's."""
         plan, dataset = self.plan.batch, self._view(dataset)
         lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
         rng = rng or self.rng
