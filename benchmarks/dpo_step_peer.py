@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sft_step_peer import SEVEN, Clock, MLXMemory, TorchMemory, losses, make_model, random_rows
+from sft_step_peer import (
+    Clock,
+    MLXMemory,
+    TorchMemory,
+    lora,
+    losses,
+    make_model,
+    named_dtype,
+    random_rows,
+    settings,
+)
 
 
 def main() -> None:
@@ -59,8 +69,6 @@ def make_rows(job: dict[str, Any], count: int, tokens: int) -> list[dict[str, st
 def run(job: dict[str, Any], pairs: int, tokens: int) -> dict[str, Any]:
     """The script that both trainers run."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import DPOConfig
 
     if job["peer"] == "trl":
@@ -72,29 +80,17 @@ def run(job: dict[str, Any], pairs: int, tokens: int) -> dict[str, Any]:
 
         clock = Clock(job, MLXMemory())
 
-    class Ticks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.tick()
-
     args = DPOConfig(
-        output_dir=f"{job['folder']}/out",
-        max_steps=clock.last,
-        per_device_train_batch_size=pairs,
-        gradient_accumulation_steps=job["accumulate"],
+        **settings(job, pairs, clock),
         max_length=tokens,
         learning_rate=1e-4,
         logging_steps=clock.last,
         precompute_ref_log_probs=job["reference"] == "precomputed",
-        bf16=job["dtype"] != "float32",
-        model_init_kwargs={"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"},
-        gradient_checkpointing=job["on"],
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        model_init_kwargs=named_dtype(job),
     )
-    lora = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=SEVEN, task_type="CAUSAL_LM")
     rows = Dataset.from_list(make_rows(job, pairs * job["accumulate"] * clock.last, tokens))
-    trainer = Trainer(job["folder"], args=args, train_dataset=rows, peft_config=lora, callbacks=[Ticks()])
+    callbacks = [clock.callback()]
+    trainer = Trainer(job["folder"], args=args, train_dataset=rows, peft_config=lora(job), callbacks=callbacks)
     if job["peer"] == "hf_mlx, prompts twice":
         trainer.data.share_rows = False
     trainer.train()

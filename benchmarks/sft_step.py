@@ -33,6 +33,22 @@ PRESETS = {
     "small": (256, 768, 4, 4, 2, 8192),
     "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
     "llama-1b": (2048, 8192, 16, 32, 8, 49152),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
+    "gemma3-1b": (1152, 6912, 26, 4, 1, 262144),
+    "qwen3-moe": (2048, 6144, 8, 32, 4, 49152),
+}
+# What a preset's configuration has beside its sizes; a Llama without an entry.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": {"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": True},
+    "gemma3-1b": {"model_type": "gemma3_text", "head_dim": 256, "tie_word_embeddings": True, "sliding_window": 512},
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
 }
 PEERS = ("hf_mlx", "mlx-lm", "mlx-lm +1", "trl")
 WORKER = Path(__file__).with_name("sft_step_peer.py")
@@ -46,7 +62,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     report = {"versions": versions(), "preset": options.preset, "dtype": options.dtype, "results": results}
     with tempfile.TemporaryDirectory() as folder:
-        job = vars(options) | {"folder": folder, "model": PRESETS[options.preset]}
+        job = vars(options) | {"folder": folder, **model_of(options.preset)}
         run_peer({**job, "peer": "make-model"}, folder)
         for checkpointing in options.checkpointing:
             for peer, shape in product(options.peers, options.shapes):
@@ -58,6 +74,11 @@ def main() -> None:
     print(table(options, results))
     if options.chart:
         draw(results, options.chart)
+
+
+def model_of(preset: str) -> dict[str, Any]:
+    """What a job says of its model."""
+    return {"model": PRESETS[preset], "config": CONFIGS.get(preset, {})}
 
 
 def parse() -> argparse.Namespace:
@@ -74,6 +95,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", nargs="+", choices=("off", "on"), default=["off"])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument(
+        "--trained", choices=("lora", "all"), default="lora", help="LoRA on linear layers, or all weights"
+    )
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--accumulate", type=int, default=1, help="gradient_accumulation_steps (not for mlx-lm)")
     parser.add_argument("--clip", type=float, default=1.0, help="max_grad_norm; 0 is off")
@@ -85,31 +109,38 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_peer(job: dict, folder: str, worker: Path = WORKER, **variables: str) -> Any:
+def run_peer(job: dict, folder: str, worker: Path = WORKER, *, limit: float | None = None, **variables: str) -> Any:
     """Run one peer in a process of its own; what it wrote, or an empty list once it was said why there is nothing.
 
     Args:
         job: What ``worker`` does; ``peer`` and ``mode`` name it in a message.
         folder: For the result.
         worker: Script that takes the job and the file to write.
+        limit: Seconds after which it is stopped.
         variables: Of its environment, beside this one's.
     """
     output = Path(folder, "result.json")
     output.unlink(missing_ok=True)
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore"} | variables
     command = [sys.executable, str(worker), json.dumps(job), str(output)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    results = json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        print(f"{job['peer']} {job.get('mode', '')}".strip() + f" stopped: {reason}", file=sys.stderr)
-    return results
+    reason = ""
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=limit)
+        if done.returncode:
+            # Where it stopped, not only why: the machine may be gone when someone asks.
+            reason = "\n".join(done.stderr.strip().splitlines()[-8:]) or f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired:
+        reason = f"it took more than {limit:.0f} seconds (--limit)"
+    if reason:
+        print(f"{job['peer']} {job.get('mode', '')}".strip() + f" stopped: {reason}", file=sys.stderr, flush=True)
+    return json.loads(output.read_text(encoding="utf-8")) if output.exists() else []
 
 
 def table(options: argparse.Namespace, results: list[dict]) -> str:
     """Ratios to hf_mlx, with the figures they come from."""
+    trained = "all weights" if options.trained == "all" else f"LoRA r={options.rank} on all seven projections"
     lines = [
-        f"\n{options.preset}, LoRA r={options.rank} on all seven projections, {options.dtype}, AdamW, "
+        f"\n{options.preset}, {trained}, {options.dtype}, AdamW, "
         f"clip {options.clip or 'off'}, mean of {options.steps} steps",
         f"{'batch':>9} {'ckpt':>4} {'peer':10} {'ms/step':>8} {'tokens/s':>9} {'x ours':>7} {'GiB':>9} {'x ours':>7}",
     ]
@@ -151,12 +182,19 @@ def draw(results: list[dict], path: str) -> None:
 def versions() -> dict[str, str]:
     """Versions of what was measured, and the machine."""
     names = ("mlx", "mlx-lm", "transformers", "trl", "peft", "torch", "accelerate")
-    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    return {name: found.get(name, "") for name in names} | {
+    return {name: installed(name) for name in names} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "device": device(),
     }
+
+
+def installed(name: str) -> str:
+    """The version that is imported; empty where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def device() -> str:

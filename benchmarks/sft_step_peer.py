@@ -35,13 +35,14 @@ def main() -> None:
 
 
 def make_model(job: dict[str, Any]) -> None:
-    """Write a Llama of random weights, with a tokenizer, into the job's folder."""
+    """Write a model of random weights, a Llama unless the job says otherwise, with a tokenizer into its folder."""
     import torch
     from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     hidden, mlp, layers, heads, key_value_heads, vocabulary = job["model"]
-    config = LlamaConfig(
+    changes = {"model_type": "llama", "tie_word_embeddings": False} | job.get("config", {})
+    config = AutoConfig.for_model(
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
@@ -49,14 +50,14 @@ def make_model(job: dict[str, Any]) -> None:
         num_key_value_heads=key_value_heads,
         vocab_size=vocabulary,
         max_position_embeddings=16384,
-        tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **changes,
     )
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     model.to(torch.float32 if job["dtype"] == "float32" else torch.bfloat16).save_pretrained(job["folder"])
     words = {f"w{i}": i for i in range(vocabulary)}
     PreTrainedTokenizerFast(
@@ -89,6 +90,16 @@ class Clock:
         self.memory = memory
         self.ends: list[float] = []
         self.step = 0
+
+    def callback(self) -> Any:
+        """A ``TrainerCallback`` that ticks at the end of each step."""
+        from transformers import TrainerCallback
+
+        class Ticks(TrainerCallback):
+            def on_step_end(_, args, state, control, **kwargs):
+                self.tick()
+
+        return Ticks()
 
     def tick(self) -> None:
         """A step has ended."""
@@ -158,41 +169,47 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def settings(job: dict[str, Any], rows: int, clock: Clock) -> dict[str, Any]:
+    """What every script writes into its arguments."""
+    return {
+        "output_dir": f"{job['folder']}/out",
+        "max_steps": clock.last,
+        "per_device_train_batch_size": rows,
+        "gradient_accumulation_steps": job["accumulate"],
+        "max_grad_norm": job["clip"],
+        "bf16": job["dtype"] != "float32",
+        "gradient_checkpointing": job["on"],
+        "use_cpu": job.get("use_cpu", False),
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def named_dtype(job: dict[str, Any]) -> dict[str, str]:
+    """``model_init_kwargs`` of a model given by name."""
+    return {"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"}
+
+
+def lora(job: dict[str, Any]) -> Any:
+    """The adapter of every script."""
+    from peft import LoraConfig
+
+    targets = job.get("targets", SEVEN)
+    return LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=targets, task_type="CAUSAL_LM")
+
+
 def make_trainer(trainer_class: Any, job: dict[str, Any], rows: int, tokens: int, clock: Clock) -> Any:
     """The script that both trainers run."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig
 
-    class Ticks(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            clock.tick()
-
-    steps = clock.last
-    count = rows * job["accumulate"] * job.get("processes", 1) * steps
+    count = rows * job["accumulate"] * job.get("processes", 1) * clock.last
     data = Dataset.from_dict({"input_ids": random_rows(job, count, tokens)})
-    lowered = job["dtype"] != "float32"
-    args = SFTConfig(
-        output_dir=f"{job['folder']}/out",
-        max_steps=steps,
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=job["accumulate"],
-        max_length=tokens,
-        max_grad_norm=job["clip"],
-        bf16=lowered,
-        model_init_kwargs={"dtype": "bfloat16" if job["dtype"] == "bfloat16" else "float32"},
-        gradient_checkpointing=job["on"],
-        logging_steps=job.get("logging_steps", 10),
-        use_cpu=job.get("use_cpu", False),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(
-        r=job["rank"], lora_alpha=2 * job["rank"], target_modules=job.get("targets", SEVEN), task_type="CAUSAL_LM"
-    )
-    return trainer_class(job["folder"], args, train_dataset=data, peft_config=lora, callbacks=[Ticks()])
+    options = {"logging_steps": job.get("logging_steps", 10)}
+    args = SFTConfig(**settings(job, rows, clock), **options, max_length=tokens, model_init_kwargs=named_dtype(job))
+    adapter = None if job.get("trained") == "all" else lora(job)
+    return trainer_class(job["folder"], args, train_dataset=data, peft_config=adapter, callbacks=[clock.callback()])
 
 
 def run_trl(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
@@ -270,10 +287,11 @@ def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
 
     clock = Clock(job, MLXMemory())
     network, _ = load(job["folder"])
-    network.freeze()
-    keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
-    lora = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(network, len(network.layers), lora)
+    if job.get("trained") != "all":
+        network.freeze()
+        keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
+        options = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(network, len(network.layers), options)
     length = tokens + (job["peer"] == "mlx-lm +1")
     train(
         model=network,

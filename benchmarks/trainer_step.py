@@ -5,15 +5,15 @@ callbacks and norm clipping; all weights train, or a LoRA with ``--rank``. Proce
 `sft_step.py`.
 
     python benchmarks/trainer_step.py                # a small model, what a CPU can do
-    python benchmarks/trainer_step.py --preset llama-1b --dtype bfloat16 --rank 16 --json out.json
+    python benchmarks/trainer_step.py --preset llama-1b --dtype bfloat16 --rank 16 --shapes 4x1024 --json out.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,32 @@ WORKER = Path(__file__).with_name("trainer_step_peer.py")
 
 
 def main() -> None:
-    """Run both on every shape and print the table."""
+    """Run both on every shape, print each line as it comes."""
     options = parse()
+    if options.json:
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
+    report = {"versions": versions(), "options": vars(options), "results": results}
+    trained = f"LoRA r={options.rank}" if options.rank else "all weights"
+    print(
+        f"{options.preset}, {trained}, {options.dtype}, AdamW, clip {options.clip or 'off'}, "
+        f"mean of {options.steps} steps on {report['versions']['device']}\n"
+        f"{'batch':>9} {'peer':12} {'ms/step':>8} {'tokens/s':>9} {'x ours':>7} {'GiB':>9} {'x ours':>7} {'loss':>8}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         job = vars(options) | {"folder": folder, "model": PRESETS[options.preset], "on": options.checkpointing}
         run_peer({**job, "peer": "make-model"}, folder, WORKER)
-        for shape, peer in product(options.shapes, options.peers):
-            results += run_peer({**job, "peer": peer, "shapes": [shape]}, folder, WORKER)
-    print(table(options, results))
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        report = {"versions": versions(), "options": vars(options), "results": results}
-        Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+        for shape in options.shapes:
+            base: dict[str, Any] | None = None
+            for peer in options.peers:
+                for found in run_peer({**job, "peer": peer, "shape": shape}, folder, WORKER, limit=options.limit):
+                    results.append(found)
+                    base = found if peer == "hf_mlx" else base
+                    print(line(found, base), flush=True)
+                # What is measured stays, whatever comes next.
+                if options.json:
+                    Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
@@ -50,28 +63,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=0, help="of a LoRA on all seven projections; 0 trains all weights")
     parser.add_argument("--accumulate", type=int, default=1, help="gradient_accumulation_steps")
     parser.add_argument("--clip", type=float, default=1.0, help="max_grad_norm; 0 is off")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one peer on one shape")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them: tracing, compiling, caches")
     parser.add_argument("--json", metavar="FILE", help="write every figure, with versions and device")
     return parser.parse_args()
 
 
-def table(options: argparse.Namespace, results: list[dict[str, Any]]) -> str:
-    """Ratios to hf_mlx, with the figures they come from."""
-    trained = f"LoRA r={options.rank}" if options.rank else "all weights"
-    lines = [
-        f"\n{options.preset}, {trained}, {options.dtype}, AdamW, clip {options.clip or 'off'}, "
-        f"mean of {options.steps} steps",
-        f"{'batch':>9} {'peer':12} {'ms/step':>8} {'tokens/s':>9} {'x ours':>7} {'GiB':>9} {'x ours':>7}",
-    ]
-    ours = {r["shape"]: r for r in results if r["peer"] == "hf_mlx"}
-    for r in results:
-        base = ours.get(r["shape"], r)
-        lines.append(
-            f"{r['shape']:>9} {r['peer']:12} {1e3 * r['seconds']:8.1f} {r['tokens'] / r['seconds']:9.0f} "
-            f"{base['seconds'] / r['seconds']:7.2f} {r['peak'] / 2**30:9.2f} {r['peak'] / base['peak']:7.2f}"
-        )
-    return "\n".join(lines)
+def line(found: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """The figures of one peer, and their ratios to ours; nan where ours stopped."""
+    speed = found["tokens"] / found["seconds"]
+    ours = base["tokens"] / base["seconds"] if base else math.nan
+    memory = found["peak"] / base["peak"] if base else math.nan
+    return (
+        f"{found['shape']:>9} {found['peer']:12} {1e3 * found['seconds']:8.1f} {speed:9.0f} {speed / ours:7.2f} "
+        f"{found['peak'] / 2**30:9.2f} {memory:7.2f} {found['losses'][-1]:8.5f}"
+    )
 
 
 if __name__ == "__main__":

@@ -68,6 +68,28 @@ def make_trainer(
         )
 
 
+def make_preference_trainer(model: str | Path, output_dir: str | Path, *, lora: bool = True, **settings: Any) -> Any:
+    """The same of preference training, dropout included."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig
+
+    from hf_mlx import MLXDPOTrainer
+
+    rows = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "No. "} for row in make_rows()]
+    common = {key: value for key, value in SETTINGS.items() if key != "neftune_noise_alpha"}
+    data = Dataset.from_list(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return MLXDPOTrainer(
+            str(model),
+            args=DPOConfig(output_dir=str(output_dir), **{**common, "disable_dropout": False, **settings}),
+            train_dataset=data,
+            eval_dataset=data.select(range(6)),
+            peft_config=LoraConfig(**LORA) if lora else None,
+        )
+
+
 def run_child(model: str, output_dir: str, kill_at: int | None, settings: dict[str, Any]) -> None:
     """Train to the end from what is there; die by SIGKILL at the ``kill_at``-th file operation below output_dir."""
     import logging
@@ -79,7 +101,8 @@ def run_child(model: str, output_dir: str, kill_at: int | None, settings: dict[s
     os.dup2(devnull, 1)
     logging.disable(logging.CRITICAL)
     load_openblas()
-    trainer = make_trainer(model, output_dir, **settings)
+    make = make_preference_trainer if settings.pop("preferences", False) else make_trainer
+    trainer = make(model, output_dir, **settings)
     if kill_at is not None:
         _die_at(kill_at, output_dir)
     try:

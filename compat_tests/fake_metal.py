@@ -28,10 +28,13 @@ INFO = {
     "resource_limit": 499_000,
 }
 
+# The allocator's limit of freed memory: as much as it may hold at all.
+CACHE = INFO["max_recommended_working_set_size"] * 3 // 2
+
 
 def pretend() -> dict[str, Any]:
     """Change ``mlx.core`` in this process; returns what is written down while it is used."""
-    seen: dict[str, Any] = {"wired": [], "kernels": 0}
+    seen: dict[str, Any] = {"wired": [], "cached": [], "kernels": 0}
     core: Any = mx
     core.metal.is_available = lambda: True
     core.default_device = lambda: mx.Device(mx.gpu)
@@ -41,6 +44,10 @@ def pretend() -> dict[str, Any]:
         seen["wired"].append(limit)
         return 0
 
+    def cache(limit: int) -> int:
+        seen["cached"].append(limit)
+        return CACHE
+
     def kernel(**described: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             seen["kernels"] += 1
@@ -48,7 +55,7 @@ def pretend() -> dict[str, Any]:
 
         return call
 
-    core.set_wired_limit, core.fast.metal_kernel = wire, kernel
+    core.set_wired_limit, core.set_cache_limit, core.fast.metal_kernel = wire, cache, kernel
     for name in CPU_ONLY:
         if hasattr(core.linalg, name):
             setattr(core.linalg, name, _lacking(name))

@@ -147,6 +147,8 @@ def run_mlx(model: Any, settings: dict[str, Any], rows: Any, lora: dict[str, Any
         trainer.train()
     session = trainer.session
     weights = {_short(session.hf_name(k)): _numpy(v) for k, v in session.step.params.items()}
+    # Pairs around what no token reaches: parameters in torch, which nothing moves.
+    weights |= {_short(k): _numpy(v) for k, v in getattr(trainer.adapter, "idle", {}).items()}
     return Run(trainer.state.log_history, weights)
 
 

@@ -369,7 +369,7 @@ def lora_of(case: dict[str, Any]) -> dict[str, Any]:
     return LORA | ({"target_modules": attention} if "family" in case else {})
 
 
-def make_model(folder: Path, family: str = "llama") -> Path:
+def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """A random fp32 model (hidden 64, 2 layers, vocabulary 256) and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -383,11 +383,12 @@ def make_model(folder: Path, family: str = "llama") -> Path:
         tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     ).save_pretrained(folder)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
-    config = AutoConfig.for_model(
-        family, vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, eos_token_id=254, pad_token_id=253, bos_token_id=None,
-        tie_word_embeddings=False, **experts,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 254,
+        "pad_token_id": 253, "bos_token_id": None, "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = AutoConfig.for_model(family, **sizes | experts | changes)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 

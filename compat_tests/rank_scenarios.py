@@ -98,8 +98,8 @@ def exchange() -> Any:
         "micro_batches": mx.array(2.0),
         "entropy": mx.array(float(world.rank)),
     }
-    summed, measured = mx.compile(Exchange(world))(grads, metrics)
-    mx.eval(summed, measured)
+    summed, measured, norm = mx.compile(Exchange(world))(grads, metrics)
+    mx.eval(summed, measured, norm)
     others = [np.random.default_rng(rank) for rank in range(world.size)]
     parts = [
         {
@@ -114,7 +114,9 @@ def exchange() -> Any:
         name: float(np.abs(np.array(summed[name].astype(mx.float32)) - sum(part[name] for part in parts)).max())
         for name in grads
     }
-    return {"worst": worst, "metrics": {name: value.item() for name, value in measured.items()}}
+    whole = np.sqrt(sum(float((sum(part[name] for part in parts).astype(np.float64) ** 2).sum()) for name in grads))
+    metrics = {name: value.item() for name, value in measured.items()}
+    return {"worst": worst, "metrics": metrics, "norm": [norm.item(), float(whole)]}
 
 
 def graph() -> Any:

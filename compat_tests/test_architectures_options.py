@@ -13,6 +13,7 @@ from architecture_checks import load_quietly, relative
 from architecture_zoo import make_config, make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
+from safetensors.torch import load_file, save_file
 
 from hf_mlx.errors import ModelError
 from hf_mlx.models.architectures import VERIFIED
@@ -32,6 +33,16 @@ _SLIDING = ["full_attention", "sliding_attention", "full_attention", "sliding_at
 _SHARED = ["sliding_attention", "full_attention"] * 2
 
 CHANGES = {
+    "falcon's newer architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, 24),
+    "falcon with alibi, one part after the other": (
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "num_attention_heads": 2},
+        24,
+    ),
+    "gpt_bigcode with a key for each head": ("gpt_bigcode", {"multi_query": False}, 24),
+    "opt with norms behind": ("opt", {"do_layer_norm_before": False}, 24),
+    "kimi linear, which ties nothing": ("kimi_linear", {"tie_word_embeddings": True}, 24),
+    "kimi linear without attention": ("kimi_linear", {"layer_types": ["linear_attention"] * 4}, 24),
     "qwen2 with windows in some layers": (
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
@@ -113,6 +124,9 @@ REFUSED = {
     ),
     "softcap in gemma3": ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
     "bias mlx-lm has no place for": ("qwen3", {"attention_bias": True}, "do not fit"),
+    "llama 4 with a period of its own": ("llama4_text", {"no_rope_layer_interval": 2}, "no_rope_layers=[1, 0, 1, 0]"),
+    "llama 4 with two experts a token": ("llama4_text", {"num_experts_per_tok": 2}, "num_experts_per_tok=2"),
+    "kimi without linear attention": ("kimi_linear", {"layer_types": ["full_attention"] * 4}, "layer_types="),
     "full attention out of step": (
         "gemma3_text",
         {"num_hidden_layers": 4, "layer_types": [*_SHARED[:2], *_SHARED[:1], "full_attention"][::-1]},
@@ -175,6 +189,33 @@ def test_every_rope_type_is_computed_or_refused(model_type, tmp_path):
         assert relative(np.array(loaded.model(mx.array(ids.numpy()))), expected) < TOLERANCE, (entry, name)
     # Without rotary positions there is nothing to ask; Phi-3's config takes longrope alone.
     assert answered >= 2 or not rope or model_type == "phi3"
+
+
+def test_experts_lie_either_way_round_in_files_of_qwen3_vl_moe(tmp_path):
+    """The hub's files hold (E, H, 2I), those of transformers 5 (E, 2I, H)."""
+    model, ids = make_model("qwen3_vl_moe"), make_ids()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    turned = {n: v.transpose(1, 2).contiguous() for n, v in stored.items() if ".experts." in n}
+    save_file({**stored, **turned}, tmp_path / "model.safetensors", {"format": "pt"})
+
+    loaded = load_quietly(tmp_path)
+    exported = loaded.names.export_weights(dict(tree_flatten(loaded.model.parameters())))
+
+    assert len(turned) == 8
+    assert all(np.array_equal(np.array(exported[n]), v.numpy()) for n, v in turned.items())
+    expected = model(ids, use_cache=False).logits.detach().numpy()
+    assert relative(np.array(loaded.model(mx.array(ids.numpy()))), expected) < TOLERANCE
+
+
+def test_a_text_model_that_mlx_lm_would_build_as_another_is_refused(tmp_path):
+    make_model("llava").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] = make_config("qwen2").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(ModelError, match=r"text_config\.model_type='qwen2'"):
+        load_model(tmp_path, ModelPlan())
 
 
 @pytest.mark.parametrize("method", ["fp8", "awq", "gptq", "mxfp4", "compressed-tensors", "bitnet"])

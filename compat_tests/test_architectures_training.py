@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import training_checks
@@ -110,6 +111,8 @@ def test_a_type_that_is_not_right_does_not_train(model_type, tmp_path):
 
     if model_type not in CONFIG_MAPPING:
         pytest.skip("this transformers has no such type to save")
+    if model_type == "gemma3n" and find_spec("timm") is None:
+        pytest.skip("transformers builds its vision tower with timm, which is not installed")
     base = make_base(model_type, tmp_path / "base")
 
     with pytest.raises((ModelError, AdapterError), match="received"):
@@ -117,7 +120,7 @@ def test_a_type_that_is_not_right_does_not_train(model_type, tmp_path):
 
 
 def test_how_many_types_train():
-    assert len(VERIFIED) >= 77
+    assert len(VERIFIED) >= 91
     assert set(SAMPLE) <= set(VERIFIED)
 
 

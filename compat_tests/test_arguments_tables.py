@@ -10,13 +10,15 @@ from peft import LoraConfig
 from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR
 from transformers.training_args import OptimizerNames
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from hf_mlx.settings import schedules
+from hf_mlx.settings.dpo_config import DPO_CONFIG, DPO_DEFAULTS
 from hf_mlx.settings.ledger import explain
 from hf_mlx.settings.legacy import RENAMED, translate_arguments
 from hf_mlx.settings.lora_config import LORA_CONFIG
 from hf_mlx.settings.optimizers import OPTIONS, parse_optim_args
+from hf_mlx.settings.reward_config import REWARD_CONFIG, REWARD_DEFAULTS
 from hf_mlx.settings.sft_config import SFT_CONFIG, SFT_DEFAULTS
 from hf_mlx.settings.trainer_keywords import TRAINER_KEYWORDS
 from hf_mlx.settings.training_arguments import TRAINING_ARGUMENTS
@@ -57,6 +59,21 @@ def test_every_field_has_exactly_one_rule(name, live, rules, count):
 def test_every_default_is_upstreams(name, live, rules, count):
     differ = {rule.field: (rule.default, live[rule.field]) for rule in rules if rule.default != live[rule.field]}
     assert not differ, f"{name}: (table, upstream) {differ}"
+
+
+PAIRED = [(DPOConfig, DPO_CONFIG, DPO_DEFAULTS), (RewardConfig, REWARD_CONFIG, REWARD_DEFAULTS)]
+
+
+@pytest.mark.parametrize(("config", "rules", "defaults"), PAIRED)
+def test_configurations_of_pairs(config, rules, defaults, tmp_path):
+    live, listed = live_defaults(config), {rule.field: rule.default for rule in rules}
+    own = {name for name in live if name not in BASE}
+    assert own <= listed.keys() <= live.keys() and len(own) >= 11
+    assert listed == {name: live[name] for name in listed}
+    assert {name: live[name] for name in BASE if live[name] != BASE[name]} == dict(defaults)
+    ledger = explain(config(output_dir=str(tmp_path), bf16=False))
+    ledger.raise_refused(strict=True)
+    assert len(ledger) == len(live)
 
 
 def test_the_defaults_that_sft_config_overrides_are_all_known():
@@ -127,8 +144,9 @@ def test_older_names_are_gone_upstream_and_their_successors_exist():
     assert len(RENAMED) >= 8
     assert not live & set(RENAMED)
     assert set(RENAMED.values()) <= live
-    fields = {"SFTTrainer": live, "DPOTrainer": {f.name for f in dataclasses.fields(DPOConfig)}, "Trainer": set(BASE)}
-    trainers = {"SFTTrainer": SFTTrainer, "DPOTrainer": DPOTrainer, "Trainer": Trainer}
+    fields = {"SFTTrainer": live, "Trainer": set(BASE)}
+    fields |= {"DPOTrainer": set(live_defaults(DPOConfig)), "RewardTrainer": set(live_defaults(RewardConfig))}
+    trainers = {"SFTTrainer": SFTTrainer, "DPOTrainer": DPOTrainer, "RewardTrainer": RewardTrainer, "Trainer": Trainer}
     assert TRAINER_KEYWORDS.keys() == fields.keys()
     for trainer, known in TRAINER_KEYWORDS.items():
         assert set(known.values()) - {"processing_class"} <= fields[trainer]

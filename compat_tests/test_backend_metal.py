@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_metal import INFO, KINDS
+from fake_metal import CACHE, INFO, KINDS
 from pairs import tiny_model
 
 HERE = Path(__file__).parent
@@ -33,6 +33,9 @@ def test_everything_is_imported_and_trained_without_what_metal_lacks(tmp_path):
     assert found["lanes"] == found["exponentials"] == 0
     # Each run wires what the device recommends and gives it back.
     assert found["wired"] == [INFO["max_recommended_working_set_size"], 0] * len(KINDS)
+    # And keeps no more freed memory than its step needs.
+    assert found["cached"][1::2] == [CACHE] * len(KINDS)
+    assert len(found["cached"]) == 2 * len(KINDS) and all(0 < limit < 2**25 for limit in found["cached"][::2])
 
 
 @pytest.mark.wide

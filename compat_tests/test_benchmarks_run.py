@@ -62,6 +62,24 @@ def test_a_step_of_pre_training_beside_transformers(tmp_path):
     assert len(results[0]["losses"]) == 1
 
 
+def test_a_step_of_preferences_beside_trl(tmp_path):
+    kept = tmp_path / "out" / "dpo.json"
+    words = ["--shapes", "1x16", "--prompts", "0.5", "--steps", "3", "--warm-up", "1", "--json", kept]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "dpo_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(kept.read_text())
+    ours, theirs = report["results"]
+    assert (ours["peer"], theirs["peer"], report["reference"]) == ("hf_mlx", "trl", "base")
+    assert all(each["seconds"] > 0 and each["peak"] > 0 and each["pairs"] == 1 for each in (ours, theirs))
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+    # One line a peer, with pairs per second and the reference's form over them.
+    lines = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
+    assert [line[3] for line in lines] == ["hf_mlx", "trl"]
+    assert "reference: the policy with its adapter off" in done.stdout
+
+
 @pytest.mark.wide
 def test_one_process_and_two_beside_torchrun(tmp_path):
     kept = tmp_path / "ranks.json"

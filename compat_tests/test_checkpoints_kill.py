@@ -6,6 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoint_runs import final_bytes, start, timeless
@@ -42,20 +43,27 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 
 def kill_repeatedly(
-    model: Path, folder: Path, draw: random.Random, kills: int, *, operations: int = OPERATIONS, timed: float = 0.5
+    model: Path,
+    folder: Path,
+    draw: random.Random,
+    kills: int,
+    *,
+    operations: int = OPERATIONS,
+    timed: float = 0.5,
+    **settings: Any,
 ) -> int:
     """Start, kill at a random time or file operation, resume; at last let it end. Returns how many were killed."""
     killed = 0
     for turn in range(kills):
         by_operation = turn == 0 or draw.random() >= timed
-        process = start(model, folder, kill_at=draw.randrange(1, operations) if by_operation else None)
+        process = start(model, folder, draw.randrange(1, operations) if by_operation else None, **settings)
         if not by_operation:
             time.sleep(draw.uniform(0.2, SECONDS))
             process.kill()
         process.join()
         assert process.exitcode in (0, -9)
         killed += process.exitcode == -9
-    process = start(model, folder)
+    process = start(model, folder, **settings)
     process.join()
     assert process.exitcode == 0
     return killed
@@ -66,6 +74,22 @@ def test_a_killed_run_ends_as_if_it_had_not_been(model, whole, tmp_path, seed):
     killed = kill_repeatedly(model, tmp_path, random.Random(seed), SURE_KILLS, operations=SURE_OPERATIONS, timed=0.0)
     assert killed == SURE_KILLS
     assert_same_end(tmp_path, whole)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora": True}, {"lora": False, "sync_ref_model": True, "ref_model_sync_steps": 3}],
+    ids=["LoRA", "full"],
+)
+def test_a_killed_run_of_preferences_ends_as_if_it_had_not_been(model, tmp_path, settings):
+    settings = {**settings, "preferences": True}
+    process = start(model, tmp_path / "whole", **settings)
+    process.join()
+    assert process.exitcode == 0
+    sure = {"operations": SURE_OPERATIONS, "timed": 0.0}
+    assert kill_repeatedly(model, tmp_path / "killed", random.Random(3), SURE_KILLS, **sure, **settings) == SURE_KILLS
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.wide

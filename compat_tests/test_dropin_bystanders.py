@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 from dropin_models import write_model
+from forked_scripts import HF_MLX_RUN, run_forked
 from test_dropin_scripts import HF_MLX, _run
 
 HEAD = """
@@ -116,7 +117,9 @@ def write(tmp_path, text):
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
     text, names = SCRIPTS[kind]
-    done = _run([*HF_MLX, "run", write(tmp_path, HEAD + text + "\nprint('done')\n"), folder, tmp_path / "out"])
+    words = [write(tmp_path, HEAD + text + "\nprint('done')\n"), folder, tmp_path / "out"]
+    # One from the shell, where nothing is imported before it.
+    done = _run([*HF_MLX, "run", *words]) if kind == next(iter(SCRIPTS)) else run_forked([*HF_MLX_RUN, *words])
     said = [line for line in done.stderr.splitlines() if line.startswith("hf-mlx run:")]
     lines = [f"hf-mlx run: {name} is not trained by MLX in this version; it runs on torch" for name in names]
     assert said == [*lines, f"hf-mlx run: nothing was trained by MLX: {', '.join(names)} ran on torch"]
@@ -126,7 +129,7 @@ def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
 @pytest.mark.parametrize("kind", ["trainer", "a subclass"])
 def test_strict_refuses_before_a_step(kind, folder, tmp_path):
     script = write(tmp_path, HEAD + SCRIPTS[kind][0] + "\nprint('done')\n")
-    done = _run([*HF_MLX, "run", "--strict", script, folder, tmp_path / "out"], status=1)
+    done = run_forked([*HF_MLX_RUN, "--strict", script, folder, tmp_path / "out"], status=1)
     assert "SettingError: received: trl.RewardTrainer under hf-mlx run --strict" in done.stderr
     assert "done" not in done.stdout
 
@@ -136,3 +139,33 @@ def test_a_script_without_a_trainer(flags, status, tmp_path):
     done = _run([*HF_MLX, "run", *flags, write(tmp_path, "import sys\nprint('done')\nsys.exit(0)\n")], status=status)
     assert done.stderr.strip() == "hf-mlx run: nothing was trained by MLX: the script built no trainer at all"
     assert done.stdout.strip() == "done"
+
+
+OWN = """
+import sys
+from hf_mlx import MLXSFTTrainer as SFTTrainer, MLXTrainer
+from peft import LoraConfig
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+options = {"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"}
+trainer, arguments = {"sft": (SFTTrainer, SFTConfig), "lm": (MLXTrainer, TrainingArguments)}[sys.argv[3]]
+rows = [{"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}] * 8
+args = arguments(sys.argv[2], optim=sys.argv[4], **options)
+one = trainer(sys.argv[1], args, train_dataset=rows, peft_config=LoraConfig(target_modules=["q_proj"]))
+one.train()
+print("steps", one.state.global_step)
+"""
+
+
+@pytest.mark.parametrize("kind", ["sft", "lm"])
+def test_the_commands_flags_are_for_this_librarys_own_trainers_too(kind, folder, tmp_path):
+    script, words = write(tmp_path, OWN), (folder, tmp_path / "out", kind)
+    trained = run_forked([*HF_MLX_RUN, script, *words, "adamw_torch"])
+    assert trained.stdout.splitlines()[-1] == "steps 1"
+    assert "nothing was trained by MLX" not in trained.stderr
+    told = run_forked([*HF_MLX_RUN, "--dry-run", script, *words, "adamw_torch"])
+    assert "peak memory, estimated" in told.stdout and "steps 1" not in told.stdout
+    assert "nothing was trained by MLX" not in told.stderr
+    refused = run_forked([*HF_MLX_RUN, "--strict", script, *words, "adamw_8bit"], status=1)
+    assert "SettingError" in refused.stderr and "adamw_torch" in refused.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trl
 from dropin_models import losses, write_model, write_rows
+from forked_scripts import HF_MLX_RUN, run_forked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -65,8 +66,9 @@ STYLES = ("peft_object", "peft_config", "plain_arguments", "merge_and_save")
 def test_a_script_gives_trls_losses_and_output(style, material):
     words = [SCRIPTS / f"{style}.py", material / "model", material / "rows.jsonl"]
     theirs, ours = material / style / "out-trl", material / style / "out-mlx"
-    plain = _run([sys.executable, *words, theirs])
-    run = _run([*HF_MLX, "run", *words, ours])
+    plain = run_forked([*words, theirs])
+    # One from the shell, where nothing is imported before it; the others with their libraries imported.
+    run = _run([*HF_MLX, "run", *words, ours]) if style == STYLES[0] else run_forked([*HF_MLX_RUN, *words, ours])
     assert len(_losses(ours)) >= 6
     assert _losses(ours) == pytest.approx(_losses(theirs), rel=LOSS)
     assert _text(run.stdout) == _text(plain.stdout)
@@ -79,7 +81,7 @@ def test_a_model_by_name_and_parsed_arguments(material):
     words = [SCRIPTS / "model_name.py", "--model_name", material / "model", "--data", material / "rows.jsonl", *_SHARED]
     words += ["--save_strategy", "no", "--output_dir"]
     theirs, ours = material / "name" / "out-trl", material / "name" / "out-mlx"
-    plain, run = _run([sys.executable, *words, theirs]), _run([*HF_MLX, "run", *words, ours])
+    plain, run = run_forked([*words, theirs]), run_forked([*HF_MLX_RUN, *words, ours])
     assert len(_losses(ours)) == 6
     assert _losses(ours) == pytest.approx(_losses(theirs), rel=LOSS)
     assert _text(run.stdout) == _text(plain.stdout)
@@ -89,7 +91,7 @@ def test_a_model_by_name_and_parsed_arguments(material):
 def test_keywords_of_older_libraries_mean_what_they_meant(material):
     words = [SCRIPTS / "older_keywords.py", material / "model", material / "rows.jsonl"]
     theirs, ours = material / "older" / "out-trl", material / "older" / "out-mlx"
-    _run([sys.executable, *words, theirs, "today"])
+    run_forked([*words, theirs, "today"])
     run = _run([*HF_MLX, "run", *words, ours, "older"])
     assert len(_losses(ours)) == 6
     assert _losses(ours) == pytest.approx(_losses(theirs), rel=LOSS)
@@ -112,8 +114,8 @@ def test_trls_own_sft_script(material):
         "--output_dir",
     ]
     theirs, ours, third = (material / "sft" / name for name in ("out-trl", "out-mlx", "out-command"))
-    plain, run = _run([sys.executable, TRL_SFT, *flags, theirs]), _run([*HF_MLX, "run", TRL_SFT, *flags, ours])
-    command = _run([*HF_MLX, "sft", *flags, third])
+    plain, run = run_forked([TRL_SFT, *flags, theirs]), _run([*HF_MLX, "run", TRL_SFT, *flags, ours])
+    command = run_forked(["-m", "hf_mlx.cli.main", "sft", *flags, third])
     expected = _losses(theirs / "checkpoint-6")
     assert len(expected) == 6
     for folder in (ours, third):
@@ -125,7 +127,7 @@ def test_trls_own_sft_script(material):
 def test_a_dry_run_says_everything_and_trains_nothing(material):
     ours = material / "dry" / "out-mlx"
     words = [SCRIPTS / "peft_object.py", material / "model", material / "rows.jsonl", ours]
-    run = _run([*HF_MLX, "run", "--dry-run", *words])
+    run = run_forked([*HF_MLX_RUN, "--dry-run", *words])
     assert "steps: 8" in run.stdout
     # The script prints PEFT's own count first.
     assert run.stdout.count("trainable params: 7,168 || all params: 130,368 || trainable%: 5.4983") == 2
@@ -177,7 +179,7 @@ def test_what_only_cuda_has_is_mapped_and_said(material, tmp_path):
     assert "bits: 4" in run.stdout
     for said in ("4-bit loading", "device_map=", "attn_implementation='flash_attention_2'", "paged_adamw_8bit"):
         assert said in run.stderr
-    strict = _run([*HF_MLX, "run", "--strict", script, "--flag", "x"], status=1)
+    strict = run_forked([*HF_MLX_RUN, "--strict", script, "--flag", "x"], status=1)
     assert "SettingError" in strict.stderr
     assert "optim=adamw_torch" in strict.stderr or 'optim="adamw_torch"' in strict.stderr
 

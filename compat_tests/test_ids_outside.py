@@ -308,10 +308,16 @@ def test_a_resized_model_trains(model, tmp_path):
 POSITIONS = 40
 
 
-@pytest.fixture(scope="module", params=["gpt2", "gpt_bigcode"])
+OPT = {"max_position_embeddings": POSITIONS, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+TABLES = ("transformer.wpe.weight", "model.decoder.embed_positions.weight")
+
+
+@pytest.fixture(scope="module", params=["gpt2", "gpt_bigcode", "opt"])
 def learned(request, tmp_path_factory):
     sizes = {"n_positions": POSITIONS, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_inner": 128, "vocab_size": IDS}
     sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    if request.param == "opt":
+        sizes = {**OPT, "ffn_dim": 64, "word_embed_proj_dim": 32, "vocab_size": IDS, "dropout": 0.0}
     config = transformers.AutoConfig.for_model(request.param, **sizes)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
@@ -334,11 +340,11 @@ def test_rows_of_every_position(settings, lora, learned, tmp_path):
             SFTConfig(output_dir=str(tmp_path / side), **{**SILENT, **SETTINGS, **settings}),
             train_dataset=rows,
             processing_class=tokenizer(),
-            peft_config=LoraConfig(r=4, target_modules=["c_proj"], task_type="CAUSAL_LM") if lora else None,
+            peft_config=LoraConfig(r=4, target_modules=["c_proj", "out_proj"], task_type="CAUSAL_LM") if lora else None,
         )
         made.train()
         histories.append(made.state.log_history)
-        tables.append(model.get_parameter("transformer.wpe.weight").detach().numpy())
+        tables.append(next(value for name, value in model.named_parameters() if name.endswith(TABLES)).detach().numpy())
     assert_same_log(*map(untimed, histories), relative=RELATIVE)
     assert np.abs(tables[0] - tables[1]).max() < 1e-3
 
@@ -356,7 +362,10 @@ def test_rows_of_every_position(settings, lora, learned, tmp_path):
 )
 def test_more_tokens_than_positions(settings, early, learned, tmp_path):
     rows = tokens(*LINES) if "pad_to_multiple_of" in settings else tokens(*LINES, list(range(5, 6 + POSITIONS)))
-    for trainer, error in ((SFTTrainer, (IndexError, RuntimeError)), (MLXSFTTrainer, DataError)):
+    failing = [(SFTTrainer, (IndexError, RuntimeError)), (MLXSFTTrainer, DataError)]
+    if "pad_to_multiple_of" in settings and "opt" in learned:
+        failing = failing[1:]  # torch's OPT gives padding a row of its own, MLX's a position
+    for trainer, error in failing:
         with pytest.raises(error) as caught:
             made = build(trainer, learned, tmp_path, rows, None, settings, {}, lora=False)
             assert trainer is SFTTrainer or not early

@@ -30,7 +30,8 @@ def check(index: int, folder: Any) -> None:
         kind = with_own_loss(cls) if script.loss == "compute_loss" else cls
         log, _ = run(kind, load(folder, script.lora), script.settings, **script.keywords())
         logs.append(untimed(log))
-    assert_same_log(*logs, relative=RELATIVE)
+    # A batch without labels has a loss of NaN, which metrics see.
+    assert_same_log(*logs, relative=RELATIVE, nan_ok=True)
     assert len(logs[1]) >= 2
 
 

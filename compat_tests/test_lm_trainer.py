@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from forked_scripts import run_forked
 from lm_pairs import load, run, run_both, token_rows
 from pairs import assert_same_log, text_rows, tiny_model, tokenizer, untimed
 from transformers import (
@@ -174,8 +173,7 @@ def clm_script(tmp_path, name, command, *more):
         *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
         *("--per_device_eval_batch_size", "2"),
     ]
-    done = subprocess.run([sys.executable, *map(str, [*words, *options])], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_forked([*words, *options])
     assert "runs on torch" not in done.stderr
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     kept = json.loads((folder / "all_results.json").read_text())

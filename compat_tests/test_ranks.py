@@ -238,6 +238,7 @@ def test_one_process_exchanges_nothing(models: Path, tmp_path: Path) -> None:
 def test_gradients_of_every_kind_are_added_up(played: list[dict[str, Any]]) -> None:
     for rank, one in enumerate(played):
         assert max(one["exchange"]["worst"].values()) <= 1e-6
+        assert one["exchange"]["norm"][0] == pytest.approx(one["exchange"]["norm"][1], rel=CLOSE)
         own = (0.5 + rank) * 2
         assert one["exchange"]["metrics"] == {"loss": 2.0, "micro_batches": 2.0, "entropy": 1.0, "own_loss": own}
 

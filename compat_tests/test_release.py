@@ -6,16 +6,17 @@ The environment has what pip resolves today, but for torch, which is pinned: its
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, swapped_script
 from pairs import text_rows, tiny_model
-from test_readme_promises import blocks, swapped_script
 
-ROOT = Path(__file__).resolve().parents[1]
 TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 # Where the README names a model and rows of the hub, folders of these names stand in: the libraries look there first.
 MODEL, ROWS = "HuggingFaceTB/SmolLM2-135M-Instruct", "trl-lib/Capybara"
@@ -24,15 +25,30 @@ pytestmark = [pytest.mark.wide, pytest.mark.timeout(3000)]
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory) -> Path:
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of the sdist, as a release builds them; from a copy, so that nothing built earlier gets in."""
+    folder = tmp_path_factory.mktemp("release")
+    built = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "_build", "_generated", "*-output"
+    )
+    shutil.copytree(ROOT, folder / "source", ignore=built)
+    (folder / "sdist").mkdir()
+    build = "from setuptools.build_meta import build_sdist; build_sdist('../sdist')"
+    subprocess.run([sys.executable, "-c", build], cwd=folder / "source", check=True, capture_output=True)
+    (sdist,) = (folder / "sdist").glob("*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(sdist)], check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def clean(wheel, tmp_path_factory) -> Path:
     """A new environment's bin folder, with the wheel and what the README says beside it."""
     folder = tmp_path_factory.mktemp("clean")
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--wheel-dir", str(folder), str(ROOT)], check=True, capture_output=True)
-    (wheel,) = folder.glob("*.whl")
     venv.create(folder / "env", with_pip=True)
     programs = folder / "env" / "bin"
-    extras = "cpu,hf,gguf" if sys.platform == "linux" else "hf,gguf"
+    extras = "cpu,hf" if sys.platform == "linux" else "hf"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     subprocess.run(
         [str(programs / "python"), "-m", "pip", "install", "--quiet", f"{wheel}[{extras}]", TORCH],
@@ -59,8 +75,8 @@ def desk(tmp_path_factory) -> Path:
 
 
 def run(clean, desk, *words) -> subprocess.CompletedProcess:
-    kept = ("PYTHONPATH", "HF_MLX_REPORT")
-    environment = {name: value for name, value in os.environ.items() if name not in kept}
+    ours = ("PYTHONPATH", "HF_MLX_REPORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     environment |= {"PATH": f"{clean}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         list(map(str, words)), cwd=desk, capture_output=True, text=True, env=environment, timeout=1500
@@ -77,11 +93,11 @@ def test_the_readmes_lines_train_verify_and_export(clean, desk):
     run(clean, desk, clean / "python", "train.py")
     assert (desk / "out" / "report.html").exists()
     assert (desk / "out" / "adapter" / "adapter_model.safetensors").exists()
-    lines = [line.removeprefix("$ ") for block in blocks("README.md", "console") for line in block.splitlines()]
-    commands = [line.split("#")[0].split() for line in lines if line.startswith("hf-mlx ")]
+    (block,) = (block for block in blocks("README.md", "console") if "hf-mlx verify" in block)
+    commands = [shlex.split(line.removeprefix("$ ")) for line in block.splitlines()]
     for words in commands:
         run(clean, desk, *words, *(["--limit", "1000"] if "--self-test" in words else []))
-    assert [words[1] for words in commands] == ["verify", "doctor", "export", "export", "merge"]
+    assert [words[1] for words in commands] == ["verify", "doctor", "export", "install", "export", "merge"]
     assert (desk / "out" / "mlx-lm" / "adapters.safetensors").exists()
     assert (desk / "out" / "adapter.gguf").exists() and (desk / "out" / "merged" / "config.json").exists()
     # The commands of the table of claims that take no minutes.

@@ -20,9 +20,11 @@ FAMILIES = {
     "qwen3_moe": {},
     "stablelm": {"partial_rotary_factor": 0.5},
 }
+# Where mlx-lm has one activation whatever the config says, the base has it too.
 WIDE = {
-    "olmo2": {}, "granite": {}, "cohere": {}, "smollm3": {}, "starcoder2": {"sliding_window": None}, "qwen3": {},
-    "phi3": {"sliding_window": None}, "glm4": {}, "gpt_neox": {}, "phi": {}, "nemotron": {}, "seed_oss": {},
+    "olmo2": {}, "granite": {}, "cohere": {}, "smollm3": {}, "qwen3": {},
+    "starcoder2": {"sliding_window": None, "hidden_act": "gelu"}, "gpt_neox": {"hidden_act": "gelu_fast"},
+    "phi3": {"sliding_window": None}, "glm4": {}, "phi": {}, "nemotron": {}, "seed_oss": {},
     "mixtral": {"sliding_window": None}, "olmoe": {}, "qwen2_moe": {}, "helium": {},
 }  # fmt: skip
 

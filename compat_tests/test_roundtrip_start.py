@@ -12,7 +12,7 @@ from hf_mlx.models.architectures import VERIFIED
 _FAMILIES = """
     llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo2 smollm3 granite cohere starcoder2 stablelm glm
     glm4 exaone4 helium ernie4_5 nemotron gpt_neox gpt_bigcode gptj apertus qwen2_moe gemma4_text lfm2 qwen3_moe mixtral
-    deepseek_v3 gpt_oss gemma3 qwen3_5 jamba longcat_flash
+    deepseek_v3 gpt_oss gemma3 qwen3_5 jamba longcat_flash nanochat falcon opt mistral4 qwen2_vl qwen3_vl_moe llava
 """
 FAMILIES = _FAMILIES.split()
 
@@ -43,8 +43,12 @@ def base(tmp_path_factory):
 def both_starts(folder, settings):
     adapter = adapt_mlx(load_mlx(folder), settings, moved=False)
     ours = {adapter.hf_name(name): np.array(value) for name, value in adapter.trainable().items()}
-    ours |= {name: np.array(value) for name, value in adapter.idle.items()}
-    return ours, trained_by_peft(adapt_torch(load_torch(folder), settings, moved=False))
+    theirs = trained_by_peft(adapt_torch(load_torch(folder), settings, moved=False))
+    # What no token reaches is drawn in its turn too, but trained nowhere: the adapter keeps it by itself.
+    idle = {name: np.array(value) for name, value in adapter.idle.items()}
+    assert list(idle) == [name for name in theirs if name in idle]
+    assert list(ours) == [name for name in theirs if name not in idle]
+    return ours | idle, theirs
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -67,7 +71,6 @@ def test_every_family_has_torchs_module_order(family, tmp_path):
     if family == "lfm2":
         settings["exclude_modules"] = r".*conv\.(in|out)_proj"
     ours, theirs = both_starts(make_base(family, tmp_path), settings)
-    # What no token reaches is drawn in its turn too, but trained nowhere.
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
     assert len(ours) >= 8

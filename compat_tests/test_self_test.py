@@ -1,6 +1,7 @@
 """``hf-mlx doctor --self-test``: its stored numbers are TRL's, it passes here, and it sees what is planted."""
 
 import json
+import re
 import sys
 
 import mlx.core as mx
@@ -8,13 +9,15 @@ import pytest
 from datasets import Dataset
 from pairs import _quiet
 from peft import LoraConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer
+from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_mlx.cli.main import main
 from hf_mlx.errors import SettingError
 from hf_mlx.self_test import reference, run_self_test
 from hf_mlx.self_test.checks import BF16, BF16_NORM, CHECKS
 from hf_mlx.self_test.materials import LORA, SETTINGS, rows, write_model
+from hf_mlx.self_test.scripts import train_language, train_pairs
 
 
 @pytest.mark.parametrize("kind", ["FP32", "BF16"])
@@ -32,12 +35,23 @@ def test_the_stored_numbers_are_what_trl_computes(kind, tmp_path):
         assert [line[key] for line in logged] == pytest.approx(getattr(reference, f"{name}_{kind}"), rel=limit)
 
 
+@pytest.mark.parametrize(
+    ("kind", "script", "trainer"), [("PAIRS", train_pairs, DPOTrainer), ("LANGUAGE", train_language, Trainer)]
+)
+def test_the_stored_numbers_of_the_other_trainers(kind, script, trainer, tmp_path):
+    with _quiet():
+        logged = [line for line in script(trainer, tmp_path).state.log_history if "grad_norm" in line]
+    assert len(logged) == 6
+    for name, key in (("LOSSES", "loss"), ("NORMS", "grad_norm")):
+        assert [line[key] for line in logged] == pytest.approx(getattr(reference, f"{name}_{kind}"), rel=1e-4)
+
+
 def test_it_passes_here_and_writes_its_report(tmp_path, capsys):
     assert main(["doctor", "--self-test", "--limit", "800", "--report", str(tmp_path / "report.json")]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] is True
-    assert len(report["checks"]) == 14
+    assert len(report["checks"]) == 18
     assert all(check["name"] in printed for check in report["checks"])
     assert "all right" in printed
     assert {"device", "machine", "versions"} <= set(report["environment"])
@@ -48,6 +62,31 @@ def test_it_passes_here_and_writes_its_report(tmp_path, capsys):
 def wrong_rope(monkeypatch):
     true = mx.fast.rope
     monkeypatch.setattr(mx.fast, "rope", lambda x, *a, **k: true(x * 1.01, *a, **k))
+
+
+def wrong_gradient(monkeypatch):
+    # What comes out is right; what goes back is one percent too long.
+    true = mx.fast.rms_norm
+
+    def norm(*args):
+        out = true(*args)
+        return out + 0.01 * (out - mx.stop_gradient(out))
+
+    monkeypatch.setattr(mx.fast, "rms_norm", norm)
+
+
+def wrong_half(monkeypatch):
+    # A kernel that is wrong in bf16 alone.
+    true = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast, "scaled_dot_product_attention", lambda q, *a, **k: true(q, *a, **k) * (1 + (q.dtype == mx.bfloat16))
+    )
+
+
+def wrong_file(monkeypatch):
+    # What is read is not what was written, by one part in 100,000.
+    true = mx.load
+    monkeypatch.setattr(mx, "load", lambda *a, **k: {name: v * 1.00001 for name, v in true(*a, **k).items()})
 
 
 def wrong_product(monkeypatch):
@@ -77,10 +116,15 @@ def no_memory(monkeypatch):
 
 PLANTED = {
     "rope": (wrong_rope, ["fp32 step"], "fp32 step"),
-    "product": (wrong_product, ["quantised products"], "quantised products: 4-bit product"),
-    "nan": (nan_product, ["quantised products"], "quantised products: 4-bit product"),
+    "gradient": (wrong_gradient, ["fp32 step"], "fp32 step: gradient norms"),
+    "half": (wrong_half, ["bf16 step", "fp32 step"], "bf16 step"),
+    "checkpoint": (wrong_file, ["checkpoint"], "checkpoint: adapter after resuming"),
+    "product": (wrong_product, ["4-bit product"], "4-bit product"),
+    "product of 8 bits": (wrong_product, ["8-bit product"], "8-bit product"),
+    "nan": (nan_product, ["4-bit gradient"], "4-bit gradient"),
+    "gradient of 8 bits": (wrong_product, ["8-bit gradient"], "8-bit gradient"),
     "mask": (no_mask, ["packed attention"], "packed attention: loss"),
-    "raises": (no_memory, ["quantised products"], "quantised products"),
+    "raises": (no_memory, ["4-bit product"], "4-bit product"),
 }
 
 
@@ -114,26 +158,34 @@ def wrong(folder):
 def hangs(folder):
     yield "first", Measured(0.0, 1.0, "apart")
     time.sleep(600)
+def busy(folder):
+    while True:
+        pass
+    yield
 def aborts(folder):
     print("[METAL] Command buffer execution failed: Impacting Interactivity", file=sys.stderr, flush=True)
     os.abort()
     yield
-checks.CHECKS = {"a": fine, "b": hangs, "c": fine, "d": aborts, "e": wrong, "f": fine}
+checks.CHECKS = {"a": fine, "b": hangs, "c": fine, "d": aborts, "e": wrong, "f": fine, "g": busy}
 worker.main(sys.argv[1:])
 """
 
 
 def test_a_check_that_hangs_or_ends_the_process_fails_by_name_and_the_others_run(monkeypatch, capsys):
-    monkeypatch.setattr("hf_mlx.self_test.checks.CHECKS", dict.fromkeys("abcdef"))
+    monkeypatch.setattr("hf_mlx.self_test.checks.CHECKS", dict.fromkeys("abcdefg"))
     started = []
     report = run_self_test(announce=started.append, limit=4, worker=[sys.executable, "-c", PLANTED_WORKER])
-    assert started == list("abcdef")
+    assert started == list("abcdefg")
     found = {check.name: check for check in report.checks}
     assert {name for name, check in found.items() if check.ok} == {"a: number", "b: first", "c: number", "f: number"}
-    assert found["b"].error == "did not end within 4 s, and was stopped" and 4 <= found["b"].seconds < 60
+    assert re.fullmatch(
+        r"did not end within 4 s, and was stopped at <string>:11 in hangs after 0 s of CPU time", found["b"].error
+    )
+    assert 4 <= found["b"].seconds < 60
+    assert "in busy after" in found["g"].error and int(re.search(r"(\d+) s of CPU", found["g"].error)[1]) >= 1
     assert "SIGABRT" in found["d"].error and "Impacting Interactivity" in found["d"].error
     assert found["e: number"].value == 2.0
-    assert "WRONG: b, d, e: number" in str(report)
+    assert "WRONG: b, d, e: number, g" in str(report)
     assert {"device", "machine"} <= set(report.environment)
     assert json.loads(report.to_json())["ok"] is False
 

@@ -32,6 +32,7 @@ SETTINGS = {
     "router_aux_loss_coef": LARGE,
 }
 ATTENTION = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+GATES = (".in_proj_a.", ".in_proj_b.", ".in_proj_ba.")
 # 9 rows in pairs: the second window has two micro-batches, the last of them one row.
 ROWS = rows_of("prompt", 9)
 
@@ -91,7 +92,13 @@ def test_adapter_on_attention(model_type, moe):
 )
 def test_adapter_on_experts_and_routers(model_type, moe):
     lora = {**ATTENTION, "target_modules": "all-linear"}
-    assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, lora, eval_dataset=held_out()))
+    theirs, ours = run_both(moe(model_type), SETTINGS, ROWS, lora, eval_dataset=held_out())
+    # The gates of the delta rule get gradients of a few ulp in single elements, to which Adam gives steps of full size.
+    assert theirs.weights.keys() == ours.weights.keys()
+    for run in (theirs, ours):
+        run.weights = {k: v for k, v in run.weights.items() if not any(gate in k for gate in GATES)}
+    assert len(ours.weights) >= 16
+    assert_balanced(theirs, ours)
 
 
 @pytest.mark.parametrize("model_type", [*FAMILIES, "laguna"])

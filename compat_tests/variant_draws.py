@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from architecture_checks import load_quietly, relative
-from architecture_zoo import config_keys, make_config, make_ids, make_model
+from architecture_zoo import config_keys, make_config, make_ids, make_model, own_values
 from training_checks import quiet
 
 from hf_mlx.errors import HFMLXError
@@ -58,6 +58,11 @@ _VALUES: dict[str, list[Any]] = {
     "no_rope_layer_interval": [2, 4],
     "swiglu_limit": [0.3, 7.0],
     "scale_emb": [1.0, 12.0],
+    **{key: [True, False] for key in ("alibi", "multi_query", "parallel_attn", "new_decoder_architecture")},
+    "num_ln_in_parallel_attn": [None, 1, 2],
+    **{key: [True, False] for key in ("do_layer_norm_before", "enable_bias", "layer_norm_elementwise_affine")},
+    "word_embed_proj_dim": [32, 64],
+    **{key: ["gelu", "relu", "gelu_new"] for key in ("activation", "activation_function")},
     "expand": [1, 2],
     "conv_kernel": [2, 4],
     "n_groups": [1, 2],
@@ -75,6 +80,9 @@ def draw(model_type: str, number: int) -> dict[str, Any]:
     known = config_keys(model_type)
     keys = [key for key in _VALUES if key in known and key not in _FIXED.get(model_type, ())]
     changes = {key: rng.choice(_VALUES[key]) for key in rng.sample(keys, min(len(keys), rng.randint(1, 4)))}
+    types = own_values(model_type).get("layer_types")
+    if types and "num_hidden_layers" in changes:
+        changes["layer_types"] = (types * 2)[: changes["num_hidden_layers"]]
     rope = getattr(make_config(model_type).get_text_config(), "rope_parameters", None)
     if rope and "rope_theta" in rope and rng.random() < 0.5:
         changes["rope_parameters"] = {**rope, **rng.choice(ROPES)}

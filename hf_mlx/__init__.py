@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from .settings.ledger import explain
     from .trainers.dpo import MLXDPOTrainer
     from .trainers.lm import MLXTrainer
+    from .trainers.reward import MLXRewardTrainer
     from .trainers.sft import MLXSFTTrainer
 
 __all__ = [
     "GradClip",
     "HFMLXError",
     "MLXDPOTrainer",
+    "MLXRewardTrainer",
     "MLXSFTTrainer",
     "MLXTrainer",
     "explain",
@@ -37,6 +39,7 @@ _HOMES = {
     "GradClip": "settings.clipping",
     "HFMLXError": "errors",
     "MLXDPOTrainer": "trainers.dpo",
+    "MLXRewardTrainer": "trainers.reward",
     "MLXSFTTrainer": "trainers.sft",
     "MLXTrainer": "trainers.lm",
     "explain": "settings.ledger",

@@ -61,6 +61,14 @@ MEASURES = (
     ),
     Measure(
         "metal",
+        "while a run is under way MLX keeps at most as much freed memory as one step takes (estimated, times 1.5)",
+        "MLX keeps freed arrays for others of their size, up to the working set, and wires them: with rows of many "
+        "lengths that is the memory of every other program (mlx-lm pull request 986: 51 GiB where 7 were needed)",
+        "training.wired_memory.bounded_cache",
+        "a lower `mx.set_cache_limit(bytes)` stays",
+    ),
+    Measure(
+        "metal",
         "a run plans for the recommended working set, less the factor that an estimate may be wrong by",
         "Metal does not say when memory runs out: the process ends without an exception",
         "training.memory.planned_limit",

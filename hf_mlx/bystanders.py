@@ -66,7 +66,7 @@ class Bystanders:
         if self._strict:
             raise SettingError(
                 f"{name} under hf-mlx run --strict",
-                "trl.SFTTrainer, trl.DPOTrainer, or transformers.Trainer of a causal language model",
+                "trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, or transformers.Trainer of a causal language model",
                 "hf-mlx run without --strict, or python, trains it on torch",
             )
         with self._lock:

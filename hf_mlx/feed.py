@@ -17,6 +17,7 @@ from .data.masked import check_labelled
 from .data.order import Share, Steps, count_batched_steps, count_steps, epoch_order, group_by_length
 from .data.own_loader import OwnLoader
 from .data.prepare import Prepared
+from .data.process_generator import ProcessGenerator
 from .data.shapes import Shapes
 from .data.tables import Tables
 from .errors import DataError, SettingError
@@ -73,9 +74,8 @@ class Feed:
         self._options["keep_columns"] = keep_columns and collator is not None
         self._keep_columns = keep_columns
         self.columns: tuple[str, ...] = recipe.rows.signature_columns or tuple(signature_columns)
-        # Where the order depends on torch's global generator, this is that generator.
-        self.rng = TorchGenerator(plan.batch.seed)
-        world, batch = the_world(), plan.batch
+        self.rng = ProcessGenerator(plan.batch.seed)
+        world, batch = the_world().sharing, plan.batch
         self.share = None if world.is_alone else Share(world.rank, world.size, batch.split_batches)
         self.share_rows = self._has_own_loader = False
         own: dict[str, Any] = {"collator": collator, "columns": self.columns, "keep_columns": keep_columns}
@@ -203,17 +203,15 @@ class Feed:
         self._guard.dataset(prepared.dataset, name, batch_size, padding_free=self._train.padding_free)
 
     def train_loader(self, dataset: Any, rng: TorchGenerator | None = None) -> RowLoader | StreamLoader:
-        """Micro-batches in the order of transformers' train dataloader.
-
-        Args:
-            dataset: A prepared one.
-            rng: Stands for torch's global generator; None takes the run's.
-        """
+        """Micro-batches of a prepared set, in transformers' order; ``rng`` None is the run's."""
         plan, dataset = self.plan.batch, self._view(dataset)
         lengths = self._row_lengths(dataset) if plan.sampling == "group_by_length" else None
+        rng = rng or self.rng
+        # What torch was last seeded with when the loader is made: args.seed, unless the script has seeded it since.
+        seed = rng.get_state()["initial_seed"] if plan.data_seed is None else plan.data_seed
 
         def order(epoch: int) -> Any:
-            return epoch_order(len(dataset), plan, epoch, lengths=lengths, global_rng=rng or self.rng)
+            return epoch_order(len(dataset), plan, epoch, seed=seed, lengths=lengths, global_rng=rng)
 
         return self._load(dataset, plan.train_batch_size, order)
 

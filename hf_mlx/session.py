@@ -15,7 +15,10 @@ from .adapters.adapter import Adapter
 from .adapters.attach import attach
 from .adapters.layers import LoRALinear
 from .adapters.origin import resolve_origin
-from .errors import ModelError
+from .adapters.score_head import draw_head
+from .adapters.tensor_parallel import Split, split_model
+from .checkpoints.fingerprint import choose_samples, read_samples
+from .errors import ModelError, SettingError
 from .models.architectures import can_pack, check_packs
 from .models.heads import layers
 from .models.load import LoadedModel
@@ -29,7 +32,7 @@ from .training.blocked_attention import attend_in_blocks
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
 from .training.evaluation import Evaluator
-from .training.exchange import Exchange
+from .training.exchange import Exchange, GradientExchange
 from .training.feed_forward import recompute_activations
 from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring_nothing
 from .training.lanes import make_step
@@ -38,7 +41,10 @@ from .training.native_loss import NativeLoss
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
 from .training.padding_row import hold_padding_row
+from .training.routed_experts import route_experts
+from .training.split_exchange import SplitExchange
 from .training.step import Step
+from .training.weight_gradients import lay_out_gradients
 from .training.weighting import ByTokens
 
 
@@ -61,6 +67,8 @@ class Session:
         host_loss: The script's own loss, in the place of the compiled one; see :meth:`adopt_loss`.
         packs: Whether the model keeps documents that share a row apart.
         world: The processes that train it together.
+        split: How the trained arrays lie where they hold one model together; None where each holds all of it.
+        fingerprint: What tells the base, of a model that was whole once; None where it still is.
         restored: Frozen weights that came from a checkpoint, as it stores them; see :meth:`adopt_frozen`.
     """
 
@@ -73,16 +81,22 @@ class Session:
         self.world = the_world()
         self.packs = can_pack(loaded.model_type)
         _check_packing(loaded, plan.data)
+        if loaded.fresh_head:
+            draw_head(loaded, plan.batch.seed)
         precision = plan.model.precision
         if precision.autocast:
             apply_autocast(loaded.model, getattr(mx, precision.autocast))
         self.adapter, names = self._choose_trainable()
         if precision.autocast:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
+        self.split, self.fingerprint = self._split_model(names)
         loaded.read_weights()
         hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
+        _check_routers(self.routers, plan)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        lay_out_gradients(loaded.model)
+        route_experts(layers(loaded.model))
         attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))
@@ -99,11 +113,16 @@ class Session:
     def _make_step(self, optimizer: Optimizer, clip: GradClip) -> Step:
         options: dict[str, Any] = {"seed": self.plan.batch.seed}
         options["computed_in"] = partial(_computed_in, self.loaded.model)
-        options["exchange"] = None if self.world.is_alone else Exchange(self.world)
+        options["exchange"] = self._make_exchange()
         if self.host_loss is None:
             return make_step(self._objective, optimizer, clip, weigh=self._weigh, **options)
         silent, weigh = measuring_nothing(self._token_objective), cast(ByTokens, self._weigh)
         return HostLossStep(silent, optimizer, clip, loss=self.host_loss, count=weigh.count, **options)
+
+    def _make_exchange(self) -> GradientExchange | None:
+        if self.split is not None:
+            return SplitExchange(self.split)
+        return None if self.world.is_alone else Exchange(self.world)
 
     def _make_evaluator(self) -> Evaluator:
         if self.host_loss is None:
@@ -208,6 +227,19 @@ class Session:
         )
         return adapter, list(adapter.trainable())
 
+    def _split_model(self, names: list[str]) -> tuple[Split | None, dict[str, Any] | None]:
+        """Leave this process's part of a model that several hold together; and what tells its base, while it is whole.
+
+        Nothing is read whole but the few arrays that it is told by, one at a time.
+        """
+        if not self.world.tensor_parallel or self.adapter is None:
+            return None, None
+        # Of the whole model.
+        _ = self.flops_per_token
+        samples = choose_samples(self.loaded, names)
+        self.adapter = split_model(self.adapter, self.world)
+        return self.adapter.split, read_samples(self.loaded, samples)
+
     def _decayed(self, names: Iterable[str]) -> frozenset[str]:
         by_hf_name = {self.hf_name(name): name for name in names}
         to_hf = self.loaded.names.to_hf_modules
@@ -227,6 +259,16 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, "padding_free=True", "SFTConfig(padding_free=False)")
     elif apart and plan.packing:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
+
+
+def _check_routers(routers: Any, plan: TrainPlan) -> None:
+    # Each process has all of a router, but a part of what its choice makes: the two gradients do not add up alike.
+    if routers is not None and plan.model.tensor_parallel > 1:
+        raise SettingError(
+            f"a loss with the balance of routers, on a model split over {plan.model.tensor_parallel} processes",
+            "the loss of the tokens alone",
+            "SFTConfig(router_aux_loss_coef=0.0)",
+        )
 
 
 def _check_floating(loaded: LoadedModel) -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from hf_mlx.cli.launch import make_command
 from hf_mlx.cli.main import build_parser
+from hf_mlx.cli.run import start_processes
 from hf_mlx.errors import SettingError
+from hf_mlx.processes.launcher import read_tensor_parallel
 
 
 def command(*words):
@@ -53,3 +55,26 @@ def test_flags_of_the_launcher_and_of_run_go_where_they_belong(script, tmp_path)
 def test_what_is_missing_is_said_with_the_line_to_write(script, words, message):
     with pytest.raises(SettingError, match=message):
         command(*(word.format(script=script) for word in words))
+
+
+def test_a_split_model_is_asked_for_in_the_environment_of_every_process(script):
+    made = command("-n", "2", "--tensor-parallel", script, "--tensor-parallel", "7")
+    launcher, process = made[3 : made.index("--")], made[made.index("--") + 1 :]
+    assert launcher == ["-n", "2", "--env", "HF_MLX_TENSOR_PARALLEL=all"]
+    assert process[-3:] == [script, "--tensor-parallel", "7"]
+
+
+def test_run_becomes_the_launcher_of_a_split_model(script):
+    options = build_parser("run").parse_args(["run", "--strict", "--tensor-parallel", "3", script, "-n", "5"])
+    words = start_processes(options, options.tensor_parallel)
+    launched = build_parser("launch").parse_args(words[words.index("launch") :])
+    assert (launched.processes, launched.tensor_parallel, launched.strict) == (3, True, True)
+    assert (str(launched.script), launched.arguments) == (script, ["-n", "5"])
+
+
+def test_a_model_is_split_over_all_processes_or_none():
+    assert not read_tensor_parallel(2, {}) and not read_tensor_parallel(1, {"HF_MLX_TENSOR_PARALLEL": "all"})
+    assert read_tensor_parallel(2, {"HF_MLX_TENSOR_PARALLEL": "all"})
+    assert read_tensor_parallel(4, {"HF_MLX_TENSOR_PARALLEL": "4"})
+    with pytest.raises(SettingError, match="split over 2 processes, of which there are 4"):
+        read_tensor_parallel(4, {"HF_MLX_TENSOR_PARALLEL": "2"})

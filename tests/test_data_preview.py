@@ -72,6 +72,38 @@ def test_the_command_shows_a_file(tmp_path, capsys):
     assert page.exists()
 
 
+def run_on(rows, folder, *words, **settings):
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "args.json").write_text(json.dumps(settings))
+    given = ["preview", folder / "rows.jsonl", "--model", folder / "model", "--config", folder / "args.json", *words]
+    return main([str(word) for word in given])
+
+
+def test_pairs_show_both_answers_as_the_collator_cuts_them(tmp_path, capsys):
+    pairs = [{"prompt": "2+2=", "chosen": "4", "rejected": "five"}, {"chosen": "ab c", "rejected": "ab d"}]
+    words = ["--trainer", "DPOTrainer", "--html", tmp_path / "rows.html"]
+    assert run_on(pairs[:1], tmp_path, *words, max_length=7) == 0
+    out = capsys.readouterr().out
+    assert "row 0, chosen: 6 tokens, 2 trained\n2+2=[[4</s>]]" in out
+    assert "row 0, rejected: 7 tokens, 3 trained\n2+2=[[fiv]]" in out
+    assert "row 0, rejected" in (tmp_path / "rows.html").read_text()
+    # The prompt is the front that both share.
+    assert run_on(pairs[1:], tmp_path, "--trainer", "DPOTrainer") == 0
+    assert "ab[[ c</s>]]" in capsys.readouterr().out
+
+
+def test_tokenized_rows_are_shown_as_they_are(tmp_path, capsys):
+    ids = byte_tokenizer()("abcd")["input_ids"]
+    rows = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}, {"input_ids": ids}]
+    assert run_on(rows[:1], tmp_path, "--trainer", "Trainer") == 0
+    assert "ab[[cd]]" in capsys.readouterr().out
+    assert run_on(rows[1:], tmp_path, "--trainer", "Trainer") == 0
+    assert "[[abcd]]" in capsys.readouterr().out
+    assert run_on([{"text": "abcd"}], tmp_path, "--trainer", "Trainer") == 2
+    assert "tokenizes nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["rows", "model"])
 def test_the_command_names_what_cannot_be_read(missing, tmp_path, capsys):
     byte_tokenizer().save_pretrained(tmp_path / "model")

@@ -10,6 +10,7 @@ import hf_mlx
 
 PUBLIC = {
     "MLXDPOTrainer",
+    "MLXRewardTrainer",
     "MLXSFTTrainer",
     "MLXTrainer",
     "resolve_grad_clip",

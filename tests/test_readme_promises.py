@@ -2,20 +2,14 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, swapped_script
 
 import hf_mlx
 from hf_mlx.settings.tables import markdown_summary
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))]
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -25,12 +19,6 @@ def commands() -> list[str]:
 
 def targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
-
-
-def swapped_script() -> str:
-    """The README's diff, applied."""
-    (diff,) = blocks("README.md", "diff")
-    return "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
 
 
 def test_python_blocks_compile():

@@ -21,7 +21,7 @@ from hf_mlx.training.memory import memory_limit, planned_limit
 from hf_mlx.training.shortage import describe_evaluation, describe_training, naming_shortage
 from hf_mlx.training.splitting import Splitting, choose_computation, split_arrays
 from hf_mlx.training.weighting import ByTokens
-from hf_mlx.training.wired_memory import wired_memory
+from hf_mlx.training.wired_memory import bounded_cache, wired_memory
 
 # fp32: the same sums in another order. A wrong denominator is 1e-1.
 RELATIVE = 1e-6
@@ -326,11 +326,15 @@ class Backend:
         self.device_info = lambda: {name: size for name, size in told.items() if size is not None}
         self.get_active_memory, self.get_cache_memory = lambda: 3, lambda: 2
         self.get_memory_limit = lambda: limit
-        self.wired, self.done = 0, []
+        self.wired, self.cached, self.done = 0, 150, []
 
     def set_wired_limit(self, size):
         earlier, self.wired = self.wired, size
         self.done.append(("wired", size))
+        return earlier
+
+    def set_cache_limit(self, size):
+        earlier, self.cached = self.cached, size
         return earlier
 
     def synchronize(self):
@@ -367,3 +371,20 @@ def test_nothing_is_wired_elsewhere(options):
     with wired_memory(backend):
         pass
     assert backend.done == []
+
+
+@pytest.mark.parametrize(("need", "set_before", "during"), [(40, 150, 60), (400, 150, 150), (40, 0, 0)])
+def test_metal_keeps_no_more_freed_memory_than_a_step_takes(need, set_before, during):
+    backend = Backend(metal=True, recommended=60)
+    backend.cached = set_before
+    with pytest.raises(ValueError), bounded_cache(lambda: need, backend):
+        assert backend.cached == during
+        raise ValueError
+    assert backend.cached == set_before
+
+
+@pytest.mark.parametrize("options", [{"cuda": True}, {"metal": True, "device": "cpu"}, {}])
+def test_the_cache_is_left_alone_elsewhere(options):
+    backend = Backend(**options)
+    with bounded_cache(lambda: pytest.fail("not needed"), backend):
+        assert backend.cached == 150

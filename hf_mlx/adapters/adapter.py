@@ -18,6 +18,7 @@ from .targets import Target
 
 if TYPE_CHECKING:
     from ..models.load import LoadedModel
+    from .tensor_parallel import Split
 
 PREFIX = "base_model.model."
 
@@ -55,6 +56,7 @@ class Adapter:
         blueprint: Which modules are adapted, trained in full or trained in their bias.
         conv1d: The HF layers are transformers' Conv1D (``fan_in_fan_out``).
         folder: Where it was read from; None for one that was made here.
+        split: How its arrays lie on several processes that hold the model together; None for one.
     """
 
     plan: LoraPlan
@@ -63,6 +65,7 @@ class Adapter:
     idle: dict[str, mx.array] = field(default_factory=dict)
     conv1d: bool = False
     folder: Path | None = None
+    split: Split | None = None
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -83,6 +86,8 @@ class Adapter:
     @property
     def torch_class(self) -> str:
         """The transformers class whose module paths the keys have."""
+        if self.loaded.scores:
+            return "AutoModelForSequenceClassification"
         classes = self.loaded.config.get("architectures") or ()
         return classes[0] if classes and self.loaded.model_type in SPLIT_TYPES else "AutoModelForCausalLM"
 
@@ -96,7 +101,12 @@ class Adapter:
                 "modules_to_save is a string, which PEFT reads letter by letter: trained in full are "
                 + (", ".join(site.hf_path for site in self.blueprint.saved) or "no modules")
             )
-        if self.torch_class == "AutoModelForCausalLM":
+        if self.loaded.scores and not any(name.startswith("score.") for name in self.trainable()):
+            lines.append(
+                "the score is neither trained nor saved, and is drawn anew wherever the adapter is loaded (as in TRL): "
+                'LoraConfig(..., task_type="SEQ_CLS") trains it'
+            )
+        if self.torch_class.startswith("AutoModel"):
             return tuple(lines)
         return (
             *lines,

@@ -16,6 +16,7 @@ from .defaults import CONV1D_TYPES
 from .idle import IdlePair
 from .layers import DoRALinear, LoRAEmbedding, LoRALinear
 from .parts import LoRALatent, LoRAPart, LoRARouter, LoRASwitchLinear, SplitLoRALinear, part_dims, split_rows
+from .score_head import save_head
 from .sites import Site
 from .start import LoRALayer, count_loading_draws, start_as_mlx_lm, start_as_peft
 from .targets import Target
@@ -56,7 +57,7 @@ def attach(
     Raises:
         AdapterError: Nothing matches, a module cannot be adapted, or settings contradict each other.
     """
-    plan = keep_tied(loaded, plan)
+    plan = save_head(loaded, keep_tied(loaded, plan))
     blueprint = draw_untied(loaded, plan, last_n_layers)
     plan = blueprint.plan
     layers = install_layers(loaded, plan, blueprint, compute_dtype)

@@ -16,6 +16,7 @@ from .idle import Tower
 from .layers import LoRAEmbedding, LoRALinear
 from .matching import Selector, is_all_linear, minimal_names
 from .parts import LoRARouter, LoRASwitchLinear
+from .score_head import SAVED_HEADS, SEQ_CLS
 from .sites import HEADS, Site, is_tied, layer_count, list_sites
 from .targets import Target, resolve_selector, select_targets
 from .token_rows import TokenRows, TrainableTokens, choose_rows
@@ -121,7 +122,7 @@ def _saved_sites(
     for name in names:
         # PEFT compares with str.endswith, dot or no dot (peft.utils.other._set_trainable).
         matched = [site for site in sites if site.kind != "experts" and site.hf_path.endswith(name)]
-        if not matched and not spelled:
+        if not matched and not spelled and not (plan.task_type == SEQ_CLS and name in SAVED_HEADS[:1]):
             leaves = sorted({site.hf_path.rsplit(".", 1)[-1] for site in sites} - {str(i) for i in range(1000)})
             raise AdapterError(
                 f"modules_to_save names {name!r}, which matches no module"

@@ -9,12 +9,12 @@ from __future__ import annotations
 _QV = ("q_proj", "v_proj")
 
 # model_type → target_modules that PEFT takes when LoraConfig(target_modules=None).
-_QV_TYPES = "gptj llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3"
+_QV_TYPES = "opt gptj llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3"
 TARGET_MODULES: dict[str, tuple[str, ...] | str] = {
     **dict.fromkeys(_QV_TYPES.split(), _QV),
     "gpt2": ("c_attn",),
     "gpt_bigcode": ("c_attn",),
-    "gpt_neox": ("query_key_value",),
+    **dict.fromkeys(("falcon", "gpt_neox"), ("query_key_value",)),
     "phi": ("q_proj", "v_proj", "fc1", "fc2"),
     "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
     "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .config import FORMAT, config_to_json
 from .files import write_files, write_text
 from .origin import resolve_origin
-from .slots import Slot, list_slots
+from .slots import Slot, slots_of
 from .source import CONFIG, WEIGHTS
 from .vocabulary import carried_slots
 
@@ -91,13 +91,15 @@ def write_adapter(
     folder = Path(folder)
     name, revision = resolve_origin(loaded, base, revision)
     tensors = peft_tensors(adapter)
+    if adapter.split is not None and not adapter.split.world.is_main:
+        return folder
     config = config_to_json(adapter, name, revision)
     writers: dict[str, Callable[[Path], None]] = {
         WEIGHTS: lambda path: mx.save_safetensors(str(path), tensors, metadata={"format": "pt"}),
         CONFIG: lambda path: write_text(path, json.dumps(config, indent=2, sort_keys=True)),
     }
     if not (folder / "README.md").exists():
-        writers["README.md"] = lambda path: write_text(path, _card(name, adapter.torch_class))
+        writers["README.md"] = lambda path: write_text(path, _card(name, adapter))
     write_files(folder, writers)
     return folder
 
@@ -105,14 +107,18 @@ def write_adapter(
 def peft_tensors(adapter: Adapter) -> dict[str, mx.array]:
     """The adapter's tensors under PEFT's keys, evaluated and checked.
 
+    Where several processes hold the model together all of them call it, unless the adapter's arrays are whole just now.
+
     Raises:
         AdapterError: A key is missing or left over, a shape is wrong, or a value is NaN or infinite.
     """
-    slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
+    slots = dict(slots_of(adapter))
     if adapter.loaded.resized:
         carried = carried_slots(adapter.loaded, adapter.blueprint)
         slots = {key: slot for key, slot in carried.items() if slot.mlx_path} | slots
     held = dict(tree_flatten(adapter.loaded.model.parameters()))
+    if adapter.split is not None:
+        held |= adapter.split.complete(held)
     untold = sorted(set(adapter.trainable()) - {slot.mlx_path for slot in slots.values()})
     absent = sorted(key for key, slot in slots.items() if not slot.idle and slot.mlx_path not in held)
     absent += sorted(adapter.idle.keys() ^ {key for key, slot in slots.items() if slot.idle})
@@ -155,7 +161,8 @@ def _check(tensors: Mapping[str, mx.array], slots: Mapping[str, Slot]) -> None:
             )
 
 
-def _card(base: str, torch_class: str) -> str:
+def _card(base: str, adapter: Adapter) -> str:
+    torch_class, labels = adapter.torch_class, ", num_labels=1" if adapter.loaded.scores else ""
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
@@ -172,7 +179,7 @@ def _card(base: str, torch_class: str) -> str:
         "from peft import PeftModel",
         f"from transformers import {torch_class}",
         "",
-        f"model = {torch_class}.from_pretrained({base!r})",
+        f"model = {torch_class}.from_pretrained({base!r}{labels})",
         'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
         "```",
         "",

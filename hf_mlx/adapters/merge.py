@@ -138,6 +138,12 @@ def merge_and_unload(adapter: Adapter, *, threshold: float = SURVIVAL) -> nn.Mod
     Returns:
         The model, without adapter.
     """
+    if adapter.split is not None:
+        raise AdapterError(
+            f"merge_and_unload() of a model that {adapter.split.world.size} processes hold together",
+            "a model that one process holds",
+            "trainer.save_model(dir), and then hf-mlx merge dir MERGED on one machine, an array at a time",
+        )
     kept = measure_survival(adapter)
     check_merged(adapter, {f"{path}.weight": layer.merged_weight() for path, layer in _layers(adapter).items()})
     replaced = {}

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 
 # Siblings only: two names are compared when they hang under the same parent.
 _NAMES = """
-    embed_tokens wte embed_in embeddings embedding wpe
+    embed_tokens wte word_embeddings embed_in embeddings embedding wpe
     layers h blocks
-    temporal_block linear_attn self_attn attn attention mixer mamba
+    temporal_block linear_attn self_attn self_attention attn attention mixer mamba
     in_proj in_proj_qkvz in_proj_qkv in_proj_z in_proj_b in_proj_a in_proj_ba
     q_proj q_a_proj q_a_layernorm q_b_proj kv_a_proj_with_mqa kv_a_layernorm kv_b_proj k_proj v_proj
     qkv_proj query_key_value c_attn o_proj out_proj dense c_proj q_norm k_norm q_layernorm k_layernorm
@@ -31,6 +31,7 @@ _ORDER = _NAMES.split()
 _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "phi3": ("o_proj", "qkv_proj"),
     "gptj": ("k_proj", "v_proj", "q_proj", "out_proj"),
+    "opt": ("embed_positions", "project_out", "project_in", "layers", "k_proj", "v_proj", "q_proj", "out_proj"),
     "gpt2": ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_fc", "c_proj"),
     "gpt_bigcode": ("ln_1", "attn", "ln_2", "mlp", "c_attn", "c_fc", "c_proj"),
     "starcoder2": ("c_fc", "c_proj"),
@@ -49,7 +50,7 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             *("deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "exaone_moe", "glm4_moe", "glm4_moe_lite"),
-            *("glm_moe_dsa", "laguna", "mellum", "mimo_v2_flash", "qwen3_moe", "solar_open"),
+            *("glm_moe_dsa", "laguna", "mellum", "mimo_v2_flash", "mistral4", "qwen3_moe", "solar_open"),
         ),
         ("experts", "gate"),
     ),
@@ -57,7 +58,7 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
     "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"),
 }
-_LAST = ("lm_head", "embed_out", "output")
+_LAST = ("lm_head", "embed_out", "output", "score")
 
 
 def order_key(model_type: str, hf_paths: Iterable[str]) -> Callable[[str], tuple]:

@@ -53,6 +53,10 @@ class LoRAPart(nn.Module):
         self._pair = SimpleNamespace(owner=owner)
         self._rows = rows
 
+    def hold(self, rows: Rows) -> None:
+        """Take these rows of B from here on."""
+        self._rows = rows
+
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
         return self._pair.owner.adapted(self.base_layer, self._rows, x, *args, **options)
 
@@ -156,6 +160,10 @@ class LoRASwitchLinear(nn.Module):
         self.compute_dtype = compute_dtype
         self.lora_A = mx.zeros((experts * r, dims[0]))
         self.lora_B = mx.zeros((dims[1], r * experts))
+        self._rows = rows
+
+    def hold(self, rows: Rows) -> None:
+        """Take these rows of B for the first part from here on."""
         self._rows = rows
 
     def factors(self, rows: Rows) -> tuple[mx.array, mx.array]:

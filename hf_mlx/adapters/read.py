@@ -20,6 +20,7 @@ from .config import config_from_json
 from .decomposed import KINDS, take_out
 from .mlx_lm_read import is_mlx_lm, read_mlx_lm
 from .per_expert import find_apart, join_experts
+from .score_head import check_task
 from .slots import Slot, list_slots
 from .source import CONFIG, has_pickle_only, read_config_file, read_pickle, read_shapes, read_tensors
 from .tying import keep_tied
@@ -120,6 +121,7 @@ def open_adapter(folder: Path, loaded: LoadedModel) -> tuple[LoraPlan, Blueprint
     The ends of the vocabulary that travel with the adapter are put into ``loaded``, whose head is untied for it.
     """
     plan = keep_tied(loaded, config_from_json(read_config_file(folder), str(folder / CONFIG)))
+    check_task(loaded, plan, folder)
     pickled = read_pickle(folder) if has_pickle_only(folder) else None
     shapes = read_shapes(folder) if pickled is None else {key: tuple(v.shape) for key, v in pickled.items()}
     tensors = cache(lambda: read_tensors(folder) if pickled is None else pickled)

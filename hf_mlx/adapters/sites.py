@@ -83,7 +83,7 @@ def list_sites(loaded: LoadedModel) -> list[Site]:
 
 def is_tied(loaded: LoadedModel) -> bool:
     """Whether the head is the embedding: mlx-lm then has no head module at all."""
-    return not any(path.rsplit(".", 1)[-1] in HEADS for path, _ in _walk(loaded.model, ""))
+    return not loaded.scores and not any(path.rsplit(".", 1)[-1] in HEADS for path, _ in _walk(loaded.model, ""))
 
 
 def layer_count(loaded: LoadedModel) -> int:

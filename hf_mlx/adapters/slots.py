@@ -6,6 +6,7 @@ its own tensors against it before writing, the reader accounts for every key bef
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from ..models.vocabulary import head_path
 from ..settings.plan import LoraPlan
-from .adapter import PEFT_LEAVES, PREFIX
+from .adapter import PEFT_LEAVES, PREFIX, Adapter
 from .blueprint import Blueprint
 from .layers import layer_dims
 from .matching import is_all_linear, is_matched
@@ -83,6 +84,14 @@ def list_slots(loaded: LoadedModel, plan: LoraPlan, blueprint: Blueprint) -> dic
         shape = tuple(site.module["bias"].shape)
         slots[f"{PREFIX}{site.hf_path}.{leaf}"] = Slot(f"{site.mlx_path}.{leaf}", shape, as_stored=True)
     return slots
+
+
+def slots_of(adapter: Adapter) -> Mapping[str, Slot]:
+    """:func:`list_slots` of an attached adapter."""
+    if adapter.split is not None:
+        # The model's arrays are parts.
+        return adapter.split.slots
+    return list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
 
 
 def _idle_shapes(target: Target) -> dict[str, Slot]:

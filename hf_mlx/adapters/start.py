@@ -55,7 +55,8 @@ def count_loading_draws(loaded: LoadedModel) -> int:
     """How often ``from_pretrained`` draws from torch's generator for this model (see ``DRAWN_ON_LOADING``)."""
     endings = DRAWN_ON_LOADING.get(loaded.model_type, ())
     params: Any = tree_flatten(loaded.model.parameters())
-    return sum(value.size for name, value in params if endings and name.endswith(endings))
+    drawn = sum(value.size for name, value in params if endings and name.endswith(endings))
+    return drawn + loaded.head_draws
 
 
 def start_as_mlx_lm(model: nn.Module, layers: dict[str, LoRALayer], last_n_layers: int | None, seed: int) -> None:

@@ -23,17 +23,31 @@ def take_fingerprint(loaded: LoadedModel, trained: Iterable[str]) -> dict[str, A
         loaded: The model.
         trained: MLX names of what the run changes, left out.
     """
+    return read_samples(loaded, choose_samples(loaded, trained))
+
+
+def choose_samples(loaded: LoadedModel, trained: Iterable[str]) -> dict[str, mx.array]:
+    """The arrays that :func:`take_fingerprint` samples, by MLX name; none is evaluated."""
     trained = set(trained)
     held: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
     frozen = [(name, value) for name, value in held.items() if name not in trained]
     chosen = frozen[:: max(len(frozen) // _TENSORS, 1)]
-    samples = {name: value.reshape(-1)[-_VALUES:].astype(mx.float32) for name, value in chosen}
-    mx.eval(samples)
-    return {
-        "model_type": loaded.model_type,
-        "dtypes": {name: str(value.dtype) for name, value in chosen},
-        "samples": {name: value.tolist() for name, value in samples.items()},
-    }
+    return dict(chosen)
+
+
+def read_samples(loaded: LoadedModel, chosen: dict[str, mx.array]) -> dict[str, Any]:
+    """The fingerprint of a model by ``chosen``, which is emptied.
+
+    The model may hold parts of these arrays, which are read as well: no array has to stay for its part's sake.
+    """
+    made: dict[str, Any] = {"model_type": loaded.model_type, "dtypes": {}, "samples": {}}
+    held: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
+    for name in list(chosen):
+        value = chosen.pop(name)
+        made["dtypes"][name] = str(value.dtype)
+        made["samples"][name] = value.reshape(-1)[-_VALUES:].astype(mx.float32).tolist()
+        mx.eval(held[name])
+    return made
 
 
 def compare_fingerprints(

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..adapters.adapter import PREFIX, Adapter
-from ..adapters.slots import Slot, list_slots
+from ..adapters.slots import Slot, slots_of
 from ..errors import CheckpointError, ModelError
 from ..models.load import LoadedModel
 from ..models.skeleton import build_skeleton
@@ -59,7 +59,7 @@ class AdapterParameters:
     def __init__(self, adapter: Adapter) -> None:
         self._loaded = adapter.loaded
         trained = {path: i for i, path in enumerate(adapter.trainable())}
-        slots = list_slots(adapter.loaded, adapter.plan, adapter.blueprint)
+        slots = slots_of(adapter)
         names = [name for name, slot in slots.items() if slot.mlx_path in trained and not slot.base]
         self._slots = {name: slots[name] for name in sorted(names, key=lambda name: trained[slots[name].mlx_path])}
         self._order = _with_idle(adapter, list(self._slots))

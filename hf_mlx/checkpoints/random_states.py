@@ -49,13 +49,14 @@ class RandomStates:
             high, low = (int(word) for word in self.key.tolist())  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
             # MLX splits a 64-bit seed into the two words of its key, which makes this its setter.
             mx.random.seed((high << 32) | low)
-        if self.order is not None:
-            order.set_state(self.order)
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch = sys.modules.get("torch")
         if self.torch is not None and torch is not None:
             torch.set_rng_state(torch.from_numpy(np.array(self.torch, dtype=np.uint8)))
+        if self.order is not None:
+            # Last, since torch's generator goes with it.
+            order.set_state(self.order)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of ``rng_state.pth``: the order's generator takes the place of torch's."""

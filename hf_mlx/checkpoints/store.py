@@ -168,7 +168,7 @@ class CheckpointStore:
         weights, frozen = self._load_weights(folder)
         state = read_trainer_state(folder)
         run = read_tree(folder, RUN) if lies(folder / f"{RUN}.json") else None
-        random = read_random(folder, run, self.session.world, self.data.rng)
+        random = read_random(folder, run, self.session.world.sharing, self.data.rng)
         if run is not None:
             self._compare_runs(folder, run, replaced=frozen)
             boundary = Boundary.from_tree(run["boundary"], random)
@@ -239,7 +239,9 @@ class CheckpointStore:
 
     def _base(self) -> dict[str, Any]:
         if self._fingerprint is None:
-            self._fingerprint = take_fingerprint(self.session.loaded, self.session.step.params)
+            known: dict[str, Any] | None = self.session.fingerprint
+            held = take_fingerprint(self.session.loaded, self.session.step.params) if known is None else known
+            self._fingerprint = held
         return self._fingerprint
 
     def _settings(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import HFMLXError, SettingError
 from ..intake import Intake
-from ..settings.config_tables import DPO_TABLE, LM_TABLE, SFT_TABLE
+from ..settings.config_tables import DPO_TABLE, LM_TABLE, REWARD_TABLE, SFT_TABLE
 from ..settings.ledger import Ledger, explain
 from ..settings.legacy import translate_arguments
 
@@ -42,7 +42,7 @@ _SCRIPT_FLAGS = re.compile(
     r"model_name_or_path|use_peft|bnb_4bit_.*|use_bnb_nested_quant|datasets|dataset_(name|config|train_split|test_split"
     r"|streaming)|streaming|test_split_size|ignore_bias_buffers|config|env"
 )
-TABLES = {table.name: table for table in (SFT_TABLE, LM_TABLE, DPO_TABLE)}
+TABLES = {table.name: table for table in (SFT_TABLE, LM_TABLE, DPO_TABLE, REWARD_TABLE)}
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SettingError
+from ..processes.launcher import TENSOR_PARALLEL
 from .run import add_flags
 
 _BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
@@ -30,6 +31,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--python", help="the interpreter on every machine; this one where it is left out")
     parser.add_argument("--cwd", help="the folder to run in on every machine")
     parser.add_argument("--starting-port", type=int, help="first port of the ring")
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="hold one model together, of which each process has a part, and read the same rows: for a base that fits "
+        "no single machine",
+    )
     add_flags(parser)
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the Python file")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
@@ -78,7 +85,8 @@ def make_command(options: argparse.Namespace) -> list[str]:
     }
     launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
     launcher += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
-    launcher += [word for setting in options.env for word in ("--env", setting)]
+    environ = [*options.env, *([f"{TENSOR_PARALLEL}=all"] if options.tensor_parallel else [])]
+    launcher += [word for setting in environ for word in ("--env", setting)]
     asked = [flag for flag, given in {"--strict": options.strict, "--dry-run": options.dry_run}.items() if given]
     asked += ["--report", str(options.report)] if options.report is not None else []
     # What follows -- is the processes' own: mlx.launch would take a script's -n for its own.

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError
+from ..settings.config_tables import DPO_TABLE, LM_TABLE, SFT_TABLE
 from .explain import read_settings
 
+_TABLES = {"SFTTrainer": SFT_TABLE, "DPOTrainer": DPO_TABLE, "Trainer": LM_TABLE}
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -24,7 +26,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "dataset", metavar="DATASET", help="a json, jsonl, csv, parquet or txt file, or a dataset's folder or hub name"
     )
     parser.add_argument("--model", required=True, help="the model's folder or hub name, for its tokenizer")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON or YAML: the fields of SFTConfig")
+    parser.add_argument("--trainer", choices=_TABLES, default="SFTTrainer", help="whose rows they are (SFTTrainer)")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="JSON or YAML: the fields of that trainer's configuration"
+    )
     parser.add_argument("--split", default="train", help="the split to read (train)")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to show (3)")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write the rows as one HTML file")
@@ -34,15 +39,19 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Show the rows; returns the exit status."""
-    from ..data.preview import preview
+    from ..data.preview import preview, preview_pairs, preview_tokens
     from ..settings.resolve import resolve_plan
 
     args, peft_config, notes = read_settings(options.config) if options.config else ({}, None, [])
     for note in notes:
         print(note)
-    plan, _ = resolve_plan(args, peft_config)
-    dataset = load_rows(options.dataset, options.split)
-    preview(dataset, load_tokenizer(options.model), plan.data, rows=options.rows, html=options.html)
+    plan, _ = resolve_plan(args, peft_config, table=_TABLES[options.trainer])
+    dataset, tokenizer = load_rows(options.dataset, options.split), load_tokenizer(options.model)
+    if options.trainer == "Trainer":
+        preview_tokens(dataset, tokenizer, rows=options.rows, html=options.html)
+    else:
+        show = preview_pairs if options.trainer == "DPOTrainer" else preview
+        show(dataset, tokenizer, plan.data, rows=options.rows, html=options.html)
     if options.html:
         print(f"\nwrote {options.html}")
     return 0

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import SettingError
+from ..processes.launcher import TENSOR_PARALLEL, read_launcher
 from ..reports.place import VARIABLE
 
 
@@ -21,6 +22,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="run a TRL script unedited, trained by MLX",
         description="Run SCRIPT as python would, with trl.SFTTrainer trained by MLX. What is done another way than "
         "upstream is printed once, to standard error, and so is the name of any other trainer, which torch trains.",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hold the model on N processes together, each of which has a part; they are started on this machine where "
+        "no launcher has started them",
     )
     add_flags(parser)
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="the Python file")
@@ -55,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
     script: Path = options.script
     if not script.is_file():
         raise SettingError(f"SCRIPT {script}", "a Python file", "hf-mlx run train.py --your-own flags")
+    if options.tensor_parallel != 1:
+        _split(options)
     place_report(options)
     bystanders = Bystanders(say, strict=options.strict)
 
@@ -75,6 +86,33 @@ def run(options: argparse.Namespace) -> int:
         talk.summary()
     # An error of the script's own says enough.
     return 1 if status == 0 and bystanders.end() else status
+
+
+def _split(options: argparse.Namespace) -> None:
+    """Be one of the processes that hold the model together, or become their launcher.
+
+    Raises:
+        SettingError: There are others of them, or fewer than two are asked for.
+    """
+    ways = options.tensor_parallel
+    if ways < 2:
+        raise SettingError(
+            f"--tensor-parallel {ways}", "two processes or more", f"hf-mlx run --tensor-parallel 2 {options.script}"
+        )
+    os.environ[TENSOR_PARALLEL] = str(ways)
+    launched = read_launcher()
+    if launched is None:
+        command = start_processes(options, ways)
+        sys.stdout.flush()
+        os.execv(command[0], command)
+
+
+def start_processes(options: argparse.Namespace, ways: int) -> list[str]:
+    """The command line of ``hf-mlx launch`` for the options of ``hf-mlx run``."""
+    asked = [flag for flag, given in {"--strict": options.strict, "--dry-run": options.dry_run}.items() if given]
+    asked += ["--report", str(options.report)] if options.report is not None else []
+    launch = [sys.executable, "-m", "hf_mlx.cli.main", "launch", "-n", str(ways), "--tensor-parallel"]
+    return [*launch, *asked, str(options.script), *options.arguments]
 
 
 def execute(script: Path, talk: Any) -> int:

@@ -169,16 +169,18 @@ class TorchGenerator:
 
     def set_torch_state(self, state: np.ndarray) -> None:
         """Go on from the bytes of ``torch.get_rng_state().numpy()``: uint8, shape [5056]."""
-        record = np.ascontiguousarray(state, dtype=np.uint8).view(_TORCH_STATE)[0]
-        pos = _WORDS if record["left"] == 1 else int(record["next"])
-        self.set_state(
-            {
-                "initial_seed": int(record["seed"]),
-                "key": record["key"].astype(np.uint32),
-                "pos": pos,
-                "next_normal": float(record["normal"]) if record["normal_valid"] else None,
-            }
-        )
+        self.set_state(read_torch_state(state))
+
+
+def read_torch_state(state: np.ndarray) -> dict[str, Any]:
+    """The bytes of ``torch.get_rng_state().numpy()`` as what :meth:`TorchGenerator.set_state` takes."""
+    record = np.ascontiguousarray(state, dtype=np.uint8).view(_TORCH_STATE)[0]
+    return {
+        "initial_seed": int(record["seed"]),
+        "key": record["key"].astype(np.uint32),
+        "pos": _WORDS if record["left"] == 1 else int(record["next"]),
+        "next_normal": float(record["normal"]) if record["normal_valid"] else None,
+    }
 
 
 # at::CPUGeneratorImplState: the legacy struct (words kept in 64 bits), then the float sample that nothing uses.

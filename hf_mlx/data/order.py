@@ -94,6 +94,7 @@ def epoch_order(
     plan: BatchPlan,
     epoch: int,
     *,
+    seed: int | None = None,
     lengths: Sequence[int] | None = None,
     global_rng: TorchGenerator | None = None,
 ) -> np.ndarray:
@@ -108,6 +109,7 @@ def epoch_order(
         length: Rows of the dataset.
         plan: ``sampling``, ``seedable_sampler``, ``seed``, ``data_seed`` and, grouped by length, the batch size.
         epoch: The epoch, from 0; the seedable sampler adds it to the seed.
+        seed: Of the seedable sampler; None takes ``data_seed``, or else ``seed``, of ``plan``.
         lengths: Tokens of each row; needed for ``group_by_length``.
         global_rng: Needed for ``group_by_length`` and ``seedable_sampler=False``; advanced if given.
 
@@ -125,7 +127,8 @@ def epoch_order(
     if plan.sampling == "sequential":
         return np.arange(length, dtype=np.int64)
     if plan.sampling == "random" and plan.seedable_sampler:
-        seed = plan.seed if plan.data_seed is None else plan.data_seed
+        if seed is None:
+            seed = plan.seed if plan.data_seed is None else plan.data_seed
         return TorchGenerator(seed + epoch).randperm(length)
     if global_rng is None:
         raise ValueError(f"sampling={plan.sampling!r}, seedable_sampler={plan.seedable_sampler} needs global_rng")

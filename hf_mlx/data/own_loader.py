@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
-
-import numpy as np
 
 from ..errors import DataError
 from .batch import Batch
-from .generator import TorchGenerator
+from .process_generator import ProcessGenerator
 
 
 class OwnLoader:
     """Micro-batches of a loader that an override of ``get_train_dataloader``, or of a sampler, has made.
 
-    While it is opened and read, torch's global generator is the run's: what a sampler draws from it is what it would
-    draw under TRL.
+    torch's global generator is the run's: what a sampler draws from it is what it would draw under TRL.
 
     Args:
         loader: Yields dicts of tensors; a torch ``DataLoader`` or anything that can be iterated once an epoch.
@@ -31,7 +27,7 @@ class OwnLoader:
     """
 
     def __init__(
-        self, loader: Any, convert: Callable[[Mapping[str, Any]], Batch], rng: TorchGenerator, method: str
+        self, loader: Any, convert: Callable[[Mapping[str, Any]], Batch], rng: ProcessGenerator, method: str
     ) -> None:
         if not hasattr(loader, "__iter__"):
             raise DataError(
@@ -89,22 +85,17 @@ class OwnLoader:
 
     def batches(self, epoch: int | None, skip: int = 0) -> Iterator[Batch]:
         """Micro-batches of ``epoch``, without the first ``skip``, which are read at once."""
-        with lend_generator(self._rng):
-            if epoch is not None:
-                _set_epoch(self.loader, epoch)
-            read = iter(self.loader)
-            for _ in range(skip):
-                next(read, None)
+        self._rng.join()
+        if epoch is not None:
+            _set_epoch(self.loader, epoch)
+        read = iter(self.loader)
+        for _ in range(skip):
+            next(read, None)
         return self._read(read)
 
     def _read(self, read: Iterator[Any]) -> Iterator[Batch]:
-        end: Any = object()
         first = True
-        while True:
-            with lend_generator(self._rng):
-                batch = next(read, end)
-            if batch is end:
-                return
+        for batch in read:
             if not isinstance(batch, Mapping):
                 raise DataError(
                     f"a {type(batch).__name__} from the loader of {self._method}()",
@@ -115,23 +106,6 @@ class OwnLoader:
             if first:
                 self._first_rows, first = len(made.input_ids), False
             yield made
-
-
-@contextmanager
-def lend_generator(rng: TorchGenerator) -> Iterator[None]:
-    """A block in which torch's global CPU generator goes on from ``rng``, which goes on from it afterwards."""
-    try:
-        import torch
-    except ImportError:
-        yield
-        return
-    before = torch.get_rng_state()
-    torch.set_rng_state(torch.from_numpy(rng.to_torch_state().copy()))
-    try:
-        yield
-    finally:
-        rng.set_torch_state(np.array(torch.get_rng_state()))
-        torch.set_rng_state(before)
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:

@@ -55,7 +55,7 @@ def prepare_preference(
         read_first(dataset, name)
         return Prepared(dataset, Report(name, notes=("taken as it is",)), False, True)
     first, columns = read_first(dataset, name)
-    _check_columns(columns, name)
+    check_pair_columns(columns, name)
     tokenizer = prepare_tokenizer(tokenizer, plan)
     # As upstream, the first row says for all of them whether there is a prompt and whether texts are closed.
     encoder = PairEncoder(tokenizer, name, implicit="prompt" not in first, closes=False)
@@ -186,7 +186,12 @@ def extract_prompt(row: Mapping[str, Any], at: int = 0) -> dict[str, Any]:
     return {"prompt": chosen[:split], "chosen": chosen[split:], "rejected": rejected[split:]}
 
 
-def _check_columns(columns: Sequence[str], name: str) -> None:
+def check_pair_columns(columns: Sequence[str], name: str) -> None:
+    """Refuse a set without both answers, or with images.
+
+    Raises:
+        DataError: Names the column.
+    """
     media = [column for column in _MEDIA if column in columns]
     if media:
         raise DataError(

@@ -11,9 +11,13 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..errors import DataError
 from ..settings.plan import DataPlan
 from .batch import IGNORE
-from .prepare import Prepared, prepare
+from .pairs import collate_pairs
+from .plain import take_rows
+from .preference import prepare_preference
+from .prepare import Prepared, prepare, prepare_tokenizer
 
 _TRAINED, _MASKED, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
@@ -79,15 +83,79 @@ def preview(
     prepared = prepare(dataset, tokenizer, plan, name="train", packing=packing, formatting_func=formatting_func)
     hidden = () if prepared.padding_free else ("seq_lengths",)
     taken = ({key: row[key] for key in row if key not in hidden} for row in islice(iter(prepared.dataset), rows))
-    shown = [read_row(row, tokenizer) for row in taken]
+    shown = {f"row {number}": read_row(row, tokenizer) for number, row in enumerate(taken)}
+    _show(shown, prepared.report.describe(), html, file)
+    return prepared
+
+
+def preview_pairs(
+    dataset: Any,
+    tokenizer: Any,
+    plan: DataPlan,
+    *,
+    rows: int = 3,
+    html: str | os.PathLike[str] | None = None,
+    file: TextIO | None = None,
+) -> Prepared:
+    """The same of preference rows: each prompt with its chosen answer, and with its rejected one, cut as in training.
+
+    Args:
+        dataset: Rows with ``chosen`` and ``rejected``, and mostly ``prompt``.
+        tokenizer, plan, rows, html, file: As of :func:`preview`.
+
+    Raises:
+        DataError, SettingError: As the trainer does.
+    """
+    tokenizer = prepare_tokenizer(tokenizer, plan)
+    prepared = prepare_preference(dataset, tokenizer, plan, name="train")
+    shown = {}
+    for number, row in enumerate(islice(iter(prepared.dataset), rows)):
+        pair = collate_pairs([row], pad_token_id=0, max_length=plan.max_length, truncation_mode=plan.truncation_mode)
+        for at, answer in enumerate(("chosen", "rejected")):
+            ids, labels = (part[at, : pair.lengths[at]].tolist() for part in (pair.input_ids, pair.labels))
+            shown[f"row {number}, {answer}"] = read_row({"input_ids": ids, "labels": labels}, tokenizer)
+    _show(shown, prepared.report.describe(), html, file)
+    return prepared
+
+
+def preview_tokens(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    rows: int = 3,
+    html: str | os.PathLike[str] | None = None,
+    file: TextIO | None = None,
+) -> Prepared:
+    """The same of rows of ``input_ids``, which a collator gets as they are; without ``labels`` all of them train.
+
+    Args:
+        dataset, tokenizer, rows, html, file: As of :func:`preview`.
+
+    Raises:
+        DataError: Rows without ``input_ids``.
+    """
+    prepared, shown = take_rows(dataset, "train"), {}
+    for number, row in enumerate(islice(iter(prepared.dataset), rows)):
+        if "input_ids" not in row:
+            raise DataError(
+                f"row {number} of the train dataset with {sorted(row)}",
+                "rows with input_ids (this trainer tokenizes nothing, as transformers.Trainer)",
+                "dataset = dataset.map(lambda row: tokenizer(row['text']))",
+            )
+        ids = list(row["input_ids"])
+        shown[f"row {number}"] = read_row({"input_ids": ids, "labels": list(row.get("labels", ids))}, tokenizer)
+    _show(shown, prepared.report.describe(), html, file)
+    return prepared
+
+
+def _show(shown: dict[str, list[Token]], report: str, html: str | os.PathLike[str] | None, file: TextIO | None) -> None:
     out = sys.stdout if file is None else file
     coloured = out.isatty() and "NO_COLOR" not in os.environ
-    print(prepared.report.describe(), file=out)
-    for number, row in enumerate(shown):
-        print(f"\n{_title(number, row)}\n{render_terminal(row, coloured)}", file=out)
+    print(report, file=out)
+    for name, row in shown.items():
+        print(f"\n{_title(name, row)}\n{render_terminal(row, coloured)}", file=out)
     if html is not None:
-        Path(html).write_text(render_page(shown, prepared.report.describe()), encoding="utf-8")
-    return prepared
+        Path(html).write_text(render_page(shown, report), encoding="utf-8")
 
 
 def read_row(row: dict[str, Any], tokenizer: Any) -> list[Token]:
@@ -135,12 +203,12 @@ def render_terminal(row: list[Token], coloured: bool = True) -> str:
     return "".join(parts)
 
 
-def render_page(rows: list[list[Token]], report: str) -> str:
-    """All rows as one HTML page without scripts, fonts or links."""
+def render_page(rows: dict[str, list[Token]], report: str) -> str:
+    """All rows, by name, as one HTML page without scripts, fonts or links."""
     blocks = []
-    for number, row in enumerate(rows):
+    for name, row in rows.items():
         tokens = "".join(_mark(place, token) for place, token in enumerate(row))
-        blocks.append(f"<h2>{markup.escape(_title(number, row))}</h2>\n<pre>{tokens}</pre>")
+        blocks.append(f"<h2>{markup.escape(_title(name, row))}</h2>\n<pre>{tokens}</pre>")
     return _PAGE.format(title="Training rows", report=markup.escape(report), rows="\n".join(blocks))
 
 
@@ -150,9 +218,9 @@ def _mark(place: int, token: Token) -> str:
     return f'{rule}<span class="{"t" if token.trained else "m"}" title="id {token.id} at {place}">{text}</span>'
 
 
-def _title(number: int, row: list[Token]) -> str:
+def _title(name: str, row: list[Token]) -> str:
     trained = sum(token.trained for token in row)
-    return f"row {number}: {len(row)} tokens, {trained} trained"
+    return f"{name}: {len(row)} tokens, {trained} trained"
 
 
 def _visible(text: str) -> str:

@@ -101,7 +101,7 @@ class Pending:
         """
         carried = self._session.step.take_carried()
         if carried is not None:
-            self._steps.append(sum_metrics(carried, self._session.world))
+            self._steps.append(sum_metrics(carried, self._session.world.sharing))
         self.check()
         losses = [m.own_loss if own and m.own_loss is not None else m.loss for m in self._steps]
         total = self._unfinite + sum(read_scalar(loss) for loss in losses)

@@ -208,6 +208,8 @@ class SharedWindows(Windows):
         return table
 
     def _with_peers(self, window: list[Laid], table: np.ndarray, *, last: bool) -> Window:
+        if self._world.tensor_parallel:
+            return self._alike(window, table)
         counts = table[:, 3:].reshape(self._world.size, -1, _COLUMNS)
         kept, remainder = self._world.size, 0
         if last and isinstance(self._loader, RowLoader | OwnLoader):
@@ -222,6 +224,17 @@ class SharedWindows(Windows):
             peers = Peers(self._world.rank, *columns, kept=kept, remainder=remainder, average=self._average)
             made.append((batch, replace(laid.to_device(), peers=peers)))
         return made
+
+    def _alike(self, window: list[Laid], table: np.ndarray) -> Window:
+        """The window of processes that hold one model together, each of which reads all rows."""
+        other = np.flatnonzero((table[:, 2:] != table[0, 2:]).any(axis=1))
+        if len(other):
+            raise TrainingError(
+                f"other rows on rank {other[0]} than on rank 0 at step {self._step() + 1}",
+                "the same rows on all processes that hold one model together",
+                "a data_collator without random numbers of its own, and a stream that every process reads alike",
+            )
+        return [(batch, laid.to_device()) for batch, laid in window]
 
 
 def open_windows(batches: Iterator[Laid], loop: Any) -> Windows:

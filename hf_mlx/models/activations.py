@@ -9,14 +9,13 @@ from ..errors import ModelError
 
 _SILU = frozenset({"silu", "swish"})
 _TANH_GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
-_KEYS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+_KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act")
 
 _RELU2 = frozenset({"relu2"})
 
 # Everything not named here is a gated SiLU in mlx-lm. ``None``: overrides.activations computes what the config names.
 _BUILT_IN: dict[str, frozenset[str] | None] = {
-    "llama": None,
-    "mistral": None,
+    **dict.fromkeys(("arcee", "bitnet", "cwm", "falcon", "llama", "ministral", "mistral", "nanochat", "opt")),
     "gemma": None,
     "starcoder2": None,
     "gpt_bigcode": None,

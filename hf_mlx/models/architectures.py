@@ -30,17 +30,18 @@ class Architecture:
 
 
 _PACKS = """
-    afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe gemma
-    gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox gpt_oss gptj granite
-    granitemoe helium internlm3 iquestcoder laguna llama mellum mimo_v2_flash minicpm3 minimax_m2 ministral3
-    mistral mixtral nemotron olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3
+    afmoe apertus arcee bitnet cohere cohere2 cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4
+    exaone_moe gemma gemma2 gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt_neox
+    gpt_oss gptj granite granitemoe helium internlm3 iquestcoder laguna llama llava mellum mimo_v2_flash
+    minicpm3 minimax_m2 ministral ministral3 mistral mistral3 mixtral nanochat nemotron olmo olmo2 olmo3 olmoe
+    phi phi3 qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_moe qwen3_vl qwen3_vl_moe seed_oss smollm3
     solar_open stablelm starcoder2
 """
 # Absolute positions, position-dependent norms, recurrent or convolutional state, chunked or sparse attention.
 _ALONE = """
-    deepseek_v32 falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba kimi_linear
-    lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 nemotron_h olmo_hybrid qwen3_5 qwen3_5_moe
-    qwen3_5_moe_text qwen3_5_text qwen3_next
+    deepseek_v32 falcon falcon_mamba glm_moe_dsa gpt2 gpt_bigcode granitemoehybrid hunyuan_v1_dense jamba
+    kimi_linear lfm2 lfm2_moe llama4 llama4_text longcat_flash mamba mamba2 mistral4 nemotron_h olmo_hybrid opt
+    qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
 """
 VERIFIED: dict[str, Architecture] = {
     **{name: Architecture("verified", packs=True) for name in _PACKS.split()},
@@ -52,9 +53,13 @@ BUFFERS = (".e_score_correction_bias", ".expert_bias", ".layer_scalar", ".act_fn
 
 # model type → why it is refused.
 KNOWN_WRONG: dict[str, str] = {
-    "bitnet": "mlx-lm's ternary layers are for inference; training them has not been compared with transformers",
+    "bailing_hybrid": "mlx-lm's module of this name reads another config and cannot be built from one of transformers",
     "dbrx": "mlx-lm reads the routing back on the host, which a compiled training step cannot do",
     "falcon_h1": "mlx-lm folds the muP multipliers into the weights, so an adapter would mean something else in PEFT",
+    **dict.fromkeys(
+        ("gemma3n", "gemma3n_text"),
+        "mlx-lm's layers that share keys read them from a cache, and without one, as in training, make their own",
+    ),
     "minimax": "mlx-lm's module of this name is MiniMax-M2 and cannot be built from a MiniMax config",
     "phimoe": "transformers samples the experts in training mode (SparseMixer), mlx-lm takes the best ones",
     "recurrent_gemma": "its logits differ from transformers' by a hundredth of the largest",
@@ -156,7 +161,7 @@ def steps_for(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
 
 def module_renames(model_type: str) -> tuple[Rename, ...]:
     """Renames from checkpoint names to the module paths of the live HF model."""
-    from .conversions import MODULES
+    from .module_names import MODULES
 
     return MODULES.get(model_type, ())
 

@@ -160,17 +160,6 @@ class TorchModel:
                 )
             mine.copy_(theirs)
 
-    def mirror_tokens(self, tokenizer: Any, *, eos: bool) -> None:
-        """Set pad (and eos) ids on config and generation_config, as trl 1.16 ``SFTTrainer.__init__`` does."""
-        text, generation = self.base.config.get_text_config(), self.base.generation_config
-        text.pad_token_id = generation.pad_token_id = tokenizer.pad_token_id
-        if eos:
-            text.eos_token_id = tokenizer.eos_token_id
-            known = generation.eos_token_id
-            known = [] if known is None else [known] if isinstance(known, int) else list(known)
-            if tokenizer.eos_token_id not in known:
-                generation.eos_token_id = [tokenizer.eos_token_id, *known]
-
 
 def load_torch_model(source: TorchModel, plan: ModelPlan) -> LoadedModel:
     """Build the MLX model of a torch object: its config, its weights, its dtypes.

@@ -73,10 +73,14 @@ def _under(prefix: str) -> tuple[Step, ...]:
     )
 
 
-def _fused_experts(transposed: bool) -> tuple[Step, ...]:
+def _mistral4(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    return (*_fused_experts(False, "switch_mlp"), _latent_attention(config))
+
+
+def _fused_experts(transposed: bool, module: str) -> tuple[Step, ...]:
     """3-D expert tensors that transformers keeps fused: (E, 2I, H), or transposed (E, H, 2I)."""
     base = "{p*}.experts"
-    ours = "{p*}.experts" if transposed else "{p*}.switch_mlp"
+    ours = f"{{p*}}.{module}"
     parts = (f"{ours}.gate_proj.weight", f"{ours}.up_proj.weight")
     steps: list[Step] = [
         Concat(f"{base}.gate_up_proj", parts, axis=2 if transposed else 1),
@@ -88,14 +92,14 @@ def _fused_experts(transposed: bool) -> tuple[Step, ...]:
 
 
 # transformers 5.23 writes Olmo Hybrid's norms under their original names, whatever the layer's kind.
-_OLMO_NORMS = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
+OLMO_NORMS = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
 
 
 def _olmo_hybrid(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     renames = [
         Rename(name, name.replace(theirs, ours))
         for name in checkpoint.tensors
-        for theirs, ours in _OLMO_NORMS.items()
+        for theirs, ours in OLMO_NORMS.items()
         if f".{theirs}." in name
     ]
     return (*renames, *(Transpose(f"{{p*}}.{n}_conv1d.weight") for n in "qkv"))
@@ -103,9 +107,21 @@ def _olmo_hybrid(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
 
 def _qwen3_5_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
     fused = any(n.endswith(".experts.gate_up_proj") for n in checkpoint.tensors)
-    experts = _fused_experts(False) if fused else _experts()
+    experts = _fused_experts(False, "switch_mlp") if fused else _experts()
     inner = "model.language_model" if config["model_type"] == "qwen3_5_moe" else "model"
     return (Drop("model.visual.{r*}"), *_under(inner), *experts, _CONV1D)
+
+
+def _qwen3_vl_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
+    # The hub's files hold (E, H, 2I), those that transformers 5 writes (E, 2I, H).
+    width = 2 * config["text_config"]["moe_intermediate_size"]
+    stacks = (t.shape for name, t in checkpoint.tensors.items() if name.endswith(".experts.gate_up_proj"))
+    turned = any(shape[1] != width for shape in stacks)
+    return (Drop("model.visual.{r*}"), *_under("model.language_model"), *_fused_experts(turned, "switch_mlp"))
+
+
+# The text of these lies where mlx-lm looks for it.
+_LLAVA = (Drop("vision_tower.{r*}"), Drop("multi_modal_projector.{r*}"))
 
 
 def _lfm2_moe(config: Config, checkpoint: Checkpoint) -> tuple[Step, ...]:
@@ -200,6 +216,8 @@ _LAGUNA = (
 )
 
 CONVERSIONS: dict[str, Build] = {
+    "mistral4": _mistral4,
+    "opt": _fixed(Rename("model.decoder.{r*}", "model.{r*}")),
     "olmo_hybrid": _olmo_hybrid,
     "lfm2_moe": _lfm2_moe,
     "longcat_flash": _longcat_flash,
@@ -221,9 +239,13 @@ CONVERSIONS: dict[str, Build] = {
     "qwen3_5_moe_text": _qwen3_5_moe,
     "qwen3_5_moe": _qwen3_5_moe,
     "qwen3_5": _fixed(Drop("model.visual.{r*}"), *_under("model.language_model"), _CONV1D),
-    "llama4_text": _fixed(*_under("model"), *_fused_experts(True)),
+    **dict.fromkeys(("llava", "mistral3"), _fixed(*_LLAVA)),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), _fixed(Drop("visual.{r*}"), *_under("model"))),
+    "qwen3_vl": _fixed(Drop("model.visual.{r*}"), *_under("model.language_model")),
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "llama4_text": _fixed(*_under("model"), *_fused_experts(True, "experts")),
     "llama4": _fixed(
-        Drop("vision_model.{r*}"), Drop("multi_modal_projector.{r*}"), *_fused_experts(True)
+        Drop("vision_model.{r*}"), Drop("multi_modal_projector.{r*}"), *_fused_experts(True, "experts")
     ),
     "apertus": _fixed(Scalar("{p*}.act_fn.alpha_p"), Scalar("{p*}.act_fn.alpha_n")),
     "lfm2": _fixed(Transpose("{p*}.conv.conv.weight")),
@@ -257,28 +279,3 @@ CONVERSIONS: dict[str, Build] = {
     ),
     **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite"), _mla_experts),
 }  # fmt: skip
-
-# Checkpoint name → path in the live transformers 5.23 model, where the two differ.
-MODULES: dict[str, tuple[Rename, ...]] = {
-    **dict.fromkeys(("mixtral", "minimax_m2"), (Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),)),
-    **dict.fromkeys(
-        ("granitemoe", "granitemoehybrid"),
-        (
-            Rename("{p*}.block_sparse_moe.input_linear.weight", "{p*}.block_sparse_moe.experts.gate_up_proj"),
-            Rename("{p*}.block_sparse_moe.output_linear.weight", "{p*}.block_sparse_moe.experts.down_proj"),
-            Rename("{p*}.block_sparse_moe.router.layer.{r*}", "{p*}.block_sparse_moe.router.{r*}"),
-        ),
-    ),
-    "gemma3": (
-        Rename("language_model.model.{r*}", "model.language_model.{r*}"),
-        Rename("language_model.lm_head.{r*}", "lm_head.{r*}"),
-    ),
-    "olmo_hybrid": tuple(Rename(f"{{p*}}.{a}.weight", f"{{p*}}.{b}.weight") for a, b in _OLMO_NORMS.items()),
-    "nemotron_h": (Rename("backbone.{r*}", "model.{r*}"),),
-    "laguna": (Rename("{p*}.mlp.shared_expert.{r*}", "{p*}.mlp.shared_experts.{r*}"),),
-    "kimi_linear": (
-        Rename("{p*}.self_attn.f_a_proj.{r*}", "{p*}.self_attn.forget_gate.f_a_proj.{r*}"),
-        Rename("{p*}.self_attn.f_b_proj.{r*}", "{p*}.self_attn.forget_gate.f_b_proj.{r*}"),
-        Rename("{p*}.block_sparse_moe.{r*}", "{p*}.mlp.{r*}"),
-    ),
-}

@@ -24,6 +24,7 @@ from .config import FILES
 from .heads import layers
 from .load import LoadedModel, load_model
 from .source import resolve_folder
+from .tensor_parallel import describe_split
 
 # fp32 on both sides: a right model differs by 1e-7 to 2e-5, a wrong one by 1e-3 and more.
 TOLERANCE = 1e-4
@@ -44,7 +45,7 @@ class Diagnosis:
         logits: Largest logit difference over the largest logit, on 32 tokens in fp32.
         gradient: The same for one weight's gradient; None where that weight has no counterpart.
         gradient_of: HF name of that weight.
-        environment: Device, BLAS and versions, by name.
+        environment: Device, BLAS and versions, and over how many processes the model may be split, by name.
     """
 
     model: str
@@ -113,7 +114,7 @@ def diagnose(path_or_id: str | Path, plan: ModelPlan | None = None) -> Diagnosis
         logits=_relative(ours, theirs),
         gradient=_relative(our_gradient, their_gradient) if comparable else None,
         gradient_of=name if comparable else None,
-        environment=environment(),
+        environment=environment() | {"tensor parallel": describe_split(loaded)},
     )
 
 

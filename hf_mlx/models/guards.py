@@ -17,7 +17,7 @@ Config = dict[str, Any]
 _ROPE_PLAIN = """
     cohere cohere2 gemma gemma2 glm glm4 gpt_neox helium hunyuan_v1_dense lfm2 lfm2_moe mixtral nemotron olmo3
     phi phimoe qwen2_moe qwen3_moe recurrent_gemma stablelm starcoder2 jamba dbrx glm4_moe minimax_m2
-    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe ernie4_5 ernie4_5_moe olmo_hybrid
+    mimo_v2_flash solar_open qwen3_5 qwen3_5_moe qwen3_vl_moe ernie4_5 ernie4_5_moe olmo_hybrid
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
@@ -25,6 +25,7 @@ _ROPE_UNKNOWN = {
     "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
+    "mistral4": ("linear", "llama3"),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -32,6 +33,7 @@ _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "pro
 _DROPOUTS = (
     "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout",
     "embedding_dropout", "dropout", "attn_dropout", "ffn_dropout_rate", "activation_dropout", "emb_dropout_prob",
+    "layerdrop",
 )  # fmt: skip
 _NOISES = ("router_jitter_noise", "input_jitter_noise", "moe_jitter_eps")
 # (model type, key) → the values mlx-lm's code computes; another value is refused.
@@ -41,6 +43,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
     ("olmo", "clip_qkv"): (None,),
+    ("llama4_text", "num_experts_per_tok"): (None, 1),
 }
 
 # Types whose weights of the chosen experts mlx-lm divides by their sum only where there are several.
@@ -48,6 +51,10 @@ _LONE_EXPERTS = """
     afmoe deepseek_v3 deepseek_v32 dots1 exaone_moe glm4_moe glm4_moe_lite glm_moe_dsa kimi_linear mimo_v2_flash
     nemotron_h solar_open
 """
+
+
+# Multimodal types whose text may be of several types → those that mlx-lm builds as such.
+_TEXTS = {"llava": ("llama", "mistral"), "mistral3": ("ministral3", "mistral")}
 
 
 def check_config(config: Config, folder: Path) -> None:
@@ -58,6 +65,10 @@ def check_config(config: Config, folder: Path) -> None:
     """
     nested = config.get("text_config")
     text: Config = nested if isinstance(nested, dict) else config
+    kinds = _TEXTS.get(config["model_type"], (text.get("model_type"),))
+    if text.get("model_type") not in kinds:
+        remedy = f"a text model of type {' or '.join(kinds)}; train this checkpoint with trl.SFTTrainer"
+        raise _option(folder, "text_config.model_type", text.get("model_type"), remedy)
     check_activation(config["model_type"], text, folder)
     _check_rope(config["model_type"], text, folder)
     _check_quantizer(config, folder)
@@ -71,8 +82,7 @@ def check_config(config: Config, folder: Path) -> None:
             f"set {', '.join(random)} to 0.0 in config.json, or hand over the model: "
             f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
         )
-    if config["model_type"].startswith("llama4") and text.get("num_hidden_layers", 48) < 4:
-        raise _option(folder, "num_hidden_layers", text["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+    _check_layers_of_a_kind(config["model_type"], text, folder)
     lone = text.get("num_experts_per_tok") == 1 and text.get("norm_topk_prob", text.get("route_norm", True))
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
@@ -98,6 +108,21 @@ def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
                 )
 
 
+def _check_layers_of_a_kind(model_type: str, config: Config, folder: Path) -> None:
+    types = config.get("layer_types") or []
+    if model_type.startswith("llama4"):
+        if config.get("num_hidden_layers", 48) < 4:
+            raise _option(folder, "num_hidden_layers", config["num_hidden_layers"], "a Llama 4 of at least 4 layers")
+        # mlx-lm's code has the period of the published models built in.
+        turns = [int((layer + 1) % 4 != 0) for layer in range(config.get("num_hidden_layers", 48))]
+        kinds = ["chunked_attention" if turn else "full_attention" for turn in turns]
+        for key, wanted in (("no_rope_layers", turns), ("layer_types", kinds)):
+            if (config.get(key) or wanted) != wanted:
+                raise _option(folder, key, config[key], "train this checkpoint with trl.SFTTrainer")
+    if model_type == "kimi_linear" and "linear_attention" not in types:
+        raise _option(folder, "layer_types", types, "at least one layer of linear_attention, or trl.SFTTrainer")
+
+
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # Gemma 3's windowed layers always get a plain rotary embedding.
@@ -107,8 +132,9 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
     for entry in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
         kind = entry.get("rope_type", entry.get("type", "default"))
-        plain = kind != "default" and model_type in _ROPE_PLAIN.split()
-        known = kind in _ROPE_KNOWN and not plain and kind not in _ROPE_UNKNOWN.get(model_type, ())
+        types = (model_type, config.get("model_type", model_type))
+        plain = kind != "default" and any(name in _ROPE_PLAIN.split() for name in types)
+        known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,12 +25,14 @@ from .architectures import (
     steps_for,
 )
 from .bitsandbytes import compute_dtype, describe_packed, find_packed, hold_packed, is_four_bit, unpack
+from .classes import mlx_classes, with_layout
 from .config import FILES, Config, check_generation_config, interpret, normalise, read_config
 from .guards import check_config, check_layers
 from .names import NameMap
 from .overrides import adapt, model_classes, own_head
 from .padding_row import named_padding_row
 from .quantize import quantize_base
+from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
 from .weights import Checkpoint, inspect_checkpoint
 
@@ -56,7 +57,11 @@ class LoadedModel:
         resized: Embedding and head have another number of rows than in the base that ``path`` names.
         decomposed: PEFT has taken an adapter's start (PiSSA, OLoRA) out of these weights already.
         untied: The head was tied to the embedding and has been given weights of its own, to be trained apart.
+        sizes: Elements of each array of the whole model, by its path, where several processes hold it together.
         padding_row: Id whose row of the input embedding gets no gradient (torch's ``padding_idx``), or None.
+        scores: It scores rows, and has no vocabulary head.
+        fresh_head: The score is still to be drawn: the files hold none.
+        head_draws: 32-bit draws of torch's generator that the score took.
     """
 
     model: nn.Module
@@ -73,6 +78,10 @@ class LoadedModel:
     untied: bool = False
     decomposed: bool = False
     padding_row: int | None = None
+    sizes: dict[str, int] = field(default_factory=dict)
+    scores: bool = False
+    fresh_head: bool = False
+    head_draws: int = 0
 
     def freeze_buffers(self) -> None:
         """Freezes what transformers holds as buffers. Call it after every ``model.unfreeze()``."""
@@ -146,14 +155,17 @@ def _assemble(
     architecture = look_up(config, folder)
     full = interpret(config)
     check_config(full, folder)
+    if plan.scores:
+        check_scored(config, folder)
     checkpoint, weights = read()
+    fresh_head = check_head(checkpoint, folder, scores=plan.scores)
     four_bit = is_four_bit(config) and weights is None
     checkpoint, weights, packed = unpack(folder, checkpoint) if four_bit else (checkpoint, weights, {})
     check_layers(full, checkpoint, folder)
     steps = steps_for(full, checkpoint)
     # mlx-lm's own converter has renamed and stacked already, and only its sanitize reads packed weights.
     converts = checkpoint.layout == "hf" and (bool(packed) or not config.get("quantization_config"))
-    model = _build(folder, full, steps if converts else None, weights)
+    model = _build(folder, full, steps if converts else None, weights, scores=plan.scores)
     coded = find_packed(model, packed)
     adapt(model, full, converts)
     if converts:
@@ -175,7 +187,7 @@ def _assemble(
     buffers = tuple(k for k, _ in params if k.endswith(BUFFERS))
     loaded = LoadedModel(
         model,
-        config,
+        scored_config(config) if plan.scores else config,
         folder,
         model_type,
         names,
@@ -185,23 +197,36 @@ def _assemble(
         buffers,
         notes,
         padding_row=named_padding_row(full),
+        scores=plan.scores,
+        fresh_head=fresh_head,
     )
+    if plan.scores:
+        # Files that hold none yet are saved with one.
+        loaded.names = names.with_shapes({WEIGHT: shapes[WEIGHT]})
     loaded.freeze_buffers()
     return loaded
 
 
-def _build(folder: Path, config: Config, steps: tuple | None, weights: dict[str, mx.array] | None = None) -> nn.Module:
+def _build(
+    folder: Path,
+    config: Config,
+    steps: tuple | None,
+    weights: dict[str, mx.array] | None = None,
+    *,
+    scores: bool = False,
+) -> nn.Module:
     """Builds through mlx-lm's loader, or from ``weights``; ``steps`` None leaves them to mlx-lm's own ``sanitize``."""
     from mlx_lm.utils import load_model as load_mlx
 
     flat = normalise(config)
-    untied = config.get("tie_word_embeddings") is False
+    untied = config.get("tie_word_embeddings") is False and not scores
 
     def classes(config: Config) -> tuple[Any, Any]:
-        base, args = model_classes(flat["model_type"]) or _mlx_classes(flat["model_type"])
+        base, args = model_classes(flat["model_type"]) or mlx_classes(flat["model_type"])
         if untied and flat["model_type"] in own_head.EMBEDDINGS:
             base = own_head.building(base, flat["model_type"])
-        return (base if steps is None else _with_layout(base, steps, flat)), args
+        base = scored_class(base) if scores else base
+        return (base if steps is None else with_layout(base, steps, flat)), args
 
     try:
         if weights is None:
@@ -237,33 +262,6 @@ def _check_finite(loaded: LoadedModel) -> None:
     for name, value in parameters:
         if mx.issubdtype(value.dtype, mx.floating) and not mx.isfinite(value).all().item():
             raise FILES.refuse(loaded.path, f"{name} holds NaN or infinite values", "finite weights")
-
-
-def _mlx_classes(model_type: str) -> tuple[type[nn.Module], type]:
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}")
-    return module.Model, module.ModelArgs
-
-
-def _with_layout(base: type[Any], steps: tuple, config: Config) -> type[nn.Module]:
-    """A subclass whose ``sanitize`` is our reversible steps, so that what is loaded can be written back."""
-    tied = config.get("tie_word_embeddings", False)
-
-    class Model(base):
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            # Tied checkpoints of older libraries still store the head; precomputed rotary tables are not weights.
-            weights = {
-                k: v
-                for k, v in weights.items()
-                if not k.endswith("rotary_emb.inv_freq") and not (tied and k.endswith("lm_head.weight"))
-            }
-            for step in steps:
-                weights = step.load(weights)
-            return super().sanitize(weights) if hasattr(base, "sanitize") else weights
-
-    Model.__qualname__ = base.__qualname__
-    return Model
 
 
 def _cast(model: nn.Module, dtype: str) -> None:

@@ -44,6 +44,7 @@ _SCALED: dict[str, tuple[str, Callable[[Any], float | None]]] = {
     "granitemoe": ("divisor", lambda m: m.logits_scaling),
     "granitemoehybrid": ("divisor", lambda m: m.logits_scaling),
     "gemma2": ("softcap", lambda m: m.final_logit_softcapping),
+    "nanochat": ("softcap", lambda m: m.final_logit_softcapping),
     "gemma4": ("softcap", lambda m: m.final_logit_softcapping),
     "gemma4_text": ("softcap", lambda m: m.final_logit_softcapping),
 }

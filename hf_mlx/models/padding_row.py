@@ -10,7 +10,9 @@ import mlx.core as mx
 from .torch_wrappers import unwrap
 
 # Types whose class in transformers 5.23 makes its input embedding without padding_idx.
-_NONE = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+_NONE = frozenset(
+    {"falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+)
 
 
 def named_padding_row(config: Mapping[str, Any]) -> int | None:

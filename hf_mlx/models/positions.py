@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 # HF model type → the key of its config that says how many rows the table has, and its default in transformers 5.23.
-_LEARNED = {"gpt2": ("n_positions", 1024), "gpt_bigcode": ("n_positions", 1024)}
+_LEARNED = {
+    "gpt2": ("n_positions", 1024),
+    "gpt_bigcode": ("n_positions", 1024),
+    "opt": ("max_position_embeddings", 2048),
+}
 
 
 def learned_positions(config: Mapping[str, Any]) -> int | None:

@@ -48,7 +48,7 @@ def write_model(loaded: LoadedModel, folder: str | Path, params: Mapping[str, mx
     with staged(folder, ModelError) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         source = loaded.path / "generation_config.json"
-        if lies(source):
+        if lies(source) and not loaded.scores:
             (temporary / source.name).write_bytes(FILES.read_bytes(source))
         mx.save_safetensors(str(temporary / WEIGHTS), weights, metadata={"format": "pt"})
 

@@ -109,3 +109,23 @@ def check_files(folder: Path) -> None:
     for name in _BINARY:
         if lies(folder / name):
             _INTAKE.check(folder / name, LARGE)
+
+
+def mirror_tokens(base: Any, tokenizer: Any, *, eos: bool) -> None:
+    """Set pad (and eos) ids on config and generation_config, as trl 1.16 ``SFTTrainer.__init__`` does.
+
+    Args:
+        base: A transformers model; one that scores has no generation_config.
+        tokenizer: Prepared.
+        eos: The EOS token was set by the script.
+    """
+    text, generation = base.config.get_text_config(), getattr(base, "generation_config", None)
+    for config in (text, generation) if generation is not None else (text,):
+        config.pad_token_id = tokenizer.pad_token_id
+    if eos:
+        text.eos_token_id = tokenizer.eos_token_id
+    if eos and generation is not None:
+        known = generation.eos_token_id
+        known = [] if known is None else [known] if isinstance(known, int) else list(known)
+        if tokenizer.eos_token_id not in known:
+            generation.eos_token_id = [tokenizer.eos_token_id, *known]

@@ -11,6 +11,8 @@ from pathlib import Path
 from ..errors import SettingError
 
 _LINE = "hf-mlx launch -n 2 train.py"
+#: Set where the processes hold one model together: how many, or "all" of them.
+TENSOR_PARALLEL = "HF_MLX_TENSOR_PARALLEL"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ def read_launcher(environ: Mapping[str, str] | None = None) -> Launched | None:
     # mlx.launch shows each process one card, by its number on the machine.
     card = environ.get("CUDA_VISIBLE_DEVICES", "")
     return Launched("nccl", rank, size, environ.get("NCCL_HOST_IP"), int(card) if card.isdigit() else rank)
+
+
+def read_tensor_parallel(processes: int, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the processes hold one model together, rather than a copy each.
+
+    Args:
+        processes: How many there are.
+        environ: None reads the process's own.
+
+    Raises:
+        SettingError: Over another number of processes than there are.
+    """
+    asked = (os.environ if environ is None else environ).get(TENSOR_PARALLEL, "") or "1"
+    if asked not in ("1", "all") and asked != str(processes):
+        raise SettingError(
+            f"a model split over {asked} processes, of which there are {processes}",
+            "all processes hold one model together: MLX's ring and jaccl do not divide them into groups",
+            f"hf-mlx launch -n {asked if asked.isdigit() else 2} --tensor-parallel train.py",
+        )
+    return asked != "1" and processes > 1
 
 
 def _refuse_torch(environ: Mapping[str, str]) -> None:

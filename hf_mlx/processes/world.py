@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import SettingError, TrainingError
-from .launcher import Launched, read_launcher
+from .launcher import Launched, read_launcher, read_tensor_parallel
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,24 @@ class World:
         group: MLX's group; None for one process.
         watch: Knows when another process has ended; None for one process.
         width: Numbers of a table; one for all of them, so that processes at unlike exchanges understand each other.
+        tensor_parallel: They hold one model together, and all read the same rows.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None) -> None:
         self.rank, self.size, self.local_rank, self.group = rank, size, local_rank, group
         self.watch: Watch | None = None
         self.width = 64
+        self.tensor_parallel = False
 
     @property
     def is_alone(self) -> bool:
         """Whether there is one process."""
         return self.size == 1
+
+    @property
+    def sharing(self) -> World:
+        """The processes that share the rows: all of them, or this one alone where they hold one model together."""
+        return World() if self.tensor_parallel else self
 
     @property
     def is_main(self) -> bool:
@@ -146,6 +154,13 @@ class World:
                 mx.eval(made[name])
         return made
 
+    def gather_array(self, array: mx.array, what: str = "") -> list[mx.array]:
+        """The arrays of all processes, by rank, evaluated; they have one shape and dtype."""
+        with self.waiting(what):
+            gathered = mx.distributed.all_gather(array[None], group=self.group)
+            mx.eval(gathered)
+        return list(gathered)
+
     @contextmanager
     def waiting(self, what: str = "", *, computes: bool = False) -> Iterator[None]:
         """A block that waits for other processes, and says which one has ended where it would wait for ever.
@@ -193,8 +208,10 @@ def the_world() -> World:
     """
     launched = read_launcher()
     if launched is None:
+        read_tensor_parallel(1)
         return World()
     world = _join(launched)
+    world.tensor_parallel = read_tensor_parallel(world.size)
     world.watch = Watch.start(world, launched.host)
     return world
 
@@ -223,6 +240,15 @@ def _join(launched: Launched) -> World:
             f"hf-mlx launch -n {promised} train.py",
         )
     return World(group.rank(), group.size(), launched.local_rank, group)
+
+
+def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
+    """A hash of all bits of the arrays, in the order of their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(np.array(array.view(mx.uint8) if array.dtype == mx.bfloat16 else array).tobytes())
+    return digest.hexdigest()
 
 
 def find_different(parts: Sequence[Mapping[str, Any]]) -> tuple[int, str, Any, Any] | None:

@@ -27,7 +27,7 @@ from ..training.weighting import ByMicroBatch
 from .never_called import NEVER_CALLED
 from .recipe import Paper, Recipe, Row
 
-_LOSS = "the loss is compiled here: choose it in DPOConfig (loss_type, loss_weights, beta, f_divergence_type, …)"
+_LOSS = "the loss is compiled here: choose it in DPOConfig(loss_type=…, loss_weights=…, beta=…, f_divergence_type=…)"
 _REFERENCE = "DPOConfig(precompute_ref_log_probs=True), or MLXDPOTrainer(ref_model=…)"
 _ROWS = "prepare the rows before: train_dataset=…, data_collator=…"
 _OWN = {

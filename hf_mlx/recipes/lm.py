@@ -118,4 +118,5 @@ LM = Recipe(
     method="transformers' Trainer",
     writes_router_settings=False,
     trains_together=True,
+    splits_model=True,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # transformers 5.23 ``Trainer`` and trl 1.16 ``SFTTrainer``, with what to write instead.
-_STEP = "the loss and the step are compiled here: choose them in SFTConfig (loss_type, label_smoothing_factor, …)"
+_STEP = "the loss and the step are compiled here: choose them in SFTConfig(loss_type=…, label_smoothing_factor=…, …)"
 _DATA = "prepare the rows before: train_dataset=…, formatting_func=…, data_collator=…, train_sampling_strategy=…"
 _OPTIM = 'choose by name: SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …)'
 _EVAL = "compute_metrics=… and preprocess_logits_for_metrics=…, or override evaluate()"

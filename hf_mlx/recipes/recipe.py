@@ -104,6 +104,7 @@ class Recipe:
         paper: Where the method was introduced, or None.
         writes_router_settings: Whether the trainer writes the routers' loss into the model's config.
         trains_together: Whether several processes train it with upstream's numbers.
+        splits_model: Whether processes that hold one model together train it with one process's numbers.
     """
 
     name: str
@@ -120,3 +121,4 @@ class Recipe:
     paper: Paper | None = None
     writes_router_settings: bool = True
     trains_together: bool = False
+    splits_model: bool = False

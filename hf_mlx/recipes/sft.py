@@ -111,4 +111,5 @@ SFT = Recipe(
     tags=("generated_from_trainer", "sft", "trl", "hf-mlx"),
     method="SFT",
     trains_together=True,
+    splits_model=True,
 )

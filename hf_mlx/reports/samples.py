@@ -11,7 +11,7 @@ from ..data.preview import read_row
 from .run import Sample
 
 _ROWS, _TOKENS = 3, 400
-_PAIR = ("prompt_ids", "chosen_ids", "rejected_ids")
+_ANSWERS = ("chosen_ids", "rejected_ids")
 
 
 def read_samples(dataset: Any, tokenizer: Any) -> tuple[Sample, ...]:
@@ -35,17 +35,16 @@ def _read(number: int, row: Mapping[str, Any], tokenizer: Any) -> Iterator[Sampl
         ids = list(row["input_ids"])
         labels = list(row.get("labels") or ids)
         yield _cut(f"row {number}", {**row, "input_ids": ids, "labels": labels}, tokenizer)
-    elif all(row.get(name) is not None for name in _PAIR):
-        prompt = list(row["prompt_ids"])
-        for name in _PAIR[1:]:
+    elif all(row.get(name) is not None for name in _ANSWERS):
+        # A reward model scores whole rows.
+        prompt, word = list(row.get("prompt_ids") or ()), "trained" if "prompt_ids" in row else "scored"
+        for name in _ANSWERS:
             answer = list(row[name])
-            labels = [IGNORE] * len(prompt) + answer
-            yield _cut(
-                f"row {number}, {name.split('_')[0]}", {"input_ids": prompt + answer, "labels": labels}, tokenizer
-            )
+            whole = {"input_ids": prompt + answer, "labels": [IGNORE] * len(prompt) + answer}
+            yield _cut(f"row {number}, {name.split('_')[0]}", whole, tokenizer, word)
 
 
-def _cut(title: str, row: Mapping[str, Any], tokenizer: Any) -> Sample:
+def _cut(title: str, row: Mapping[str, Any], tokenizer: Any, word: str = "trained") -> Sample:
     size = len(row["input_ids"])
     part = {name: list(row[name])[:_TOKENS] for name in ("input_ids", "labels")}
     tokens = read_row(part, tokenizer)
@@ -54,4 +53,4 @@ def _cut(title: str, row: Mapping[str, Any], tokenizer: Any) -> Sample:
     ]
     trained = sum(label != IGNORE for label in row["labels"])
     more = f", the first {_TOKENS} shown" if size > _TOKENS else ""
-    return Sample(f"{title}: {size} tokens, {trained} trained{more}", tuple(stretches))
+    return Sample(f"{title}: {size} tokens, {trained} {word}{more}", tuple(stretches))

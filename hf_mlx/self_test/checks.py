@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..device import on_cpu
 from . import reference
 from .materials import LORA, SETTINGS, rows, write_model
 from .report import Measured
+from .scripts import train_language, train_pairs
 
 # fp32 on both sides and sums in another order: 1e-6 on a CPU; a GPU's exponentials and products add some.
 FP32 = 1e-4
@@ -40,12 +42,34 @@ def fp32_limit() -> float:
 def against_trl(folder: Path, *, bf16: bool) -> Found:
     """Losses and gradient norms of six LoRA steps beside TRL's."""
     kind = "BF16" if bf16 else "FP32"
-    trainer = _train(folder, bf16=bf16)
+    limits = (BF16, BF16_NORM) if bf16 else (fp32_limit(), fp32_limit())
+    yield from _beside(_train(folder, bf16=bf16), kind, limits, "relative to TRL")
+
+
+def preferences(folder: Path) -> Found:
+    """The same of MLXDPOTrainer, beside trl's DPOTrainer."""
+    from ..trainers.dpo import MLXDPOTrainer
+
+    with _quietly():
+        trainer = train_pairs(MLXDPOTrainer, folder)
+    yield from _beside(trainer, "PAIRS", (fp32_limit(), fp32_limit()), "relative to TRL")
+
+
+def language(folder: Path) -> Found:
+    """The same of MLXTrainer with all weights, beside transformers' Trainer."""
+    from ..trainers.lm import MLXTrainer
+
+    with _quietly():
+        trainer = train_language(MLXTrainer, folder)
+    yield from _beside(trainer, "LANGUAGE", (fp32_limit(), fp32_limit()), "relative to transformers")
+
+
+def _beside(trainer: Any, kind: str, limits: tuple[float, float], unit: str) -> Found:
     logged = [line for line in trainer.state.log_history if "grad_norm" in line]
     losses = _parted([line["loss"] for line in logged], getattr(reference, f"LOSSES_{kind}"))
     norms = _parted([line["grad_norm"] for line in logged], getattr(reference, f"NORMS_{kind}"))
-    yield "losses of 6 steps", Measured(losses, BF16 if bf16 else fp32_limit(), "relative to TRL")
-    yield "gradient norms", Measured(norms, BF16_NORM if bf16 else fp32_limit(), "relative to TRL")
+    yield "losses of 6 steps", Measured(losses, limits[0], unit)
+    yield "gradient norms", Measured(norms, limits[1], unit)
 
 
 def packed(folder: Path) -> Found:
@@ -62,30 +86,25 @@ def packed(folder: Path) -> Found:
     yield "gradient norm", Measured(_parted(*norms), fp32_limit(), "relative to unpacked")
 
 
-def quantised(folder: Path) -> Found:
-    """Products with 4- and 8-bit weights, and their gradients, beside the same weights in fp32."""
+def quantised(folder: Path, *, bits: int, gradient: bool) -> Found:
+    """A product with quantised weights, or its gradient, beside the same weights in fp64."""
     del folder
     random = np.random.RandomState(1)
     x = mx.array(random.standard_normal((24, 128)).astype(np.float32))
     weight = mx.array(random.standard_normal((64, 128)).astype(np.float32))
-    for bits in (4, 8):
-        packed, scales, *rest = mx.quantize(weight, group_size=64, bits=bits)
-        dense = np.array(mx.dequantize(packed, scales, *rest, group_size=64, bits=bits)).astype(np.float64)
+    packed, scales, *rest = mx.quantize(weight, group_size=64, bits=bits)
+    dense = np.array(mx.dequantize(packed, scales, *rest, group_size=64, bits=bits)).astype(np.float64)
 
-        def product(x: mx.array, held: Any = (packed, scales, *rest), bits: int = bits) -> mx.array:
-            return mx.quantized_matmul(x, *held, transpose=True, group_size=64, bits=bits)
+    def product(x: mx.array) -> mx.array:
+        return mx.quantized_matmul(x, packed, scales, *rest, transpose=True, group_size=64, bits=bits)
 
-        out, (gradient,) = mx.vjp(product, [x], [mx.ones((24, 64))])
-        exact = np.array(x).astype(np.float64) @ dense.T
-        slope = np.broadcast_to(dense.sum(axis=0), (24, 128))
-        yield (
-            f"{bits}-bit product",
-            Measured(_apart(np.array(out[0]), exact), max(PRODUCTS, fp32_limit()), "of the largest"),
-        )
-        yield (
-            f"{bits}-bit gradient",
-            Measured(_apart(np.array(gradient), slope), max(PRODUCTS, fp32_limit()), "of the largest"),
-        )
+    limit = max(PRODUCTS, fp32_limit())
+    if gradient:
+        _, (found,) = mx.vjp(product, [x], [mx.ones((24, 64))])
+        exact = np.broadcast_to(dense.sum(axis=0), (24, 128))
+    else:
+        found, exact = product(x), np.array(x).astype(np.float64) @ dense.T
+    yield "24 rows", Measured(_apart(np.array(found), exact), limit, "of the largest")
 
 
 def checkpoint(folder: Path) -> Found:
@@ -127,10 +146,16 @@ def speed(folder: Path) -> Found:
 
 
 CHECKS: dict[str, Callable[[Path], Found]] = {
-    "fp32 step": lambda folder: against_trl(folder, bf16=False),
-    "bf16 step": lambda folder: against_trl(folder, bf16=True),
+    "fp32 step": partial(against_trl, bf16=False),
+    "bf16 step": partial(against_trl, bf16=True),
+    "preference step": preferences,
+    "step of all weights": language,
     "packed attention": packed,
-    "quantised products": quantised,
+    # One kernel each: on CUDA MLX compiles it here, which takes longer than all other checks together.
+    "4-bit product": partial(quantised, bits=4, gradient=False),
+    "4-bit gradient": partial(quantised, bits=4, gradient=True),
+    "8-bit product": partial(quantised, bits=8, gradient=False),
+    "8-bit gradient": partial(quantised, bits=8, gradient=True),
     "checkpoint": checkpoint,
     "adapter": adapter,
     "speed of a tiny model": speed,
@@ -144,6 +169,18 @@ def _train(folder: Path, *, data: Sequence[list[int]] | None = None, resume: str
 
     from ..trainers.sft import MLXSFTTrainer
 
+    with _quietly():
+        model = write_model(folder / "model")
+        # The same device for torch's checks as MLX uses.
+        args = SFTConfig(output_dir=str(folder / "out"), use_cpu=on_cpu(), **{**SETTINGS, **changes})
+        dataset = Dataset.from_dict({"input_ids": list(data or rows())})
+        trainer = MLXSFTTrainer(str(model), args, train_dataset=dataset, peft_config=LoraConfig(**LORA))  # pyright: ignore
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
     level = logging.root.manager.disable
     with (
         warnings.catch_warnings(),
@@ -153,15 +190,9 @@ def _train(folder: Path, *, data: Sequence[list[int]] | None = None, resume: str
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:
-            model = write_model(folder / "model")
-            # The same device for torch's checks as MLX uses.
-            args = SFTConfig(output_dir=str(folder / "out"), use_cpu=on_cpu(), **{**SETTINGS, **changes})
-            dataset = Dataset.from_dict({"input_ids": list(data or rows())})
-            trainer = MLXSFTTrainer(str(model), args, train_dataset=dataset, peft_config=LoraConfig(**LORA))  # pyright: ignore
-            trainer.train(resume_from_checkpoint=resume)
+            yield
         finally:
             logging.disable(level)
-    return trainer
 
 
 def _logged(trainer: Any, key: str) -> float:

@@ -70,6 +70,16 @@ def rows(count: int = 24) -> list[list[int]]:
     return made
 
 
+def pairs(count: int = 24) -> list[dict[str, str]]:
+    """Prompts with two answers each, in the tokenizer's words."""
+    texts = [" ".join(f"t{token}" for token in row) for row in rows(3 * count)]
+    prompts, chosen, rejected = texts[:count], texts[count : 2 * count], texts[2 * count :]
+    return [
+        {"prompt": prompt, "chosen": f" {good}", "rejected": f" {bad}"}
+        for prompt, good, bad in zip(prompts, chosen, rejected, strict=True)
+    ]
+
+
 def _weights() -> dict[str, np.ndarray]:
     keys = HIDDEN // HEADS * KEY_HEADS
     shapes: dict[str, tuple[int, ...]] = {

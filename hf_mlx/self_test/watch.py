@@ -7,6 +7,8 @@ checks run in a child for that; where one is lost, another child goes on with th
 from __future__ import annotations
 
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,12 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 from typing import IO, Any
 
 from .report import Check, Checks, SelfTestReport, failed, require_libraries, run_checks
-from .worker import MARK
+from .worker import ASK, MARK
 
 #: Seconds that one check may take; half a minute is what all of them take on two cores.
 LIMIT = 180.0
@@ -81,10 +84,15 @@ class _Child:
         self.environment: dict[str, str] = {}
         self._names, self._announce, self._limit = list(names), announce, limit
         self._current, self._begun, self._allowed = names[0], time.monotonic(), _START
+        self._before, ended = 0.0, _cpu_seconds()
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace")
             try:
                 lost = self._follow(process)
+                if lost:
+                    process.send_signal(ASK)
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(timeout=1)
             finally:
                 process.kill()
                 # A process that waits in a driver dies when that lets it.
@@ -92,7 +100,12 @@ class _Child:
                     process.wait(timeout=10)
             if lost is not None:
                 errors.seek(0)
-                self._lose(lost or _reason(process.returncode, errors.read()))
+                said = errors.read()
+                if lost:
+                    lost += _whereabouts(
+                        said, None if process.returncode is None else _cpu_seconds() - ended - self._before
+                    )
+                self._lose(lost or _reason(process.returncode, said))
 
     def _follow(self, process: subprocess.Popen[str]) -> str | None:
         """Read what it says; None once it is done, else why its check is lost (empty where the process ended)."""
@@ -116,6 +129,8 @@ class _Child:
             self.environment = message["environment"]
         elif "begins" in message:
             self._current, self._begun, self._allowed = message["begins"], time.monotonic(), self._limit
+            # The process is not among the children that have ended: what it had used joins their time at its end.
+            self._before = message["cpu"]
             self._announce(self._current)
         else:
             self.found.append(Check(**message["check"]))
@@ -133,6 +148,22 @@ def _read(stream: IO[str] | None, messages: Queue[dict[str, Any] | None]) -> Non
             with suppress(ValueError):
                 messages.put(json.loads(line.partition(MARK)[2]))
     messages.put(None)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process's children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _whereabouts(said: str, seconds: float | None) -> str:
+    """The line that a stopped process was at, and what it did: a kernel that compiles keeps a core busy."""
+    # Its threads follow each other, the first one last and each with its innermost frame first.
+    frames = re.findall(r'\(most recent call first\):\n  File "([^"]*)", line (\d+) in (\S+)', said)
+    parts = [f" at {Path(file).name}:{line} in {name}" for file, line, name in frames[-1:]]
+    if seconds is not None:
+        parts.append(f" after {seconds:.0f} s of CPU time")
+    return "".join(parts)
 
 
 def _reason(status: int | None, errors: str) -> str:

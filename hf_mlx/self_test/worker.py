@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 #: Begins each line that is meant for the parent; libraries print as well.
 MARK = "hf-mlx-self-test "
+#: Asks the process where it is, also while it waits in a driver; its answer goes to stderr.
+ASK = signal.SIGUSR1
 
 
 def main(names: Sequence[str]) -> None:
@@ -21,9 +26,10 @@ def main(names: Sequence[str]) -> None:
     from .checks import CHECKS
     from .report import run_checks
 
+    faulthandler.register(ASK)
     _tell(environment=environment())
     chosen = {name: CHECKS[name] for name in names}
-    for name, check in run_checks(chosen, announce=lambda name: _tell(begins=name)):
+    for name, check in run_checks(chosen, announce=lambda name: _tell(begins=name, cpu=time.process_time())):
         _tell(name=name, check=asdict(check))
     _tell(done=True)
 

@@ -14,6 +14,7 @@ from .ledger import Ledger, complete_arguments
 from .plan import TrainPlan
 from .reading import read_values
 from .resolve import resolve_plan
+from .tensor_parallel import check_tensor_parallel
 from .verdicts import Verdict
 
 logger = logging.getLogger(__name__)
@@ -132,6 +133,7 @@ class Asked:
             clear_cache_steps=new.clear_cache_steps,
             nan_inf_filter=new.nan_inf_filter,
         )
+        check_tensor_parallel(plan)
         return plan, ledger
 
     def _read(self, args: Any) -> dict[str, Any]:

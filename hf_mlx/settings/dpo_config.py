@@ -65,16 +65,36 @@ def _unknown(value: Any, values: Values) -> bool:
     return not all(name in LOSS_TYPES for name in _losses(value))
 
 
+# Of all trainers of pairs.
+DISABLE_DROPOUT = cases(
+    "disable_dropout",
+    True,
+    enabled(honoured("lora_dropout counts 0 while training; the saved config keeps it")),
+    otherwise(adapted("drops from the same distribution, with other masks than torch's")),
+)
+PAD_TO_MULTIPLE_OF = honour(
+    "pad_to_multiple_of", "auto", '"auto" and None round lengths to buckets, which changes no number'
+)
+SAMPLING = cases(
+    "train_sampling_strategy",
+    "random",
+    one_of("random", "sequential", ruling=honoured("order of the rows")),
+    one_of(
+        "group_by_length",
+        ruling=refused(
+            "reads a column of lengths that preference rows lack (transformers raises too)",
+            write='train_sampling_strategy="random"',
+        ),
+    ),
+    otherwise(refused("is none of random, sequential", write='train_sampling_strategy="random"')),
+)
+
+
 DPO_CONFIG: tuple[Rule, ...] = (
     MODEL_INIT_KWARGS,
     TRUST_REMOTE_CODE,
     ROUTER_AUX_LOSS_COEF,
-    cases(
-        "disable_dropout",
-        True,
-        enabled(honoured("lora_dropout counts 0 while training; the saved config keeps it")),
-        otherwise(adapted("drops from the same distribution, with other masks than torch's")),
-    ),
+    DISABLE_DROPOUT,
     honour("dataset_num_proc", None, "processes that tokenize"),
     honour("max_length", 1024, "tokens kept of a prompt with its answer; with keep_start longer prompts drop the row"),
     cases(
@@ -89,7 +109,7 @@ DPO_CONFIG: tuple[Rule, ...] = (
         enabled(no_op("is unavailable in this version of TRL too, which goes back to padding")),
         otherwise(honoured("off")),
     ),
-    honour("pad_to_multiple_of", "auto", '"auto" and None round lengths to buckets, which changes no number'),
+    PAD_TO_MULTIPLE_OF,
     honour("precompute_ref_log_probs", False, "the reference is computed once, before training"),
     honour("precompute_ref_batch_size", None, "pairs at once while the reference is precomputed"),
     cases(
@@ -146,29 +166,23 @@ DPO_CONFIG: tuple[Rule, ...] = (
     ),
     refuse("batch_eval_metrics", False, "calls compute_metrics once a batch", write="batch_eval_metrics=False"),
     refuse("include_for_metrics", [], "hands compute_metrics the pairs' inputs", write="include_for_metrics=[]"),
-    cases(
-        "train_sampling_strategy",
-        "random",
-        one_of("random", "sequential", ruling=honoured("order of the rows")),
-        one_of(
-            "group_by_length",
-            ruling=refused("reads a column of lengths that preference rows lack (transformers raises too)",
-                           write='train_sampling_strategy="random"'),
-        ),
-        otherwise(refused("is none of random, sequential", write='train_sampling_strategy="random"')),
-    ),
+    SAMPLING,
 )  # fmt: skip
+
+
+def resolve_multiple(multiple: Any) -> int | None:
+    """``pad_to_multiple_of``: ``"auto"`` is no padding but on Neuron."""
+    if multiple in (None, "auto"):
+        return None
+    return check_count("pad_to_multiple_of", multiple, "pad_to_multiple_of=8")
 
 
 def resolve_pair_data(values: Mapping[str, Any]) -> DataPlan:
     """Truncation, padding and processes."""
-    multiple = values["pad_to_multiple_of"]
     return DataPlan(
         max_length=resolve_length(values["max_length"]),
         truncation_mode=values["truncation_mode"],
-        pad_to_multiple_of=None
-        if multiple in (None, "auto")
-        else check_count("pad_to_multiple_of", multiple, "pad_to_multiple_of=8"),
+        pad_to_multiple_of=resolve_multiple(values["pad_to_multiple_of"]),
         pad_token=values["pad_token"],
         dataset_num_proc=check_optional_count("dataset_num_proc", values["dataset_num_proc"], "dataset_num_proc=4"),
         seed=int(values["seed"]),

@@ -11,7 +11,7 @@ from .entries import Ledger
 from .entry import Entry
 from .lora_config import LORA_CONFIG
 from .reading import owner, read_defaults, read_values
-from .verdicts import PROCESS_COUNT, Rule, Ruling, Values, Verdict, is_default, no_op, refused
+from .verdicts import PROCESS_COUNT, SCORES, Rule, Ruling, Values, Verdict, is_default, no_op, refused
 
 __all__ = ["Entry", "Ledger", "complete_adapter", "complete_arguments", "explain"]
 
@@ -52,7 +52,7 @@ def explain(
     together = {**values, PROCESS_COUNT: processes}
     entries = _judge(settings, table.all_rules, together, present, _argument_defaults(settings, table), table.name)
     if peft_config is not None:
-        entries += _judge_adapter(peft_config)
+        entries += _judge_adapter(peft_config, {SCORES: table.scores})
     return Ledger(entries)
 
 
@@ -95,7 +95,7 @@ def complete_adapter(peft_config: Any) -> dict[str, Any]:
     return {field: rule.default for field, rule in _LORA_RULES.items()} | read_values(peft_config)
 
 
-def _judge_adapter(peft_config: Any) -> list[Entry]:
+def _judge_adapter(peft_config: Any, beside: Values) -> list[Entry]:
     values = complete_adapter(peft_config)
     ruling = _LORA_RULES["peft_type"].judge(values["peft_type"], values)
     if ruling.verdict is Verdict.REFUSE:
@@ -103,7 +103,7 @@ def _judge_adapter(peft_config: Any) -> list[Entry]:
         return [Entry(_name(peft_config, "LoraConfig"), "peft_type", values["peft_type"], False, ruling)]
     defaults = {field: rule.default for field, rule in _LORA_RULES.items()}
     present = values if isinstance(peft_config, Mapping) else read_values(peft_config)
-    return _judge(peft_config, _LORA_RULES, values, present, defaults, "LoraConfig")
+    return _judge(peft_config, _LORA_RULES, {**values, **beside}, present, defaults, "LoraConfig")
 
 
 def _judge(

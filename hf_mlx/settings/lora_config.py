@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .verdicts import Rule, cases, honour, honoured, ignore, one_of, otherwise, refuse, refused
+from .verdicts import SCORES, Rule, cases, given, honour, honoured, ignore, one_of, otherwise, refuse, refused
 
 _NOT_LORA = 'peft_config=LoraConfig(r=8, target_modules="all-linear")'
 
@@ -21,7 +21,21 @@ IDENTITY = (
     cases(
         "task_type",
         None,
-        one_of("CAUSAL_LM", ruling=honoured("written to the adapter's config")),
+        given(
+            "CAUSAL_LM, of a language model",
+            lambda value, values: value == "CAUSAL_LM" and not values.get(SCORES),
+            honoured("written to the adapter's config"),
+        ),
+        given(
+            "SEQ_CLS, of a reward model",
+            lambda value, values: value == "SEQ_CLS" and bool(values.get(SCORES)),
+            honoured("the score is trained in full and written beside the adapter"),
+        ),
+        given(
+            "any other value, of a reward model",
+            lambda value, values: bool(values.get(SCORES)),
+            refused("is not what a reward model's adapter is for (PEFT raises too)", write='task_type="SEQ_CLS"'),
+        ),
         otherwise(refused("is not language modelling", write='task_type="CAUSAL_LM"')),
     ),
     honour("auto_mapping", None, "written to the adapter's config"),

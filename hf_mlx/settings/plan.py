@@ -144,6 +144,23 @@ class PairLossPlan:
 
 
 @dataclass(frozen=True)
+class ScoreLossPlan:
+    """What a reward model minimises. Fields mean what ``trl.RewardConfig`` says they mean.
+
+    Attributes:
+        center_rewards_coefficient: Of the square of the sum of a pair's rewards; None leaves it out.
+        disable_dropout: The adapter's dropout is off while training.
+    """
+
+    center_rewards_coefficient: float | None = None
+    disable_dropout: bool = True
+    router_aux_loss_coef: None = None
+
+
+AnyLossPlan = LossPlan | PairLossPlan | ScoreLossPlan
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """Dtypes by their MLX names. ``autocast`` is torch's: Linear layers compute in it, the residual does not.
 
@@ -156,14 +173,21 @@ class PrecisionPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Which weights to load and how."""
+    """Which weights to load and how.
+
+    Attributes:
+        scores: Puts a score of one value in the place of the vocabulary head.
+        tensor_parallel: How many processes hold the weights together.
+    """
 
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
     quantization_bits: int | None = None
     quantization_group_size: int = 64
+    scores: bool = False
     precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+    tensor_parallel: int = 1
 
 
 @dataclass(frozen=True)
@@ -211,7 +235,7 @@ class TrainPlan:
     model: ModelPlan
     optim: OptimPlan
     schedule: SchedulePlan
-    loss: LossPlan | PairLossPlan
+    loss: AnyLossPlan
     clip: GradClip
     lora: LoraPlan | None
     checkpointing: CheckpointingPlan

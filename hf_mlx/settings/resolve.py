@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import SettingError
@@ -33,6 +34,7 @@ def resolve_plan(
     overrides: Mapping[str, Any] | None = None,
     table: ConfigTable = SFT_TABLE,
     processes: int = 1,
+    tensor_parallel: bool = False,
 ) -> tuple[TrainPlan, Ledger]:
     """Resolve what was asked into a plan, before an array exists.
 
@@ -49,6 +51,7 @@ def resolve_plan(
             :func:`~hf_mlx.settings.trainer_keywords.merge_trainer_keywords`.
         table: The configuration class of the trainer in question.
         processes: How many train together.
+        tensor_parallel: They hold one model together, and read the same rows.
 
     Returns:
         The plan, and the ledger it was resolved with.
@@ -63,9 +66,9 @@ def resolve_plan(
     check_logistics(values)
     lora = resolve_lora(peft_config)
     plan = TrainPlan(
-        batch=resolve_batch(values, processes),
+        batch=resolve_batch(values, 1 if tensor_parallel else processes),
         data=table.resolve_data(values),
-        model=resolve_model(values),
+        model=replace(resolve_model(values), scores=table.scores, tensor_parallel=processes if tensor_parallel else 1),
         optim=resolve_optim(values),
         schedule=resolve_schedule(values),
         loss=table.resolve_loss(values),

@@ -48,6 +48,23 @@ ROUTER_AUX_LOSS_COEF = honour(
 )
 
 
+CHAT_TEMPLATE_PATH = cases(
+    "chat_template_path",
+    None,
+    given(
+        "a .jinja or .j2 file",
+        lambda value, values: str(value).endswith((".jinja", ".j2")),
+        honoured("replaces the tokenizer's template"),
+    ),
+    otherwise(
+        refused(
+            "is a tokenizer, whose tokens would resize the embeddings",
+            write='chat_template_path="template.jinja", holding only the template',
+        )
+    ),
+)
+
+
 def _bits(key: str) -> Rule:
     return cases(key, None, enabled(_QUANTIZED), otherwise(honoured("off")))
 
@@ -91,21 +108,7 @@ SFT_CONFIG: tuple[Rule, ...] = (
     MODEL_INIT_KWARGS,
     TRUST_REMOTE_CODE,
     ROUTER_AUX_LOSS_COEF,
-    cases(
-        "chat_template_path",
-        None,
-        given(
-            "a .jinja or .j2 file",
-            lambda value, values: str(value).endswith((".jinja", ".j2")),
-            honoured("replaces the tokenizer's template"),
-        ),
-        otherwise(
-            refused(
-                "is a tokenizer, whose tokens would resize the embeddings",
-                write='chat_template_path="template.jinja", holding only the template',
-            )
-        ),
-    ),
+    CHAT_TEMPLATE_PATH,
     honour("dataset_text_field", "text", "the column of plain text"),
     DictRule(
         "dataset_kwargs",

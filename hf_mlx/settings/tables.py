@@ -9,6 +9,7 @@ from typing import Any
 from .dpo_config import DPO_CONFIG
 from .entry import Entry
 from .lora_config import LORA_CONFIG
+from .reward_config import REWARD_CONFIG
 from .sft_config import SFT_CONFIG, SFT_DEFAULTS
 from .training_arguments import TRAINING_ARGUMENTS
 from .verdicts import Case, DictRule, Rule, Verdict
@@ -22,6 +23,7 @@ CLASSES: dict[str, tuple[Rule, ...]] = {
     "TrainingArguments": TRAINING_ARGUMENTS,
     "SFTConfig": SFT_CONFIG,
     "DPOConfig": DPO_CONFIG,
+    "RewardConfig": REWARD_CONFIG,
     "LoraConfig": LORA_CONFIG,
 }
 

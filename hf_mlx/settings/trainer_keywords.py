@@ -27,6 +27,7 @@ TRAINER_KEYWORDS: Mapping[str, Mapping[str, str]] = {
     "DPOTrainer": _TOKENIZER
     | _same("beta label_smoothing loss_type max_length truncation_mode disable_dropout precompute_ref_log_probs")
     | _same("dataset_num_proc model_init_kwargs"),
+    "RewardTrainer": _TOKENIZER | _same("max_length"),
 }
 # Gone from the configurations as well.
 _GONE_KEYWORDS: Mapping[str, frozenset[str]] = {
@@ -37,8 +38,14 @@ _GONE_KEYWORDS: Mapping[str, frozenset[str]] = {
         | _same("is_encoder_decoder generate_during_eval reference_free force_use_ref_model ref_model_init_kwargs")
         | _same("model_adapter_name ref_adapter_name")
     ),
+    "RewardTrainer": frozenset(),
 }
-_CONFIGS = {"Trainer": "TrainingArguments", "SFTTrainer": "SFTConfig", "DPOTrainer": "DPOConfig"}
+_CONFIGS = {
+    "Trainer": "TrainingArguments",
+    "SFTTrainer": "SFTConfig",
+    "DPOTrainer": "DPOConfig",
+    "RewardTrainer": "RewardConfig",
+}
 
 
 def merge_trainer_keywords(
@@ -52,7 +59,7 @@ def merge_trainer_keywords(
         values: Fields that are set already; ``{}`` to get the fields of the keywords alone, which is what
             :func:`~hf_mlx.settings.resolve.resolve_plan` takes as ``overrides``.
         keywords: What the constructor received beyond its own parameters.
-        trainer: ``SFTTrainer``, ``DPOTrainer`` or ``Trainer``.
+        trainer: ``SFTTrainer``, ``DPOTrainer``, ``RewardTrainer`` or ``Trainer``.
         stacklevel: Of the warnings; 3 blames the caller of the function that calls this one.
 
     Returns:

@@ -182,7 +182,10 @@ PROCESSES = (
         ),
     ),
     refuse(
-        "parallelism_config", None, "splits the model; each process holds all of it", write="parallelism_config=None"
+        "parallelism_config",
+        None,
+        "splits a torch model; hf-mlx launch --tensor-parallel splits MLX's",
+        write="parallelism_config=None",
     ),
     refuse("fsdp", None, "shards a torch model; memory is unified here", write="fsdp=None"),
     cases(

@@ -16,6 +16,8 @@ from typing import Any
 Values = Mapping[str, Any]
 #: Among the values that a rule sees: how many processes train together. No field has this name.
 PROCESS_COUNT = "<processes>"
+#: Likewise: whether the model scores rows.
+SCORES = "<scores>"
 Match = Callable[[Any, Values], bool]
 
 

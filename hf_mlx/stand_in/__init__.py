@@ -22,6 +22,7 @@ from .keywords import translate_keywords
 from .loading import translate_loading
 from .notebooks import Shell, compile_script
 from .older import offer_older_names
+from .own import follow_own
 from .parsers import translate_parsers
 from .talk import Talk, say
 from .together import join_processes
@@ -52,6 +53,7 @@ def install(
             derive_trainer, name=row.name, strict=strict, dry_run=dry_run, on_built=on_built, translate=translate
         )
         replace_trainer(row, derive, imports)
+    follow_own(imports, strict=strict, dry_run=dry_run, on_built=on_built)
     translate_configs(imports, talk, strict=strict)
     translate_loading(imports, talk)
     offer_older_names(imports, talk)

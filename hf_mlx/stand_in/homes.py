@@ -54,6 +54,12 @@ STAND_INS = (
         ("transformers.training_args:TrainingArguments", "trl.trainer.dpo_config:DPOConfig"),
     ),
     StandIn(
+        "RewardTrainer",
+        "trainers.reward:MLXRewardTrainer",
+        ("trl.trainer.reward_trainer", "trl.trainer", "trl"),
+        ("transformers.training_args:TrainingArguments", "trl.trainer.reward_config:RewardConfig"),
+    ),
+    StandIn(
         "Trainer",
         "trainers.lm:MLXTrainer",
         ("transformers.trainer", "transformers"),

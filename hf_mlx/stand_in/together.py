@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..backends import prepare_backend
 from ..processes.launcher import read_launcher
 from .imports import Imports
 
@@ -19,6 +20,8 @@ def join_processes(imports: Imports) -> None:
     """
     if read_launcher() is None:
         return
+    # MLX is imported as soon as accelerate is, which asks for the processes.
+    prepare_backend()
     imports.after("accelerate.state", _count_processes)
     imports.after("accelerate.accelerator", _gather_together)
     imports.after("transformers.training_args", _wait_together)

@@ -53,25 +53,16 @@ def derive_trainer(
     def choose(cls: type, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(positional, args, strict=False)) | kwargs
         here = base.trains(given.get("model")) if hasattr(base, "trains") else True
-        if here and not (cls is made and getattr(given.get("args"), "predict_with_generate", False)):
-            return object.__new__(cls)
-        if cls is made:
+        if cls is made and (not here or getattr(given.get("args"), "predict_with_generate", False)):
             return upstream(**translate(given))
-        if cls in built:
-            return object.__new__(cls)
-        derive_from(cls, made, upstream)
+        if not here and cls not in built:
+            derive_from(cls, made, upstream)
         return object.__new__(cls)
 
     def derived(cls: type, **kwargs: Any) -> None:
         super(made, cls).__init_subclass__(**kwargs)  # pyright: ignore[reportArgumentType]
         if hasattr(base, "trains") and is_library(sys._getframe(1)):
             derive_from(cls, made, upstream)
-
-    def describe(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from ..surface.estimate import describe_run
-
-        print(describe_run(self))
-        raise SystemExit(0)
 
     def set_tokenizer(self: Any, tokenizer: Any) -> None:
         self.processing_class = tokenizer
@@ -87,6 +78,14 @@ def derive_trainer(
         members |= dict.fromkeys(("train", "evaluate", "predict"), describe)
     made = type(name, (base,), members)
     return made
+
+
+def describe(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    """In the place of ``train()``: print what would happen, and end the script."""
+    from ..surface.estimate import describe_run
+
+    print(describe_run(trainer))
+    raise SystemExit(0)
 
 
 def derive_from(cls: type, old: type, new: type) -> None:

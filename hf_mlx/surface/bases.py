@@ -18,7 +18,7 @@ from ..models.load import LoadedModel, open_model
 from ..models.padding_row import torch_padding_row
 from ..models.read_ahead import read_ahead
 from ..models.source import resolve_folder
-from ..models.tokenizer import load_tokenizer
+from ..models.tokenizer import load_tokenizer, mirror_tokens
 from ..recipes.recipe import Recipe
 from ..session import Session
 from ..settings.ledger import Ledger
@@ -28,6 +28,7 @@ from .base_settings import drop_init_kwargs, read_peft_config, read_tables
 from .facade import MLXCausalLM
 from .handover import Handover
 from .loans import take_over_loans
+from .scored import make_facade
 from .signature import forward_columns, named_forward
 from .ties import Tied
 from .upstream import upstream_trainer
@@ -178,9 +179,8 @@ class NamedBase:
         return forward_columns(named_forward(self._loaded.config))
 
     def enter(self, args: Any, peft_config: Any, tokenizer: Any, recipe: Recipe) -> tuple[Session, Any]:
-        session = Session(self._plan, self._loaded, recipe)
-        self._session = session
-        self._model = MLXCausalLM(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
+        self._session = session = Session(self._plan, self._loaded, recipe)
+        self._model = make_facade(self._loaded, session.adapter, peft_config, tokenizer, name=self.name)
         self._model.settle = lambda: self.take_over("")
         return session, self._model
 
@@ -258,7 +258,7 @@ class TorchBase:
         if peft_config is not None:
             source.attach(peft_config, plan.batch.seed)
         if recipe.rows.reads_tokenizer:
-            source.mirror_tokens(tokenizer, eos=plan.data.eos_token is not None)
+            mirror_tokens(source.base, tokenizer, eos=plan.data.eos_token is not None)
         loaded = load_torch_model(source, plan.model)
         loaded.decomposed = True
         loaded.padding_row = torch_padding_row(source.base)

@@ -57,9 +57,10 @@ class Checkpoints:
 
     def load_best(self, folder: str) -> None:
         """Put the weights of the best checkpoint into the model."""
-        with self._shared(Path(folder)) as path:
+        step = self._trainer.session.step
+        with self._shared(Path(folder)) as path, step.joined("the best checkpoint"):
             self.store.load_best(path)
-            mx.eval(self._trainer.session.step.params)
+            mx.eval(step.params)
 
     def _on_main(self, run: Callable[[], Any], what: str) -> Any:
         """What ``run`` returns on the first process, in JSON; its error is raised on all of them."""
@@ -98,10 +99,11 @@ class Checkpoints:
         Raises:
             CheckpointError: It does not fit this run; nothing was changed.
         """
-        with self._shared(folder) as path:
+        step = self._trainer.session.step
+        with self._shared(folder) as path, step.joined("the checkpoint to go on from"):
             boundary = self._restore(path, schedule)
             # The files may be a copy that is about to go.
-            mx.eval(self._trainer.session.step.params, self._trainer.session.step.state)
+            mx.eval(step.params, step.state)
         if not self.world.is_alone:
             self._share_state(boundary)
         return boundary
@@ -111,7 +113,11 @@ class Checkpoints:
         state = self._trainer.state
         state.best_model_checkpoint = self.world.hand_on(state.best_model_checkpoint, "the best checkpoint")
         state.is_world_process_zero, state.is_local_process_zero = self.world.is_main, self.world.is_local_main
-        if boundary.carry is not None and not self.world.is_main:
+        split = self._trainer.session.split
+        if boundary.carry is not None and split is not None:
+            grads, sums = boundary.carry
+            boundary.carry = split.cut_gradients(grads), sums
+        elif boundary.carry is not None and not self.world.is_main:
             grads, sums = boundary.carry
             counted = {"micro_batches": sums["micro_batches"]}
             boundary.carry = _zeros(grads), {**_zeros(sums), **counted}
@@ -157,8 +163,10 @@ class Checkpoints:
         write = trainer._write_checkpoint
         if self.world.is_alone:
             return self.store.save(trainer.state, boundary, schedule, callbacks, write)
-        packed = self.world.gather_object(boundary.random.pack(), "the random states of a checkpoint")
-        random = [RandomStates.unpack(states) for states in packed]
+        random = []
+        if trainer.session.split is None:
+            packed = self.world.gather_object(boundary.random.pack(), "the random states of a checkpoint")
+            random = [RandomStates.unpack(states) for states in packed]
         if boundary.carry is not None:
             boundary = replace(boundary, carry=self._sum_carry(*boundary.carry))
 
@@ -166,13 +174,16 @@ class Checkpoints:
             folder = self.store.save(trainer.state, boundary, schedule, callbacks, write, random)
             return [str(folder), trainer.state.best_model_checkpoint]
 
-        folder, best = self._on_main(save, "a checkpoint that rank 0 writes")
+        with trainer.session.step.joined("a checkpoint"):
+            folder, best = self._on_main(save, "a checkpoint that rank 0 writes")
         trainer.state.stateful_callbacks, trainer.state.best_model_checkpoint = callbacks, best
         return Path(folder)
 
     def _sum_carry(self, grads: Arrays, sums: Arrays) -> tuple[Arrays, Arrays]:
         counted = {"micro_batches": sums["micro_batches"]}
         what = "the gradients of a checkpoint"
+        if (split := self._trainer.session.split) is not None:
+            return split.join_gradients(grads, what), sums
         return self.world.sum(grads, what), {**self.world.sum(sums, what), **counted}
 
     def save_interrupted(self, boundary: Boundary | None) -> None:

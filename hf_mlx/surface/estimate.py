@@ -29,7 +29,7 @@ def estimate_memory(trainer: Any, rows: int | None = None) -> MemoryEstimate:
 def describe_run(trainer: Any) -> str:
     """Plan, trainable parameters, steps and memory, as text."""
     plan, steps = trainer.plan, trainer.steps
-    trained = sum(value.size for value in trainer.session.step.params.values())
+    trained = trainer.get_num_trainable_parameters()
     held = trainer.model.num_parameters()
     memory = estimate_memory(trainer)
     sizes = ", ".join(f"{field.name} {show_bytes(getattr(memory, field.name))}" for field in fields(memory))
@@ -39,10 +39,15 @@ def describe_run(trainer: Any) -> str:
         f"trainable params: {trained:,d} || all params: {held:,d} || trainable%: {100 * trained / held:.4f}\n"
         f"steps: {steps.total_steps} ({steps.updates_per_epoch} an epoch, {steps.epochs} epoch(s), "
         f"{math.prod((plan.batch.train_batch_size, plan.batch.gradient_accumulation_steps))} rows each)\n"
-        f"peak memory, estimated: {show_bytes(memory.total)} ({sizes})\n"
+        f"peak memory, estimated{_share(trainer)}: {show_bytes(memory.total)} ({sizes})\n"
         f"{_describe_pieces(trainer)}"
         "dry run: nothing was trained"
     )
+
+
+def _share(trainer: Any) -> str:
+    ways = trainer.plan.model.tensor_parallel
+    return f" on each of {ways} processes" if ways > 1 else ""
 
 
 def _describe_pieces(trainer: Any) -> str:

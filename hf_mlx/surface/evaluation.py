@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from ..data.batch import Batch
 from ..data.loader import RowLoader
@@ -72,23 +73,14 @@ class Evaluation:
         from transformers.trainer_utils import EvalLoopOutput
 
         plan, session = self._session.plan, self._session
-        world = session.world
+        world = session.world.sharing
         size, dataset = plan.batch.eval_batch_size, loader.dataset
         rows = len(dataset) if hasattr(dataset, "__len__") else None
-        own = loader if isinstance(loader, OwnLoader) else None
-        is_prepared = own is None or own.is_prepared
-        drops = plan.batch.drop_last if own is None else own.drops_last
-        # What accelerate's gather_for_metrics leaves of a last batch that is not full.
-        is_cut = rows is not None and is_prepared and not drops
-        remainder = rows % _round_rows(loader, size) if rows is not None and is_cut else 0
+        cut = _cut_of(loader, rows, size, drop_last=plan.batch.drop_last)
         sink = None
         if keep_logits or compute_metrics is not None:
-            options: dict[str, Any] = {
-                "size": size,
-                "remainder": remainder,
-                "is_last": lambda: self._is_last,
-                "keeps": keep_logits,
-            }
+            options: dict[str, Any] = {"size": size, "remainder": cut.remainder, "keeps": keep_logits}
+            options["is_last"] = lambda: self._is_last
             if not world.is_alone:
                 options |= {"world": world}
             sink = Predictions(args, compute=compute_metrics, preprocess=preprocess_logits, **options)
@@ -103,8 +95,10 @@ class Evaluation:
 
         with session.evaluation(in_train=in_train) as (evaluator, params):
             looks = sink is not None or (session.host_loss is not None and not world.is_alone)
-            batches = self._watch(loader, is_prepared, remainder) if looks else loader
-            sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
+            batches = self._watch(loader, cut.is_prepared, cut.remainder) if looks else loader
+            # Processes that hold one model together wait for each other in every layer.
+            with session.world.waiting("an evaluation", computes=True) if session.split else nullcontext():
+                sums = evaluator.run(params, batches, make_inputs, on_batch=end_batch, logits_to=sink)
             self.remainder, self._is_last = 0, False
         if not world.is_alone:
             sums = self._gather(sums, loader)
@@ -112,10 +106,10 @@ class Evaluation:
         predictions, labels, metrics = (None, None, {}) if sink is None else sink.finish()
         if sums.losses:
             counted = None
-            if not world.is_alone and rows is not None and is_cut:
+            if not world.is_alone and rows is not None and cut.is_cut:
                 counted = _repeated_rows(rows, loader, len(sums.losses), size, world.size)
-            elif remainder:
-                counted = (len(sums.losses) - 1) * size + min(remainder, size)
+            elif cut.remainder:
+                counted = (len(sums.losses) - 1) * size + min(cut.remainder, size)
             measured = sums.loss(finite_only=plan.nan_inf_filter, batch_size=size, counted=counted)
             metrics[f"{prefix}_loss"] = measured
         elif not sums.batches:
@@ -176,6 +170,29 @@ class Evaluation:
             return {}
         means = {name: sum(values) / len(values) for name, values in sums.metrics.items()}
         return {f"eval_{name}": value for name, value in arrange(means, tokens).items()}
+
+
+class _Cut(NamedTuple):
+    """What accelerate's gather_for_metrics leaves of a last batch that is not full.
+
+    Attributes:
+        is_prepared: Whether the loader went through accelerate.
+        is_cut: Whether anything is left out.
+        remainder: Rows of the last batch; 0 where it is full, or nothing is left out.
+    """
+
+    is_prepared: bool
+    is_cut: bool
+    remainder: int
+
+
+def _cut_of(loader: Loader, rows: int | None, batch_size: int, *, drop_last: bool) -> _Cut:
+    own = loader if isinstance(loader, OwnLoader) else None
+    is_prepared = own is None or own.is_prepared
+    drops = drop_last if own is None else own.drops_last
+    if rows is None or not is_prepared or drops:
+        return _Cut(is_prepared, False, 0)
+    return _Cut(True, True, rows % _round_rows(loader, batch_size))
 
 
 def _round_rows(loader: Loader, batch_size: int) -> int:

@@ -109,8 +109,11 @@ class MLXCausalLM(Files):
             raise SettingError("generate() without input_ids", "the prompt's ids", "model.generate(**inputs)")
         mask, streamer = options.pop("attention_mask", None), options.pop("streamer", None)
         generation = Generation.resolve(generation_config or self.generation_config, options)
+        split = None if self.adapter is None else self.adapter.split
+        ways = 1 if split is None else split.world.size
+        prompts, width = read_rows(ids, mask), read_ids(ids).shape[1]
         with self._evaluating():
-            rows = generation.run(self.mlx, read_rows(ids, mask), width=read_ids(ids).shape[1], streamer=streamer)
+            rows = generation.run(self.mlx, prompts, width=width, streamer=streamer, ways=ways)
         return like(ids, np.concatenate([np.repeat(read_ids(ids), generation.copies, 0), rows], axis=1))
 
     def __call__(self, input_ids: Any, attention_mask: Any = None, labels: Any = None) -> CausalLMOutput:

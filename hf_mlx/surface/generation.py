@@ -88,7 +88,9 @@ class Generation:
         values = {name: stored[name] for name in known if stored.get(name) is not None}
         return cls(**values)
 
-    def run(self, model: nn.Module, rows: list[np.ndarray], *, width: int, streamer: Any = None) -> np.ndarray:
+    def run(
+        self, model: nn.Module, rows: list[np.ndarray], *, width: int, streamer: Any = None, ways: int = 1
+    ) -> np.ndarray:
         """New ids of each row, (rows · copies, new) int64, padded at the end.
 
         Args:
@@ -96,11 +98,21 @@ class Generation:
             rows: The prompts, without padding.
             width: Width of the padded prompts, which ``max_length`` counts from.
             streamer: Gets the ids as they come (one row only), as in transformers.
+            ways: How many processes hold the model together; all of them call this.
+
+        Raises:
+            SettingError: Sampling on several processes, each of which would draw tokens of its own.
         """
+        if ways > 1 and self.do_sample:
+            raise SettingError(
+                f"sampling on a model that {ways} processes hold together",
+                "the same tokens on all of them",
+                "generate(..., do_sample=False)",
+            )
         answers = []
         for row in rows:
             for _ in range(self.copies):
-                answers.append(self._answer(model, row, self._limit(width), streamer))
+                answers.append(self._answer(model, row, self._limit(width), streamer, ways))
         if streamer is not None:
             streamer.end()
         stops = self._stops()
@@ -110,7 +122,7 @@ class Generation:
             len(answers), length
         )
 
-    def _answer(self, model: nn.Module, prompt: np.ndarray, limit: int, streamer: Any) -> list[int]:
+    def _answer(self, model: nn.Module, prompt: np.ndarray, limit: int, streamer: Any, ways: int) -> list[int]:
         from mlx_lm.generate import generate_step
         from mlx_lm.sample_utils import make_repetition_penalty
 
@@ -121,8 +133,10 @@ class Generation:
         if streamer is not None:
             streamer.put(prompt[None])
         stops, answer = set(self._stops()), []
+        # What processes exchange goes over one stream, or it is mixed up with what follows.
+        own: dict[str, Any] = {} if ways == 1 else {"stream": mx.default_stream(mx.default_device())}
         steps = generate_step(
-            mx.array(prompt), model, max_tokens=limit, sampler=self._sampler(), logits_processors=processors
+            mx.array(prompt), model, max_tokens=limit, sampler=self._sampler(), logits_processors=processors, **own
         )
         for token, _ in steps:
             answer.append(int(token))

@@ -14,7 +14,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.export import peft_tensors
 from ..adapters.files import write_files
 from ..adapters.layers import LoRAEmbedding
-from ..adapters.slots import Slot, list_slots
+from ..adapters.slots import Slot, slots_of
 from ..adapters.source import WEIGHTS, read_shapes, read_tensors
 from ..adapters.vocabulary import carried_slots
 from ..errors import AdapterError, SettingError, TrainingError
@@ -158,7 +158,7 @@ class Handover:
         if adapter is None:
             params = names.import_weights(tensors)
             return {path: params[path] for path in params if not changed.keys().isdisjoint(names.to_hf_names(path))}
-        slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
+        slots = {k: s for k, s in slots_of(adapter).items() if not s.base}
         params = read_parameters(adapter, slots, tensors)
         paths = {slots[key].mlx_path for key in changed if key in slots}
         return {path: params[path] for path in paths}
@@ -195,7 +195,7 @@ class Handover:
 
     def _adopt(self, adapter: Adapter) -> None:
         held = self.source.adapter_tensors()
-        slots = {k: s for k, s in list_slots(adapter.loaded, adapter.plan, adapter.blueprint).items() if not s.base}
+        slots = {k: s for k, s in slots_of(adapter).items() if not s.base}
         _account(held, slots)
         _check_scales(self.source, adapter)
         _check_trained(self.source.trained() - adapter.idle.keys(), {adapter.hf_name(p) for p in adapter.trainable()})

@@ -129,6 +129,7 @@ def write_card(
     dataset_name: str | None = None,
     tags: str | Iterable[str] | None = None,
     adapter: bool = False,
+    scores: bool = False,
     settings: Mapping[str, Any] | None = None,
     links: Mapping[str, str] | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -146,6 +147,7 @@ def write_card(
         dataset_name: Id of the training data.
         tags: Further tags.
         adapter: The folder holds an adapter, not a whole model.
+        scores: The model scores texts, and writes none.
         settings: Hyperparameters to list.
         links: Trackers that show the run, and where.
         extra: Further front matter (language, license, …).
@@ -164,11 +166,8 @@ def write_card(
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in front.items() if value is not None]
     where = hub_model_id or model_name
-    use = (
-        _USE_ADAPTER.format(base=base_model or "path/to/the/base", model=where)
-        if adapter
-        else _USE_MODEL.format(model=where)
-    )
+    template = _USE[adapter, scores]
+    use = template.format(base=base_model or "path/to/the/base", model=where)
     introduced = cited = ""
     if paper is not None:
         introduced = f", a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.number})"
@@ -202,6 +201,24 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(model, {model!r})
 """
+_USE_SCORE = """from transformers import pipeline
+
+rewarder = pipeline(model={model!r})
+print(rewarder("The capital of France is Paris.")[0]["score"])
+"""
+_USE_SCORE_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels=1)
+model = PeftModel.from_pretrained(model, {model!r})
+"""
+# (an adapter, scores) -> how it is used.
+_USE = {
+    (False, False): _USE_MODEL,
+    (True, False): _USE_ADAPTER,
+    (False, True): _USE_SCORE,
+    (True, True): _USE_SCORE_ADAPTER,
+}
 
 
 def _versions() -> str:

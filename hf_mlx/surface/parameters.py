@@ -145,7 +145,8 @@ class Parameters:
             if not path.endswith(_PACKING):
                 owner = _owner(self.loaded.model, path)
                 packed = path.endswith(".weight") and "scales" in owner
-                yield path, value.size * 32 // owner.bits if packed else value.size
+                size: Any = self.loaded.sizes.get(path, value.size)
+                yield path, size * 32 // owner.bits if packed else size
 
     def _is_embedding(self, path: str) -> bool:
         owner = _owner(self.loaded.model, path)

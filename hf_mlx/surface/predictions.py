@@ -54,16 +54,18 @@ class Predictions:
         self._batch: dict[str, Any] = {}
         self._metrics: Any = None
 
-    def __call__(self, logits: np.ndarray, labels: np.ndarray | None, batch: Batch, loss: float | None) -> None:
-        """Take one batch; ``labels`` and ``loss`` are None where it has no labels."""
+    def __call__(
+        self, logits: np.ndarray, labels: np.ndarray | tuple[()] | None, batch: Batch, loss: float | None
+    ) -> None:
+        """Take one batch; ``labels`` and ``loss`` are None where it has no labels, ``()`` where its loss needs none."""
         if self._world is not None:
             # As accelerate's pad_across_processes, before the script sees them.
-            own = np.array([logits.shape[1], 0 if labels is None else labels.shape[1]])
+            own = np.array([logits.shape[1], labels.shape[1] if isinstance(labels, np.ndarray) else 0])
             widths = self._world.gather("a batch of predictions", own).max(axis=0)
             logits = _widen(logits, int(widths[0]))
-            labels = None if labels is None else _widen(labels, int(widths[1]))
+            labels = _widen(labels, int(widths[1])) if isinstance(labels, np.ndarray) else labels
         given: Any = like_torch(logits)
-        known = None if labels is None else like_torch(labels.astype(np.int64))
+        known: Any = like_torch(labels.astype(np.int64)) if isinstance(labels, np.ndarray) else labels
         if self._preprocess is not None:
             given = self._preprocess(given, known)
         inputs = batch.collated_ids.astype(np.int64) if "inputs" in self._included and self._keeps else None

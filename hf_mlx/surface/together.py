@@ -11,11 +11,10 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-
 from ..errors import SettingError
-from ..processes.world import World, find_different
+from ..processes.world import World, digest_arrays, find_different
+from ..settings.plan import TrainPlan
+from ..settings.tensor_parallel import check_tensor_parallel
 from ..training.inputs import PEER_COLUMNS
 
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "numpy")
@@ -34,6 +33,64 @@ def check_recipe(recipe: Any, world: World) -> None:
             "one process: its losses are not compared with several processes of upstream yet",
             f"python train.py, with gradient_accumulation_steps={world.size} times as many",
         )
+
+
+def check_split(plan: TrainPlan, base: Any, recipe: Any) -> None:
+    """Refuse what several processes are not proven for that hold one model together.
+
+    Args:
+        plan: Of the run.
+        base: The model to train.
+        recipe: Of the trainer.
+
+    Raises:
+        SettingError: Names it.
+    """
+    ways = plan.model.tensor_parallel
+    if ways == 1:
+        return
+    if not recipe.splits_model:
+        raise SettingError(
+            f"{recipe.name} on a model that is split over {ways} processes",
+            "a trainer whose losses are compared so: MLXSFTTrainer or MLXTrainer",
+            f"hf-mlx launch -n {ways} train.py, where each process holds the whole model",
+        )
+    if base.is_copied:
+        raise SettingError(
+            f"a model object, which each of {ways} processes holds whole, to be split over them",
+            "a hub id or a folder, of which each process reads its part",
+            f"{recipe.name}(model={base.name!r}, ...)",
+        )
+    check_tensor_parallel(plan)
+
+
+def check_own(trainer: Any, ways: int) -> None:
+    """Refuse parts of the script's own that several processes are not proven for that hold one model together.
+
+    Raises:
+        SettingError: Names the first of them.
+    """
+    if ways == 1:
+        return
+    asked = {
+        "a loss of the script's own": (
+            trainer.session.host_loss is not None or trainer.session.native_loss is not None,
+            'the losses of the configuration: loss_type="nll"',
+        ),
+        "an optimizer or a schedule of the script's own": (
+            trainer._brings_optimizer(),
+            'SFTConfig(optim="adamw_torch", lr_scheduler_type="cosine", …) without optimizers=',
+        ),
+        "a loader of the script's own": (
+            trainer._overrides_loaders(),
+            "train_dataset=…, data_collator=… and train_sampling_strategy=… without the override",
+        ),
+    }
+    for name, (given, remedy) in asked.items():
+        if given:
+            raise SettingError(
+                f"{name}, with a model that is split over {ways} processes", "what is compiled into the step", remedy
+            )
 
 
 def check_epochs(args: Any, loader: Any) -> None:
@@ -98,8 +155,11 @@ def describe(trainer: Any) -> dict[str, Any]:
     sets = trainer.eval_dataset
     for name, rows in sets.items() if isinstance(sets, dict) else [("", sets)]:
         made |= _rows(f"eval_dataset{name and f'[{name!r}]'}", rows)
+    divided = {} if trainer.session.split is None else trainer.session.split.axes
     for name, array in step.params.items():
-        made[f"the start of {name}"] = f"{array.dtype} {array.shape} {_digest(array)}"
+        # Of a divided array each process has another part.
+        digest = "" if name in divided else digest_arrays({name: array})
+        made[f"the start of {name}"] = f"{array.dtype} {array.shape} {digest}"
     made["what decays"] = repr(sorted(step.optimizer.decay))
     return made
 
@@ -147,11 +207,6 @@ def _buffers(values: Any) -> bytes:
     with pyarrow.ipc.new_stream(sink, pyarrow.schema([("v", values.type)])) as writer:
         writer.write_table(pyarrow.table({"v": values}))
     return sink.getvalue().to_pybytes()
-
-
-def _digest(array: mx.array) -> str:
-    held = np.array(array.view(mx.uint8) if array.dtype == mx.bfloat16 else array)
-    return hashlib.blake2b(held.tobytes(), digest_size=8).hexdigest()
 
 
 def tell_accelerate(args: Any, world: World) -> None:

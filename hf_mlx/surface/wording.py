@@ -15,6 +15,12 @@ _LANGUAGE = {
     r"SFTConfig\(max_length=(\w+)[^)]*\)": r"tokenizer(text, truncation=True, max_length=\1)",
     r'SFTConfig\(loss_type="nll"[^)]*\)(, or "dft")?': "compute_loss_func=my_loss",
 }
+# And of a reward model, whose loss has no other name.
+_SCORES = {
+    "AutoModelForCausalLM": "AutoModelForSequenceClassification",
+    r"trl\.SFTTrainer": "trl.RewardTrainer",
+    r'DPOConfig\(loss_type="sigmoid"[^)]*\)': "RewardConfig(center_rewards_coefficient=0.01)",
+}
 
 
 def in_its_words(method: Callable) -> Callable:
@@ -35,10 +41,9 @@ def reword(error: HFMLXError, trainer: str, config: str) -> None:
     """Let ``error`` say ``trainer`` and ``config`` where it says MLXSFTTrainer and SFTConfig."""
     if trainer == "MLXSFTTrainer":
         return
-    parts = []
+    parts, patterns = [], {"TrainingArguments": _LANGUAGE, "RewardConfig": _SCORES}.get(config, {})
     for part in (error.received, error.required, error.remedy):
-        if config == "TrainingArguments":
-            for pattern, words in _LANGUAGE.items():
-                part = re.sub(pattern, words, part)
+        for pattern, words in patterns.items():
+            part = re.sub(pattern, words, part)
         parts.append(part.replace("SFTConfig(", f"{config}(").replace("MLXSFTTrainer(", f"{trainer}("))
     error.__init__(*parts)

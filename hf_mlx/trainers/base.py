@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.files import check_output_dir
+from ..data.process_generator import seed_process
 from ..feed import Feed
 from ..processes.world import the_world
 from ..reports.recorder import Recorder
@@ -26,7 +27,7 @@ from ..surface.memory import MemoryMeter
 from ..surface.model_config import record_settings
 from ..surface.requests import check_evaluation, check_functions
 from ..surface.startup import StartClock, StartUp
-from ..surface.together import check_recipe, tell_accelerate
+from ..surface.together import check_recipe, check_split, tell_accelerate
 from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
 from ..version import warn_untested
@@ -88,8 +89,10 @@ class TrainerBase(Running):
             overrides=overrides,
             table=self.recipe.config,
             processes=self.world.size,
+            tensor_parallel=self.world.tensor_parallel,
         )
         check_recipe(self.recipe, self.world)
+        check_split(self.plan, self._base, self.recipe)
         tell_accelerate(self.args, self.world)
         self._asked = Asked(
             self.args,
@@ -99,6 +102,7 @@ class TrainerBase(Running):
             overrides=dict(overrides),
             table=self.recipe.config,
             processes=self.world.size,
+            tensor_parallel=self.world.tensor_parallel,
         )
         reporting.set_log_level(self.args, self.world)
         self.grad_clip = self.plan.clip
@@ -188,11 +192,12 @@ class TrainerBase(Running):
             gradient_accumulation_steps=self.plan.batch.gradient_accumulation_steps,
             seedable_sampler=self.plan.batch.seedable_sampler,
             split_batches=self.plan.batch.split_batches,
-            data_seed=self.plan.batch.seed if self.plan.batch.data_seed is None else self.plan.batch.data_seed,
+            data_seed=self.plan.batch.data_seed,
         )
         self.hub = HubRepo(self.args)
         if self.args.push_to_hub and self.world.is_main:
             self.hub.create()
+        seed_process(self.plan.batch.seed, self.data.rng)
         self.control = self.callback_handler.on_init_end(self.args, self.state, self.control)
         record_settings(
             self.model.config,

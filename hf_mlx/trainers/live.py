@@ -11,7 +11,7 @@ from ..errors import MissingDependency, SettingError
 from ..settings.changes import Asked
 from ..surface.assignments import check_assignment, started
 from ..surface.requests import check_evaluation
-from ..surface.together import tell_accelerate
+from ..surface.together import check_own, tell_accelerate
 from ..surface.wording import in_its_words
 from .own import Own
 
@@ -105,6 +105,7 @@ class Live(Own):
             self.accelerator.gradient_accumulation_steps = plan.batch.gradient_accumulation_steps
             self._set_own(plan=plan, grad_clip=plan.clip)
         self._settle_loss()
+        check_own(self, self.plan.model.tensor_parallel)
         self._asked.keep(self.args, ledger)
         self._set_own(ledger=ledger)
         self.hub.args = self.args

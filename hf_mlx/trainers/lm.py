@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+from ..checkpoints.random_states import RandomStates
+from ..data.process_generator import ProcessGenerator
 from ..errors import SettingError
-from ..models.bridge import is_torch_model
 from ..recipes.lm import LM, default_args, default_collator
 from ..surface.signature import is_causal_lm
 from .base import TrainerBase
@@ -30,7 +32,8 @@ class MLXTrainer(TrainerBase):
             stream; None to evaluate alone.
         eval_dataset: Likewise, or a dict of datasets.
         processing_class: Tokenizer, saved beside the model; None saves none.
-        model_init: Called without arguments for the model, once, after ``set_seed(args.seed)``.
+        model_init: Called for the model, once, after ``set_seed(args.seed)``; training begins with the random states
+            that it leaves. An argument that it takes, the trial, is None.
         compute_loss_func, optimizers, optimizer_cls_and_kwargs: As in ``transformers.Trainer``, where they are taken.
         compute_metrics: Called with a ``transformers.EvalPrediction``.
         callbacks: ``transformers.TrainerCallback`` instances or classes.
@@ -49,7 +52,8 @@ class MLXTrainer(TrainerBase):
     """
 
     recipe = LM
-    _is_made_here = False
+    # Where model_init left the process's random states.
+    _made: RandomStates | None = None
 
     @staticmethod
     def trains(model: Any) -> bool:
@@ -78,9 +82,9 @@ class MLXTrainer(TrainerBase):
         **keywords: Any,
     ) -> None:
         args = args if args is not None else default_args("")
-        drawn = None
+        made = None
         if model is None or model_init is not None:
-            model, drawn = _init_model(model, model_init, args)
+            model, made = _init_model(model, model_init, args)
         if not self.trains(model):
             raise SettingError(
                 f"model of class {type(model).__name__}",
@@ -109,10 +113,9 @@ class MLXTrainer(TrainerBase):
         )
         if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
             self.data.refuse_blind_targets()
-        if drawn is not None:
-            # The order of the rows goes on where model_init left torch's generator, as in train() upstream.
-            self.data.rng.set_torch_state(drawn)
-        self._set_own(_is_made_here=model_init is not None)
+        if made is not None:
+            made.restore(self.data.rng)
+        self._set_own(_made=made)
 
     def train(
         self,
@@ -125,12 +128,15 @@ class MLXTrainer(TrainerBase):
         Raises:
             SettingError: Also for a second run of a trainer with ``model_init``, which upstream starts anew.
         """
-        if self._is_made_here and self.state.global_step and not resume_from_checkpoint:
+        if self._made is not None and self.state.global_step and not resume_from_checkpoint:
             raise SettingError(
                 "train() again on a trainer with model_init",
                 "one run: upstream makes the model anew for each, and here it is made once",
                 "MLXTrainer(model_init=model_init, ...).train(), a new trainer",
             )
+        if self._made is not None:
+            # Upstream seeds and makes the model again, so that whatever was drawn since does not count.
+            self._made.restore(self.data.rng)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @refuse("trainer.train()")
@@ -170,8 +176,8 @@ class MLXTrainer(TrainerBase):
         self._write_card(model_name, ", ".join(dataset) if isinstance(dataset, list) else dataset, tags, given)
 
 
-def _init_model(model: Any, model_init: Callable | None, args: Any) -> tuple[Any, Any]:
-    """The model, and the state of torch's generator once it is made."""
+def _init_model(model: Any, model_init: Callable | None, args: Any) -> tuple[Any, RandomStates]:
+    """The model, and the process's random states once it is made."""
     if model is not None or model_init is None:
         given = "a model and model_init" if model is not None else "neither a model nor model_init"
         raise SettingError(
@@ -180,12 +186,22 @@ def _init_model(model: Any, model_init: Callable | None, args: Any) -> tuple[Any
             "MLXTrainer(model=model, ...)",
         )
     from transformers import set_seed
+    from transformers.trainer_utils import number_of_arguments
 
+    taken = number_of_arguments(model_init)
+    if taken > 1:
+        raise SettingError(
+            f"a model_init of {taken} arguments",
+            "model_init should have 0 or 1 argument, the trial, which is None here",
+            "MLXTrainer(model_init=lambda: make_model(...), ...)",
+        )
     # A model that is made here is made from the run's seed, as upstream.
     set_seed(args.seed)
-    model = model_init()
-    if not is_torch_model(model):
-        return model, None
-    import torch
-
-    return model, torch.get_rng_state().numpy()
+    model = model_init(*[None] * taken)
+    if model is None:
+        raise SettingError(
+            "a model_init that returned None", "model_init should not return None.", "def model_init(): return model"
+        )
+    states = RandomStates.capture(ProcessGenerator(args.seed))
+    # MLX's own key is not upstream's, and is the session's.
+    return model, replace(states, key=None)

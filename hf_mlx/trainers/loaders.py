@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..data.own_loader import OwnLoader, lend_generator
+from ..data.own_loader import OwnLoader
 from ..errors import MissingDependency
 from ..surface.upstream import upstream_trainer
 from .live import Live
@@ -25,8 +25,10 @@ class Loaders(Live):
 
     def get_train_dataloader(self) -> Any:
         """The training batches as a torch ``DataLoader`` that yields dicts of tensors."""
-        with lend_generator(self.data.rng):
-            return _hf("get_train_dataloader")(self)
+        make = _hf("get_train_dataloader")
+        # torch may have been imported just now.
+        self.data.rng.join()
+        return make(self)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """The batches of an evaluation set.
@@ -79,24 +81,24 @@ class Loaders(Live):
         """The loader of a script that overrides how it is made, or None."""
         if not self._overrides(_TRAIN):
             return None
-        with lend_generator(self.data.rng):
-            loader = self.get_train_dataloader()
+        self.data.rng.join()
+        loader = self.get_train_dataloader()
         return self.data.adopt_loader(loader, "get_train_dataloader")
 
     def _own_eval_loader(self, dataset: Any) -> OwnLoader | None:
         """The same for the batches of an evaluation; ``dataset`` is what ``get_eval_dataloader`` takes."""
         if not self._overrides(_EVAL):
             return None
-        with lend_generator(self.data.rng):
-            loader = self.get_eval_dataloader(dataset)
+        self.data.rng.join()
+        loader = self.get_eval_dataloader(dataset)
         return self.data.adopt_loader(loader, "get_eval_dataloader", training=False)
 
     def _own_test_loader(self, dataset: Any) -> OwnLoader | None:
         """The same for the batches of a prediction."""
         if not self._overrides(_TEST):
             return None
-        with lend_generator(self.data.rng):
-            loader = self.get_test_dataloader(dataset)
+        self.data.rng.join()
+        loader = self.get_test_dataloader(dataset)
         return self.data.adopt_loader(loader, "get_test_dataloader", training=False)
 
     def _overrides_loaders(self) -> bool:

@@ -82,7 +82,8 @@ class Names(Loaders, Refused):
 
     def get_num_trainable_parameters(self) -> int:
         """How many numbers are trained."""
-        return sum(value.size for value in self.session.step.params.values())
+        sizes = self.session.loaded.sizes
+        return sum(sizes.get(name, value.size) for name, value in self.session.step.params.items())
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Rows of one optimizer step, of all processes.
@@ -90,7 +91,7 @@ class Names(Loaders, Refused):
         Args:
             args: Whose accumulation counts.
         """
-        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps * self.world.size
+        return self.plan.batch.train_batch_size * args.gradient_accumulation_steps * self.world.sharing.size
 
     def get_learning_rates(self) -> list[float]:
         """The learning rate of each group of ``trainer.optimizer``.
@@ -122,8 +123,8 @@ class Names(Loaders, Refused):
         return 1
 
     def get_tp_size(self) -> int:
-        """1: no model is split over processes."""
-        return 1
+        """How many processes hold one model together."""
+        return self.plan.model.tensor_parallel
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of a step on ``inputs``: 6 for each token and each parameter that is no embedding."""

@@ -14,6 +14,11 @@ _FIELDS = """
 """
 
 
+def _of_plan(field: str, doc: str) -> Any:
+    """A property that reads a field of the loss settings."""
+    return property(lambda self: getattr(self._loss, field), doc=doc)
+
+
 class PairNames(TrainerBase):
     """The settings of the loss under trl's names; they are the plan's, so they are set in its configuration."""
 
@@ -28,10 +33,7 @@ class PairNames(TrainerBase):
         "loss_is_scaled_for_ga": "leave it as it is: the loss is compiled",
     }
 
-    @property
-    def beta(self) -> float:
-        """How far the policy may move from its reference."""
-        return self._loss.beta
+    beta = _of_plan("beta", "How far the policy may move from its reference.")
 
     @property
     def loss_types(self) -> list[str]:
@@ -43,35 +45,12 @@ class PairNames(TrainerBase):
         """What each of them weighs."""
         return [weight for _, weight in self._loss.losses]
 
-    @property
-    def label_smoothing(self) -> float:
-        """Of the losses that take the chance of a wrong preference."""
-        return self._loss.label_smoothing
-
-    @property
-    def ld_alpha(self) -> float | None:
-        """What tokens beyond the shorter answer weigh (LD-DPO)."""
-        return self._loss.ld_alpha
-
-    @property
-    def f_divergence_type(self) -> str:
-        """Which divergence keeps the policy near its reference."""
-        return self._loss.f_divergence_type
-
-    @property
-    def f_alpha_divergence_coef(self) -> float:
-        """Of the alpha divergence."""
-        return self._loss.f_alpha_divergence_coef
-
-    @property
-    def use_weighting(self) -> bool:
-        """Whether pairs are weighed as WPO does."""
-        return self._loss.use_weighting
-
-    @property
-    def precompute_ref_logps(self) -> bool:
-        """Whether the reference was computed before training."""
-        return self._loss.precompute
+    label_smoothing = _of_plan("label_smoothing", "Of the losses that take the chance of a wrong preference.")
+    ld_alpha = _of_plan("ld_alpha", "What tokens beyond the shorter answer weigh (LD-DPO).")
+    f_divergence_type = _of_plan("f_divergence_type", "Which divergence keeps the policy near its reference.")
+    f_alpha_divergence_coef = _of_plan("f_alpha_divergence_coef", "Of the alpha divergence.")
+    use_weighting = _of_plan("use_weighting", "Whether pairs are weighed as WPO does.")
+    precompute_ref_logps = _of_plan("precompute", "Whether the reference was computed before training.")
 
     @property
     def data_collator(self) -> Any:

@@ -22,8 +22,13 @@ class Publishing(Records):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (or, fully fine-tuned, the model) and the tokenizer to ``output_dir``.
 
-        Of several processes the first one writes; the others return at once, as under transformers.
+        Of several processes the first one writes; the others return at once, as under transformers. Where they hold
+        one model together all of them call it.
         """
+        with self.session.step.joined("a model that rank 0 writes"):
+            self._save_whole(output_dir, _internal_call)
+
+    def _save_whole(self, output_dir: str | None, _internal_call: bool) -> None:
         if not self.world.is_main:
             self._base.write_back()
             return
@@ -108,6 +113,7 @@ class Publishing(Records):
             method=self.recipe.method,
             paper=self.recipe.paper,
             adapter=self.session.adapter is not None,
+            scores=self.session.loaded.scores,
             settings=reporting.describe_plan(self.plan),
             extra=front_matter,
         )
@@ -134,7 +140,8 @@ class Publishing(Records):
             ``huggingface_hub.CommitInfo``; None on all processes but the first, which wait for nothing.
         """
         if not self.world.is_main:
-            return None
+            with self.session.step.joined("a model that rank 0 writes"):
+                return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)

@@ -25,6 +25,7 @@ from ..surface.requests import no_rows
 from ..surface.together import check_alike, check_epochs, join_step
 from ..surface.wording import in_its_words
 from ..training.command_buffers import wait_for_memory
+from ..training.wired_memory import bounded_cache
 from .evaluating import Evaluating
 from .loaders import LaterLoader
 from .refused import NO_SEARCH
@@ -100,6 +101,7 @@ class Running(Evaluating):
         try:
             with (
                 wait_for_memory(self.plan, lambda: estimate_memory(self).total),
+                bounded_cache(lambda: estimate_memory(self).temporary),
                 self._clock.first_step(handler),
                 loop.interrupt.held_back(),
             ):

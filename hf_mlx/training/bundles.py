@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 import mlx.core as mx
 
@@ -74,6 +75,7 @@ class Bundles:
         decay: Names that weight decay applies to; no bundle mixes them with others.
         computed_in: Names that the model only reads cast to a dtype, and that dtype.
         largest: Elements of the largest array that is bundled; 0 bundles none.
+        kinds: What else tells names apart that no bundle mixes.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class Bundles:
         decay: Iterable[str],
         computed_in: Mapping[str, mx.Dtype],
         largest: int = LARGEST,
+        kinds: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._names = list(params)
         decay = frozenset(decay)
         alike: dict[tuple, dict[str, tuple[int, ...]]] = {}
         for name, array in params.items():
             if 0 < array.size <= largest:
-                key = (array.dtype, name in decay, computed_in.get(name))
+                key = (array.dtype, name in decay, computed_in.get(name), kinds.get(name))
                 alike.setdefault(key, {})[name] = array.shape
         self._bundles = {next(iter(shapes)): Bundle(shapes, key[2]) for key, shapes in alike.items()}
         bundled = {name for bundle in self._bundles.values() for name in bundle.shapes}

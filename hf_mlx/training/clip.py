@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
@@ -12,25 +14,44 @@ from .sums import blocked_sum
 CLIP_EPS = 1e-6
 
 
-def clip_gradients(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array | None, mx.array]:
+def sum_squares(grads: Iterable[mx.array], start: mx.array | None = None) -> mx.array:
+    """Of all elements, float32, added to ``start``."""
+    squares = (blocked_sum(mx.square(g.reshape(-1).astype(mx.float32))) for g in grads)
+    return sum(squares, start=mx.array(0.0) if start is None else start)
+
+
+def global_norm(grads: Iterable[mx.array], squares: mx.array | None = None) -> mx.array:
+    """The L2 norm of all gradients together, float32.
+
+    Args:
+        grads: Any shapes and dtypes.
+        squares: The sum of the squares of others that count too.
+    """
+    return mx.sqrt(sum_squares(grads, squares))
+
+
+def clip_gradients(grads: Arrays, clip: GradClip, norm: mx.array) -> tuple[Arrays, mx.array | None]:
     """Apply ``clip``.
 
+    Args:
+        grads: By name.
+        clip: Which clip.
+        norm: Of the whole gradient, float32.
+
     Returns:
-        The gradients, a float32 factor still to be multiplied in (None for none; the optimizer folds it into its
-        update, so no clipped copy of the tree exists), and the global L2 norm before clipping, in float32.
+        The gradients, and a float32 factor still to be multiplied in: None for none; the optimizer folds it into its
+        update, so no clipped copy of the tree exists.
     """
-    squares = (blocked_sum(mx.square(g.reshape(-1).astype(mx.float32))) for g in grads.values())
-    norm = mx.sqrt(sum(squares, start=mx.array(0.0)))
     if clip.mode == "norm":
-        return grads, mx.minimum(clip.threshold / (norm + CLIP_EPS), 1.0), norm
+        return grads, mx.minimum(clip.threshold / (norm + CLIP_EPS), 1.0)
     if clip.mode == "value":
-        return {k: mx.clip(g, -clip.threshold, clip.threshold) for k, g in grads.items()}, None, norm
-    return grads, None, norm
+        return {k: mx.clip(g, -clip.threshold, clip.threshold) for k, g in grads.items()}, None
+    return grads, None
 
 
-def clip_whole(grads: Arrays, clip: GradClip) -> tuple[Arrays, mx.array]:
-    """The clipped gradients themselves, for what is no part of the compiled update; and the norm before clipping."""
-    grads, scale, norm = clip_gradients(grads, clip)
+def clip_whole(grads: Arrays, clip: GradClip, norm: mx.array) -> Arrays:
+    """The clipped gradients themselves, for what is no part of the compiled update."""
+    grads, scale = clip_gradients(grads, clip, norm)
     if scale is not None:
         grads = {name: (grad * scale).astype(grad.dtype) for name, grad in grads.items()}
-    return grads, norm
+    return grads

@@ -18,8 +18,8 @@ from .undefined import is_undefined
 from .weighting import Weighting
 
 # Receives logits (B, T, V) and labels (B, T) of one batch as numpy arrays, the batch and its loss; labels and loss are
-# None where it has no labels.
-LogitsSink = Callable[[np.ndarray, np.ndarray | None, Batch, float | None], None]
+# None where it has no labels, and labels are () where the loss needs none.
+LogitsSink = Callable[[np.ndarray, np.ndarray | tuple[()] | None, Batch, float | None], None]
 
 
 @dataclass

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Protocol
 
 import mlx.core as mx
 
+from ..adapters.tensor_parallel import Split
 from ..processes.world import World
 from .bundles import LARGEST
+from .clip import global_norm
 from .optimizers.contract import Arrays
 
 # Each process counts its own.
 _KEPT = ("micro_batches",)
 #: By name among the metrics of a step: the loss as this process alone sees it, as it is under torch's DDP.
 OWN_LOSS = "own_loss"
+
+
+class GradientExchange(Protocol):
+    """What the processes of a run exchange of a window.
+
+    Attributes:
+        rank, size: Which process this is, of how many that read rows of their own.
+        in_model: The model exchanges as well, layer by layer.
+        kinds: Names that no bundle mixes with others, by what tells them apart.
+        split: How the arrays lie where the processes hold one model together.
+    """
+
+    rank: int
+    size: int
+    in_model: bool
+    kinds: dict[str, str]
+    split: Split | None
+
+    def __call__(self, grads: Arrays, metrics: Arrays) -> tuple[Arrays, Arrays, mx.array]:
+        """Gradients and metrics of all processes, and the norm of the whole gradient (float32)."""
+        ...
 
 
 class Exchange:
@@ -26,12 +49,16 @@ class Exchange:
         world: The processes.
     """
 
+    in_model = False
+
     def __init__(self, world: World) -> None:
         self.rank, self.size = world.rank, world.size
+        self.kinds: dict[str, str] = {}
+        self.split: Split | None = None
         self._group = world.group
 
-    def __call__(self, grads: Mapping[str, mx.array], metrics: Mapping[str, mx.array]) -> tuple[Arrays, Arrays]:
-        """The sums over all processes.
+    def __call__(self, grads: Arrays, metrics: Arrays) -> tuple[Arrays, Arrays, mx.array]:
+        """The sums over all processes, and the norm of the gradients.
 
         Args:
             grads: By the names of the bundles.
@@ -58,7 +85,8 @@ class Exchange:
             if dtype == mx.float32:
                 kept |= {name: whole[at + place] for place, name in enumerate(shared)}
         summed |= {name: self._sum(grad, after) for name, grad in grads.items() if name not in summed}
-        return {name: summed[name] for name in grads}, {name: kept[name] for name in (*metrics, OWN_LOSS)}
+        made = {name: summed[name] for name in grads}
+        return made, {name: kept[name] for name in (*metrics, OWN_LOSS)}, global_norm(made.values())
 
     def _sum(self, array: mx.array, after: list[mx.array]) -> mx.array:
         # One after the other: processes that exchange in unlike orders add up what does not belong together.

@@ -118,7 +118,8 @@ def make_step(objective: Objective, optimizer: Optimizer, clip: GradClip, **opti
     What looks at a micro-batch as one, such as experts that are balanced over it, keeps it whole.
     """
     lanes = count_lanes()
-    if lanes == 1 or objective.whole:
+    exchange = options.get("exchange")
+    if lanes == 1 or objective.whole or (exchange is not None and exchange.in_model):
         return Step(objective, optimizer, clip, **options)
     pool = start_threads(lanes)
     if pool is None:

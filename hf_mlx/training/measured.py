@@ -36,11 +36,20 @@ class StepMetrics:
         return cls(sums["loss"], sums.get("grad_norm"), sums["micro_batches"], metrics, sums.get("own_loss"))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Held:
-    """All that an optimizer step changes, as it was at one moment; arrays as they are kept."""
+    """All that an optimizer step changes, as it was at one moment; arrays as they are kept.
+
+    Attributes:
+        taken: An update let the arrays go, so nothing can be taken back.
+    """
 
     params: Arrays
     state: dict[str, Arrays]
     carry: tuple[Arrays, Arrays] | None
     draws: int
+    taken: bool = False
+
+    def give_up(self) -> None:
+        """Let go of the arrays."""
+        self.params, self.state, self.carry, self.taken = {}, {}, None, True

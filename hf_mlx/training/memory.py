@@ -23,6 +23,7 @@ from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows
 from .optim import Optimizer
 from .step import Step
+from .trained import replaces
 
 # The estimate is within this factor of what MLX measures (docs/performance.md).
 ACCURACY = 1.5
@@ -47,6 +48,7 @@ class MemoryEstimate:
         logits: Logits and what is computed from them, of one block of tokens.
         reference: Arrays that a reference holds beside the policy's.
         reference_pass: What its forward pass holds at once, while the policy's activations are kept.
+        update: What an update writes while what it replaces is still there.
     """
 
     weights: int
@@ -57,15 +59,18 @@ class MemoryEstimate:
     logits: int
     reference: int = 0
     reference_pass: int = 0
+    update: int = 0
+
+    @property
+    def temporary(self) -> int:
+        """What a step takes and gives back: the backward pass, or the update."""
+        backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
+        return max(backward, self.gradients + self.update)
 
     @property
     def total(self) -> int:
-        """The peak: of the backward pass, or of the update, which writes new parameters and state beside the old.
-
-        MLX's compiled kernels with several outputs reuse none of their inputs (mlx 0.32.4).
-        """
-        backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
-        return self.weights + self.reference + self.optimizer + max(backward, 2 * self.gradients + self.optimizer)
+        """The peak: what stays from step to step, and what one of them takes."""
+        return self.weights + self.reference + self.optimizer + self.temporary
 
 
 def estimate(
@@ -121,10 +126,14 @@ def estimate(
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
         kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
         recomputed += RECOMPUTED * max(forgotten)
+    gradients = _bytes(params.values())
+    state = sum(_state_bytes(optimizer, param) for param in params.values())
     return MemoryEstimate(
         weights=_bytes(weights),
-        gradients=_bytes(params.values()),
-        optimizer=sum(_state_bytes(optimizer, param) for param in params.values()),
+        gradients=gradients,
+        optimizer=state,
+        # One kind of array after the other, or all of them in one function.
+        update=gradients + (min(gradients, state) if replaces(optimizer, params.values()) else state),
         activations=kept,
         recomputed=recomputed,
         logits=logits,
@@ -149,8 +158,8 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         step.optimizer,
         plan,
         head=step.objective.head,
-        # A model without attention has no heads.
-        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0),
+        # A model without attention has no heads; one that processes hold together has some of them on each.
+        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0) // plan.model.tensor_parallel,
         rows=rows,
         tokens=tokens,
         reference=getattr(step.objective, "reference_bytes", None),

@@ -16,7 +16,7 @@ from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
 from ..models.masks import masked_cache, packed_cache
-from ..settings.plan import LossPlan, PairLossPlan
+from ..settings.plan import AnyLossPlan, LossPlan
 from .inputs import Inputs
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
@@ -85,7 +85,7 @@ class Objective(Protocol):
         ...
 
     @property
-    def plan(self) -> LossPlan | PairLossPlan:
+    def plan(self) -> AnyLossPlan:
         """Which loss."""
         ...
 
@@ -105,8 +105,8 @@ class Objective(Protocol):
         """What the loss of a batch is divided by in evaluation."""
         ...
 
-    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Logits and labels of a batch as ``compute_metrics`` gets them."""
+    def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray | tuple[()]]:
+        """Logits and labels of a batch as ``compute_metrics`` gets them; ``()`` where the loss needs no labels."""
         ...
 
 

@@ -19,7 +19,17 @@ _PATHS: dict[str, str] = {
     **dict.fromkeys(("mixtral", "minimax_m2"), "block_sparse_moe.gate"),
     **dict.fromkeys(("granitemoe", "granitemoehybrid"), "block_sparse_moe.router.layer"),
     **dict.fromkeys(
-        ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "olmoe", "mellum", "ernie4_5_moe"),
+        (
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "olmoe",
+            "mellum",
+            "ernie4_5_moe",
+            "qwen3_vl_moe",
+        ),
         "mlp.gate",
     ),
     "laguna": "mlp.gate.proj",

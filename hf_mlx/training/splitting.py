@@ -93,7 +93,7 @@ class Splitting:
             except (RuntimeError, MemoryError) as error:
                 sizes = ((unit * math.ceil(rows / unit / count), tokens, unit) for rows, tokens, unit, count in pieces)
                 rows, tokens, unit = max(sizes, key=lambda size: size[0] * size[1])
-                if rows <= unit or not is_shortage(error):
+                if rows <= unit or held.taken or not is_shortage(error):
                     raise
                 cause = str(error)
             # Outside of the handler, whose traceback keeps the arrays of the failed attempt.
@@ -132,7 +132,9 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
     if not plan.auto_find_batch_size:
         return step
     if step.objective.whole and step.objective.routers is None:
-        logger.warning("auto_find_batch_size: this loss sorts the pairs of a micro-batch, which is computed whole.")
+        logger.warning(
+            "auto_find_batch_size: this loss looks at all pairs of a micro-batch at once, which is computed whole."
+        )
         return step
     if not step.divisible:
         logger.warning(
@@ -143,7 +145,7 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
     if step.objective.routers is not None:
         logger.warning(
             "auto_find_batch_size: micro-batches of this model are computed whole, since the load of its experts is "
-            "balanced over each of them; SFTConfig(router_aux_loss_coef=0.0) lets them be computed in pieces."
+            "balanced over each of them; without the routers' loss they can be computed in pieces."
         )
         return step
     return Splitting(step, lambda rows, tokens: estimate_step(step, plan, config, rows, tokens).total, planned_limit())

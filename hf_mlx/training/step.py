@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .clip import clip_gradients
-from .exchange import Exchange
+from .exchange import GradientExchange
 from .inputs import Inputs
 from .measured import StepMetrics
 from .objective import Objective
@@ -64,7 +65,7 @@ class Step(Trained):
         seed: int = 42,
         weigh: Weighting | None = None,
         computed_in: Callable[[], Mapping[str, mx.Dtype]] = dict,
-        exchange: Exchange | None = None,
+        exchange: GradientExchange | None = None,
         compiled: bool = True,
     ) -> None:
         self.objective = objective
@@ -79,6 +80,7 @@ class Step(Trained):
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
+        self._holds = WeakSet()
         self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
@@ -126,7 +128,7 @@ class Step(Trained):
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
-        if self.optimizer.on_host or not self._updates_with_last(pieces):
+        if self.optimizer.on_host or self._replaces or not self._updates_with_last(pieces):
             self._accumulate_all(pieces)
             return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
@@ -143,6 +145,12 @@ class Step(Trained):
         if self.optimizer.on_host:
             grads, sums = self._clip(self._carry)
             return self._update_clipped(grads, sums, hyper)
+        if self._replaces:
+            grads, factor, sums = self._measure(self._carry)
+            # What may fail for want of memory has been computed by the time that the old arrays go.
+            (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
+            self._replace(grads, factor.get("scale"), hyper)
+            return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
@@ -195,8 +203,8 @@ class Step(Trained):
         return self._update_carried(params, state, carry, hyper)
 
     def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics = self._gather(carry)
-        grads, scale, norm = clip_gradients(grads, self.clip)
+        grads, metrics, norm = self._gather(carry)
+        grads, scale = clip_gradients(grads, self.clip, norm)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
-from .clip import clip_whole
-from .exchange import Exchange
+from .clip import clip_gradients, clip_whole, global_norm
+from .exchange import GradientExchange
 from .measured import Held, StepMetrics
 from .objective import Objective
 from .optim import Optimizer
@@ -31,7 +34,7 @@ class Trained:
     objective: Objective
     optimizer: Optimizer
     clip: GradClip
-    exchange: Exchange | None
+    exchange: GradientExchange | None
     draws: int
 
     _names: list[str]
@@ -41,10 +44,14 @@ class Trained:
     _params: Arrays
     _state: State
     _views: Arrays | None
+    _whole: tuple[Arrays, State] | None = None
+    _holds: WeakSet[Held]
 
     @property
     def params(self) -> Arrays:
         """Flat {MLX name: array}: views of what is kept; another dict after each update."""
+        if self._whole is not None:
+            return self._whole[0]
         if self._views is None:
             self._views = self._bundles.unpack(self._params)
         return self._views
@@ -52,7 +59,29 @@ class Trained:
     @property
     def state(self) -> dict[str, Arrays]:
         """The optimizer's state, {torch's name: {MLX name: array}}: views of what is kept."""
+        if self._whole is not None:
+            return self._whole[1]
         return {slot: self._bundles.unpack(arrays) for slot, arrays in self._state.items()}
+
+    @contextmanager
+    def joined(self, what: str) -> Iterator[None]:
+        """A block in which parameters and state are whole where processes hold parts of them; all of them enter it.
+
+        Args:
+            what: What for, for messages.
+        """
+        split = None if self.exchange is None else self.exchange.split
+        if split is None or self._whole is not None:
+            yield
+            return
+        params, state = split.join(self.params, what), {k: split.join(v, what) for k, v in self.state.items()}
+        try:
+            self._whole = params, state
+            self._bind()
+            yield
+        finally:
+            self._whole = None
+            self._bind()
 
     @property
     def carry(self) -> tuple[Arrays, Arrays] | None:
@@ -108,6 +137,9 @@ class Trained:
             state: {torch's name: {MLX name: array}}.
         """
         params = {name: params[name] for name in self._names}
+        if self._whole is not None and self.exchange is not None and self.exchange.split is not None:
+            cut, self._whole = self.exchange.split.cut, (params, state)
+            params, state = cut(params), {slot: cut(arrays) for slot, arrays in state.items()}
         bundles = self._arrange(params)
         if bundles != self._bundles:
             # A trace holds where each array lies.
@@ -128,11 +160,15 @@ class Trained:
         self.load(params, state)
 
     def hold(self) -> Held:
-        """What :meth:`restore` goes back to."""
-        return Held(self._params, self._state, self._carry, self.draws)
+        """What :meth:`restore` goes back to, until an update lets large arrays go."""
+        held = Held(self._params, self._state, self._carry, self.draws)
+        self._holds.add(held)
+        return held
 
     def restore(self, held: Held) -> None:
-        """Undo what was done since ``held``."""
+        """Undo what was done since ``held``; of an update that has let the old arrays go, nothing."""
+        if held.taken:
+            return
         self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
         self._bind()
 
@@ -145,10 +181,18 @@ class Trained:
     def _compile_update(self) -> None:
         self._clip = self._wrap(self._clip_carried)
         self._updated = self._wrap(self._update_packed)
+        self._measure = self._wrap(self._measure_carried)
+        self._move_params = self._wrap(self._params_moved)
+        self._move_slot: dict[str, Callable] = {}
 
     def _arrange(self, params: Arrays) -> Bundles:
         largest = LARGEST if self.optimizer.elementwise else 0
-        return Bundles(params, self.optimizer.decay, self._computed_in(), largest)
+        kinds = {} if self.exchange is None else self.exchange.kinds
+        return Bundles(params, self.optimizer.decay, self._computed_in(), largest, kinds)
+
+    @property
+    def _replaces(self) -> bool:
+        return replaces(self.optimizer, self._params.values())
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
@@ -162,22 +206,68 @@ class Trained:
             mx.eval(grads, sums)
             moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
             self._params = self._bundles.pack(moved)
+        elif self._replaces:
+            self._replace(grads, None, hyper)
+            return sums
         else:
             self._params, self._state = self._updated(self._params, grads, self._state, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _update_packed(self, params: Arrays, grads: Arrays, state: Any, hyper: Arrays) -> tuple[Arrays, Any]:
-        return self.optimizer.update(params, grads, state, hyper)
+    def _replace(self, grads: Arrays, scale: mx.array | None, hyper: Arrays) -> None:
+        """Update so that each old array goes as its new one comes: nobody but the pending work holds it.
+
+        A function for each kind of array. Within one, the compiler would keep in float32 what two outputs share, and
+        round it afterwards; a kernel that has all of an update on one element reads and writes once.
+        """
+        for slot in self._state.keys() - self._move_slot.keys():
+            self._move_slot[slot] = self._wrap(partial(self._slot_moved, slot))
+        given = (self._params, grads, self._state, hyper, scale)
+        params = self._move_params(*given)
+        state = {slot: self._move_slot[slot](*given) for slot in self._state}
+        # From here on there is no way back.
+        for held in list(self._holds):
+            held.give_up()
+        self._params, self._state, self._carry = params, state, None
+        del given
+        self._bind()
+        for arrays in (params, *state.values()):
+            mx.async_eval(arrays)
+
+    def _params_moved(self, *given: Any) -> Arrays:
+        return self.optimizer.update(*given)[0]
+
+    def _slot_moved(self, slot: str, *given: Any) -> Arrays:
+        return self.optimizer.update(*given)[1][slot]
+
+    def _update_packed(self, *given: Any) -> tuple[Arrays, Any]:
+        return self.optimizer.update(*given)
 
     def _hyper(self, step: int, lr: float) -> Arrays:
         return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
 
-    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-        """Gradients and metrics of a whole window, of all processes."""
-        return carry if self.exchange is None else self.exchange(*carry)
+    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays, mx.array]:
+        """Gradients and metrics of a whole window, of all processes, and the norm of the gradients."""
+        if self.exchange is not None:
+            return self.exchange(*carry)
+        return *carry, global_norm(carry[0].values())
+
+    def _measure_carried(self, carry: Any) -> tuple[Arrays, dict[str, mx.array], Arrays]:
+        """The gradients, the factor that clips them if there is one, and what the window measured."""
+        grads, metrics, norm = self._gather(carry)
+        grads, scale = clip_gradients(grads, self.clip, norm)
+        return grads, {} if scale is None else {"scale": scale}, {**metrics, "grad_norm": norm}
 
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
-        grads, metrics = self._gather(carry)
-        grads, norm = clip_whole(grads, self.clip)
-        return grads, {**metrics, "grad_norm": norm}
+        grads, metrics, norm = self._gather(carry)
+        return clip_whole(grads, self.clip, norm), {**metrics, "grad_norm": norm}
+
+
+def replaces(optimizer: Optimizer, arrays: Iterable[mx.array]) -> bool:
+    """Whether there are arrays too large to exist twice, so that an update lets the old ones go, kind by kind.
+
+    Args:
+        optimizer: One that looks at whole matrices, or that is the script's own, moves all at once.
+        arrays: What is trained.
+    """
+    return optimizer.elementwise and not optimizer.on_host and any(array.size > LARGEST for array in arrays)

@@ -13,14 +13,14 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..settings.plan import LossPlan, PairLossPlan
+from ..settings.plan import AnyLossPlan, LossPlan
 from .inputs import Inputs
 from .measured import StepMetrics
 from .step import Step, read_scalar
 from .weighting import ByTokens
 
 
-def is_undefined(plan: LossPlan | PairLossPlan, tokens: int) -> bool:
+def is_undefined(plan: AnyLossPlan, tokens: int) -> bool:
     """Whether upstream's loss over ``tokens`` trained tokens is 0 / 0."""
     if not isinstance(plan, LossPlan):
         return False

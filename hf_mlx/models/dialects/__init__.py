@@ -7,7 +7,7 @@ returns it. The HF side is transformers 5.23's configuration class of the same t
 
 from __future__ import annotations
 
-from . import dense, mixtures
+from . import dense, mixtures, multimodal
 from .contract import DIALECTS
 
-__all__ = ["DIALECTS", "dense", "mixtures"]
+__all__ = ["DIALECTS", "dense", "mixtures", "multimodal"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .contract import Config, fill, set_head_dim, sliding_period, speaks, theta
 
 
-@speaks("llama", "iquestcoder", "mistral", "ministral")
+@speaks("llama", "arcee", "bitnet", "cwm", "iquestcoder", "mistral", "ministral", "nanochat")
 def _llama(config: Config) -> Config:
     # llama.py needs a full-attention layer to exist; windows are put on the blocks instead (overrides.windows).
     config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]

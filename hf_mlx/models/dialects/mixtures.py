@@ -29,9 +29,11 @@ def _minicpm3(config: Config) -> Config:
     return config
 
 
-@speaks("qwen3_moe", "mellum")
+@speaks("qwen3_moe", "qwen3_vl_moe_text", "mellum")
 def _qwen3_moe(config: Config) -> Config:
     fill(config, num_experts=config.get("num_local_experts"), mlp_only_layers=[], decoder_sparse_step=1)
+    # Qwen3-VL's router knows no other way (transformers 5.23 Qwen3VLMoeTextTopKRouter).
+    fill(config, norm_topk_prob=True)
     set_head_dim(config)
     return config
 
@@ -77,6 +79,8 @@ def _glm4_moe_lite(config: Config) -> Config:
 @speaks("kimi_linear")
 def _kimi_linear(config: Config) -> Config:
     types = config["layer_types"]
+    # transformers 5.23 KimiLinearForCausalLM ties nothing, whatever the config says.
+    config["tie_word_embeddings"] = False
     fill(
         config,
         rope_theta=10_000.0,

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import llama
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
@@ -39,7 +40,7 @@ def configured(config: Config) -> str:
 def use_configured(model: Any, config: Config) -> None:
     """Gives each block's MLP the activation of the config."""
     name = configured(config)
-    if config["model_type"] in ("llama", "mistral") and name in ("silu", "swish"):
+    if name in ("silu", "swish") and all(isinstance(block.mlp, llama.MLP) for block in model.layers):
         return  # built in
     for block in model.layers:
         block.mlp.__class__ = _activated(type(block.mlp))

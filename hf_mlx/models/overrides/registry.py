@@ -13,15 +13,16 @@ Config = dict[str, Any]
 _INSTANCES: dict[str, str | tuple[str, ...]] = {
     "gemma": "activations:use_configured",
     "starcoder2": "activations:use_configured",
-    "gpt_bigcode": "activations:use_configured",
+    "gpt_bigcode": ("activations:use_configured", "gpt_bigcode:read_by_head"),
     "gpt_neox": "activations:use_configured",
-    "llama": "activations:use_configured",
-    "mistral": "activations:use_configured",
+    **dict.fromkeys(("cwm", "llama", "ministral", "mistral"), "activations:use_configured"),
+    "nanochat": "nanochat:turn_backwards",
     "glm": "rope:rotate_part",
     **dict.fromkeys(("mamba", "falcon_mamba"), "norms:use_configured_epsilon"),
     "mamba2": ("norms:use_configured_epsilon", "norms:group_gated_norms"),
     "granitemoehybrid": "norms:group_gated_norms",
-    **dict.fromkeys(("glm4_moe_lite", "kimi_linear", "longcat_flash"), "norms:use_default_latent_epsilon"),
+    **dict.fromkeys(("glm4_moe_lite", "longcat_flash"), "norms:use_default_latent_epsilon"),
+    "kimi_linear": ("norms:use_default_latent_epsilon", "kimi:allow_no_attention"),
     "llama4": "norms:norm_queries_with_configured_epsilon",
     "llama4_text": "norms:norm_queries_with_configured_epsilon",
     "gpt_oss": "activations:clamp_as_configured",
@@ -42,7 +43,18 @@ _RECURRENT = frozenset(
 )
 
 # model type → "module:function"; called as function() and returns (Model, ModelArgs).
-_CLASSES: dict[str, str] = {"olmo": "olmo:classes", "ernie4_5_moe": "ernie:classes"}
+_CLASSES: dict[str, str] = {
+    "arcee": "arcee:classes",
+    "bitnet": "bitnet:classes",
+    "cwm": "llama:classes",
+    "ernie4_5_moe": "ernie:classes",
+    "falcon": "falcon:classes",
+    "ministral": "llama:classes",
+    "nanochat": "nanochat:classes",
+    "olmo": "olmo:classes",
+    "opt": "opt:classes",
+    "qwen3_vl_moe": "multimodal:qwen3_vl_moe_classes",
+}
 
 
 def model_classes(model_type: str) -> tuple[type[Any], type] | None:

@@ -53,20 +53,25 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
     "phimoe": _uniform,
     "starcoder2": _uniform,
     "qwen2": _qwen,
+    "qwen2_5_vl_text": _qwen,
+    "qwen2_vl_text": _qwen,
     "qwen3": _qwen,
     "qwen2_moe": _qwen,
     "smollm3": _qwen,
     "gemma2": _gemma2,
+    "cwm": _by_layer_type,
+    "ministral": _by_layer_type,
 }
 
 
 def apply(model: Any, config: Config) -> None:
     """Gives each block of ``model`` its own window (in tokens, the current one included)."""
     _pad_caches(model)
-    rule = WINDOWS.get(config["model_type"])
+    text = config.get("text_config") or config
+    rule = WINDOWS.get(config["model_type"]) or WINDOWS.get(text["model_type"])
     if rule is None:
         return
-    for block, window in zip(model.layers, rule(config), strict=True):
+    for block, window in zip(model.layers, rule(text), strict=True):
         if window is not None:
             block.__class__ = _windowed(type(block))
             block.sliding_window = window

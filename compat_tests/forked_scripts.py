@@ -1,0 +1,65 @@
+"""Scripts in processes of their own that have torch, transformers and trl before they begin.
+
+Importing these takes several times as long as a short script's training. A server imports them once, and every script
+runs in a fork of it: with its own ``__main__``, arguments, working folder and output, as ``python script.py`` has.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import CompletedProcess
+
+_LIBRARIES = (
+    "torch", "datasets", "accelerate", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft",
+    "trl.trainer.sft_trainer",
+)  # fmt: skip
+HF_MLX_RUN = ("-m", "hf_mlx.cli.main", "run")
+
+
+def run_forked(words: Sequence[object], *, status: int = 0, timeout: float = 600) -> CompletedProcess:
+    """What ``python WORDS…`` does, its libraries imported already.
+
+    Args:
+        words: A script and its arguments, or ``-m`` with a module and its own.
+        status: How it is to end.
+        timeout: Seconds until it is ended.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_LIBRARIES))
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = context.Process(target=_run, args=([str(word) for word in words], *map(str, outputs)))
+        process.start()
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        done = CompletedProcess(words, process.exitcode, *(path.read_text() for path in outputs))
+    assert done.returncode == status, done.stderr[-3000:]
+    return done
+
+
+def _run(words: list[str], stdout: str, stderr: str) -> None:
+    import torch
+
+    for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
+        with open(path, "w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    torch.set_num_threads(1)
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            sys.path[0] = os.getcwd()
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path[0] = str(Path(words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,87 @@
+"""Gradients of trained weights in the layout of the weights.
+
+MLX's own backward pass of ``x @ weight.T`` makes the gradient of the transposed array and turns it, so every later
+reader, the norm and the update, goes through memory across its rows. Here the product is the other way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..models.precision import CastEmbedding, CastLinear
+from ..models.products import addmm, matmul
+
+_LINEAR = (nn.Linear, CastLinear)
+_EMBEDDING = (nn.Embedding, CastEmbedding)
+
+
+def lay_out_gradients(model: nn.Module) -> None:
+    """Make the layers of ``model`` whose weight is trained give its gradient in row order; no number changes.
+
+    Args:
+        model: With its trainable parameters chosen. Linear layers, and embeddings that are the head too: the instances
+            get a subclass, names and parameters stay.
+    """
+    for module in model.modules():
+        if "weight" not in module.trainable_parameters():
+            continue
+        if type(module) in _LINEAR:
+            module.__class__ = _linear(type(module))
+        elif type(module) in _EMBEDDING:
+            module.__class__ = _embedding(type(module))
+
+
+def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+    """``x @ weight.T + bias``, whose gradient by ``weight`` is contiguous.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), in the dtype of ``x``.
+        bias: (out,), in the dtype of ``x``.
+
+    Returns:
+        (..., out), differentiable in all three.
+    """
+
+    def forward(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
+        return addmm(bias[0], x, weight.T) if bias else matmul(x, weight.T)
+
+    def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
+        x, weight, *bias = primals
+        by_rows = _rows(by_out)
+        return (matmul(by_out, weight), matmul(by_rows.T, _rows(x)), *(by_rows.sum(axis=0) for _ in bias))
+
+    product: Any = mx.custom_function(forward)
+    product.vjp(backward)
+    return product(x, weight, *([] if bias is None else [bias]))
+
+
+def _linear(base: Any) -> Any:
+    def call(self: Any, x: mx.array) -> mx.array:
+        if not self.training:
+            return base.__call__(self, x)
+        return project(*_cast(self, (x, self.weight, *([self.bias] if "bias" in self else []))))
+
+    return type(f"Laid{base.__name__}", (base,), {"__call__": call})
+
+
+def _embedding(base: Any) -> Any:
+    def as_linear(self: Any, x: mx.array) -> mx.array:
+        return project(*_cast(self, (x, self.weight))) if self.training else base.as_linear(self, x)
+
+    return type(f"Laid{base.__name__}", (base,), {"as_linear": as_linear})
+
+
+def _cast(layer: Any, arrays: Iterable[mx.array]) -> list[mx.array]:
+    """``arrays`` in the dtype that ``layer`` multiplies in."""
+    arrays = list(arrays)
+    dtype = getattr(layer, "compute_dtype", None) or mx.result_type(*arrays)
+    return [array.astype(dtype) for array in arrays]
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,72 @@
+"""Experts on sorted tokens: the gradients of mlx-lm's own modules, whatever is trained in them."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+from hf_mlx.adapters.parts import LoRASwitchLinear
+from hf_mlx.training.routed_experts import route_experts
+
+EXPERTS, CHOICES = 6, 3
+
+
+def _adapted(mixture: nn.Module) -> nn.Module:
+    mixture.freeze()
+    name = "up_proj" if isinstance(mixture, SwitchGLU) else "fc1"
+    layer = LoRASwitchLinear(
+        mixture[name], r=2, scale=0.7, experts=EXPERTS, dims=(32, 64), rows=lambda b: b, compute_dtype=mx.float32
+    )
+    layer.lora_A, layer.lora_B = mx.random.normal(layer.lora_A.shape), mx.random.normal(layer.lora_B.shape)
+    mixture[name] = layer
+    return mixture
+
+
+def _quantised(mixture: nn.Module) -> nn.Module:
+    nn.quantize(mixture, group_size=32, bits=4)
+    return mixture
+
+
+def _frozen(mixture: nn.Module) -> nn.Module:
+    mixture.freeze()
+    return mixture
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+@pytest.mark.parametrize("change", [_frozen, _quantised, _adapted, lambda mixture: mixture])
+def test_gradients_are_those_of_mlx_lm(kind, change, bias):
+    mx.random.seed(3)
+    mixture = change(kind(32, 64, EXPERTS, bias=bias))
+    x, weights = mx.random.normal((2, 40, 32)), mx.random.normal((2, 40, CHOICES))
+    # One expert gets nothing, and another most.
+    chosen = mx.minimum(mx.random.randint(0, 9, (2, 40, CHOICES)), EXPERTS - 2)
+
+    def loss(x, weights, params):
+        mixture.update(params)
+        return (mx.tanh((mixture(x, chosen) * weights[..., None]).sum(axis=-2)) ** 2).sum()
+
+    def measure():
+        params = mixture.trainable_parameters()
+        value, grads = mx.value_and_grad(loss, argnums=(0, 1, 2))(x, weights, params)
+        mixture.update(params)
+        return value, [array for _, array in tree_flatten(grads)]
+
+    value, expected = measure()
+    route_experts([mixture])
+    mixture.train()
+    again, found = measure()
+    assert again.item() == pytest.approx(value.item(), rel=1e-6)
+    assert len(found) == len(expected) >= 2
+    for old, new in zip(expected, found, strict=True):
+        assert mx.abs(new - old).max().item() <= 2e-6 * mx.abs(old).max().item()
+
+
+def test_evaluation_is_mlx_lms():
+    mixture = SwitchGLU(32, 64, EXPERTS)
+    x, chosen = mx.random.normal((1, 40, 32)), mx.random.randint(0, EXPERTS, (1, 40, CHOICES))
+    expected = mixture(x, chosen)
+    route_experts([mixture])
+    mixture.eval()
+    assert mx.array_equal(mixture(x, chosen), expected)
