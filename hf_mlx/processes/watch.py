@@ -43,6 +43,7 @@ class Watch:
         self.limit = 1800.0
         self._ended: str | None = None
         self._gone: str | None = None
+        self._who: int | None = None
         self._at: dict[int, int] = {}
         self._since: float | None = None
         self._what, self._computes = "", False
@@ -158,6 +159,10 @@ class Watch:
                 who = int(message["rank"])
                 if "at" in message:
                     self._at[who] = int(message["at"])
+                    if who == self._who:
+                        # Its script has caught the error, and goes on.
+                        self._ended = self._who = None
+                        self._news.clear()
                     if self.rank == 0:
                         self._send(message, leave_out=who)
                 elif "done" in message:
@@ -175,7 +180,7 @@ class Watch:
 
     def _hear(self, rank: int, words: str) -> None:
         if self._ended is None:
-            self._ended = words
+            self._ended, self._who = words, rank
             if self.rank == 0:
                 self._send({"rank": rank, "ended": words})
             self._news.set()
