@@ -66,7 +66,7 @@ def check_config(config: Config, folder: Path) -> None:
     nested = config.get("text_config")
     text: Config = nested if isinstance(nested, dict) else config
     kinds = _TEXTS.get(config["model_type"])
-    if kinds is not None and text.get("model_type") not in kinds:
+    if kinds and text.get("model_type") not in kinds:
         remedy = f"a text model of type {' or '.join(kinds)}; train this checkpoint with trl.SFTTrainer"
         raise _option(folder, "text_config.model_type", text.get("model_type"), remedy)
     check_activation(config["model_type"], text, folder)
