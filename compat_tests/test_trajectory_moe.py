@@ -93,10 +93,12 @@ def test_adapter_on_attention(model_type, moe):
 def test_adapter_on_experts_and_routers(model_type, moe):
     lora = {**ATTENTION, "target_modules": "all-linear"}
     theirs, ours = run_both(moe(model_type), SETTINGS, ROWS, lora, eval_dataset=held_out())
-    # The gates of the delta rule get gradients of a few ulp in single elements, to which Adam gives steps of full size.
     assert theirs.weights.keys() == ours.weights.keys()
-    for run in (theirs, ours):
-        run.weights = {k: v for k, v in run.weights.items() if not any(gate in k for gate in GATES)}
+    # Adam gives a step of full size to a gradient that is nothing but rounding, as single elements of the gates of the
+    # delta rule have: there one element in sixteen may end elsewhere, by less than a step.
+    for name in [name for name in ours.weights if any(gate in name for gate in GATES)]:
+        apart = np.abs(theirs.weights.pop(name) - ours.weights.pop(name))
+        assert (apart > WEIGHTS).mean() <= 1 / 16 and apart.max() <= SETTINGS["learning_rate"], name
     assert len(ours.weights) >= 16
     assert_balanced(theirs, ours)
 

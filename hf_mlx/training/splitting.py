@@ -145,7 +145,8 @@ def choose_computation(step: Step, plan: TrainPlan, config: Any) -> Step | Split
     if step.objective.routers is not None:
         logger.warning(
             "auto_find_batch_size: micro-batches of this model are computed whole, since the load of its experts is "
-            "balanced over each of them; without the routers' loss they can be computed in pieces."
+            "balanced over each of them; router_aux_loss_coef=0.0, or output_router_logits=False in the config of a "
+            "model for Trainer, lets them be computed in pieces."
         )
         return step
     return Splitting(step, lambda rows, tokens: estimate_step(step, plan, config, rows, tokens).total, planned_limit())
