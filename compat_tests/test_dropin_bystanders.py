@@ -10,18 +10,18 @@ from test_dropin_scripts import HF_MLX, _run
 HEAD = """
 import sys
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 FOLDER, OUT = sys.argv[1:3]
 QUIET = dict(output_dir=OUT, max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
-PAIRS = Dataset.from_list([{"prompt": "a b", "chosen": " c d", "rejected": " e"}] * 4)
+JUDGED = Dataset.from_list([{"prompt": "a b", "completion": " c d", "label": i % 2 == 0} for i in range(4)])
 IDS = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 1]}] * 4)
-SCORES = AutoModelForSequenceClassification.from_pretrained(FOLDER, num_labels=1)
+MODEL = AutoModelForCausalLM.from_pretrained(FOLDER)
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 """
-REWARD = """
-from trl import RewardConfig, RewardTrainer
-RewardTrainer(SCORES, args=RewardConfig(bf16=False, **QUIET), train_dataset=PAIRS, processing_class=tokenizer).train()
+KTO = """
+from trl import KTOConfig, KTOTrainer
+KTOTrainer(MODEL, args=KTOConfig(bf16=False, **QUIET), train_dataset=JUDGED, processing_class=tokenizer).train()
 """
 OTHERS = """
 from transformers import BertConfig, BertForMaskedLM
@@ -29,21 +29,21 @@ sizes = dict(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_hea
 bert = BertForMaskedLM(BertConfig(**sizes))
 Trainer(bert, TrainingArguments(**QUIET), train_dataset=IDS).train()
 """
-SUBMODULE = REWARD.replace(
-    "from trl import RewardConfig, RewardTrainer",
+SUBMODULE = KTO.replace(
+    "from trl import KTOConfig, KTOTrainer",
     """
-from trl import RewardConfig
-from trl.trainer.reward_trainer import RewardTrainer
+from trl import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 """,
 )
-SUBCLASS = REWARD.replace(
-    "RewardTrainer(S",
+SUBCLASS = KTO.replace(
+    "KTOTrainer(M",
     """
-class Weighted(RewardTrainer):
+class Weighted(KTOTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return 2 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
 
-Weighted(S""",
+Weighted(M""",
 )
 THREAD = OTHERS.replace(
     "Trainer(bert",
@@ -90,14 +90,14 @@ exec(compile(CODE, sysconfig.get_paths()["purelib"] + "/sentences/trainer.py", "
 library["SentenceTrainer"](bert""",
 )
 SCRIPTS = {
-    "trainer": (REWARD, ["trl.RewardTrainer"]),
-    "from its submodule": (SUBMODULE, ["trl.RewardTrainer"]),
-    "a subclass": (SUBCLASS, ["trl.RewardTrainer"]),
+    "trainer": (KTO, ["trl.KTOTrainer"]),
+    "from its submodule": (SUBMODULE, ["trl.KTOTrainer"]),
+    "a subclass": (SUBCLASS, ["trl.KTOTrainer"]),
     "threads": (THREAD, ["transformers.Trainer"]),
     "another kind of model": (OTHERS, ["transformers.Trainer"]),
     "a subclass of another kind of model": (OWN, ["transformers.Trainer"]),
     "a library's subclass": (LIBRARY, ["transformers.Trainer"]),
-    "two kinds": (OTHERS + REWARD, ["transformers.Trainer", "trl.RewardTrainer"]),
+    "two kinds": (OTHERS + KTO, ["transformers.Trainer", "trl.KTOTrainer"]),
 }
 
 
@@ -130,7 +130,7 @@ def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
 def test_strict_refuses_before_a_step(kind, folder, tmp_path):
     script = write(tmp_path, HEAD + SCRIPTS[kind][0] + "\nprint('done')\n")
     done = run_forked([*HF_MLX_RUN, "--strict", script, folder, tmp_path / "out"], status=1)
-    assert "SettingError: received: trl.RewardTrainer under hf-mlx run --strict" in done.stderr
+    assert "SettingError: received: trl.KTOTrainer under hf-mlx run --strict" in done.stderr
     assert "done" not in done.stdout
 
 
