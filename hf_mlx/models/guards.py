@@ -43,6 +43,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
     ("olmo", "clip_qkv"): (None,),
+    ("olmoe", "clip_qkv"): (None,),
     ("llama4_text", "num_experts_per_tok"): (None, 1),
 }
 
