@@ -53,6 +53,8 @@ CHANGES = {
         {"use_sliding_window": True, "sliding_window": 6, "layer_types": _SLIDING},
         24,
     ),
+    "qwen3_moe with windows": ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}, 24),
+    "dots1 with windows in some layers": ("dots1", {"sliding_window": 6, "max_window_layers": 2}, 24),
     "qwen2 whose window is off": ("qwen2", {"use_sliding_window": False, "sliding_window": 6}, 24),
     "mistral without a window": ("mistral", {"sliding_window": None}, 24),
     "llama with tied embeddings": ("llama", {"tie_word_embeddings": True}, 24),
@@ -112,6 +114,8 @@ def test_an_option_is_honoured(name, tmp_path):
 
 
 REFUSED = {
+    "clipped queries": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv=0.5"),
+    "a window that mlx-lm does not read": ("ministral3", {"sliding_window": 6}, "sliding_window=6"),
     "dropout in the base": ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     "gpt2 at its defaults": ("gpt2", {"attn_pdrop": 0.1, "resid_pdrop": 0.1}, "attn_pdrop=0.1"),
     "router noise": ("mixtral", {"router_jitter_noise": 0.01}, "router_jitter_noise=0.01"),

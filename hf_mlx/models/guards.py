@@ -44,6 +44,7 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("qwen2_moe", "norm_topk_prob"): (None, False),
     ("olmo", "clip_qkv"): (None,),
     ("olmoe", "clip_qkv"): (None,),
+    ("ministral3", "sliding_window"): (None,),
     ("llama4_text", "num_experts_per_tok"): (None, 1),
 }
 

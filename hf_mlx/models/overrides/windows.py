@@ -39,6 +39,16 @@ def _qwen(config: Config) -> Windows:
     return [config["sliding_window"] if i >= first else None for i in range(layers)]
 
 
+def _qwen3_moe(config: Config) -> Windows:
+    """Transformers 5.23 Qwen3MoeConfig: every layer slides, if use_sliding_window."""
+    return _uniform(config) if config.get("use_sliding_window") else [None] * config["num_hidden_layers"]
+
+
+def _dots1(config: Config) -> Windows:
+    """Transformers 5.23 Dots1Config: layers from max_window_layers on slide, if there is a window."""
+    return _qwen({"max_window_layers": 62, **config, "use_sliding_window": True})
+
+
 def _gemma2(config: Config) -> Windows:
     if config.get("layer_types") is not None:
         return _by_layer_type(config)
@@ -57,9 +67,11 @@ WINDOWS: dict[str, Callable[[Config], Windows]] = {
     "qwen2_vl_text": _qwen,
     "qwen3": _qwen,
     "qwen2_moe": _qwen,
+    "qwen3_moe": _qwen3_moe,
     "smollm3": _qwen,
     "gemma2": _gemma2,
     "cwm": _by_layer_type,
+    "dots1": _dots1,
     "ministral": _by_layer_type,
 }
 
