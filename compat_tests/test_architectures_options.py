@@ -114,6 +114,7 @@ def test_an_option_is_honoured(name, tmp_path):
 
 
 REFUSED = {
+    "one expert, under Kimi's own names": ("kimi_linear", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
     "clipped queries": ("olmoe", {"clip_qkv": 0.5}, "clip_qkv=0.5"),
     "a window that mlx-lm does not read": ("ministral3", {"sliding_window": 6}, "sliding_window=6"),
     "dropout in the base": ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),

@@ -85,7 +85,9 @@ def check_config(config: Config, folder: Path) -> None:
             f"AutoModelForCausalLM.from_pretrained(…, {zeros}); LoraConfig(lora_dropout=…) works",
         )
     _check_layers_of_a_kind(config["model_type"], text, folder)
-    lone = text.get("num_experts_per_tok") == 1 and text.get("norm_topk_prob", text.get("route_norm", True))
+    chosen = text.get("num_experts_per_tok", text.get("num_experts_per_token"))
+    divides = text.get("norm_topk_prob", text.get("moe_renormalize", text.get("route_norm", True)))
+    lone = chosen == 1 and divides
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
     for (model_type, key), allowed in _FIXED.items():
