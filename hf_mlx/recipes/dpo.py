@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,27 +40,38 @@ _OWN = {
 }
 
 
-class PairRows:
-    """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, prepared and collated as trl 1.16 does."""
+class TwoAnswers:
+    """What rows of a chosen and a rejected answer have in common, whatever is made of them.
 
-    signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
+    Attributes:
+        prepare_rows: Prepares a set of rows, called with the rows, the tokenizer, the plan and ``name``.
+    """
+
     reads_tokenizer = True
     shaped = False
     odd_labels = True
+    prepare_rows: Callable[..., Any]
 
     def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
         return prepare_tokenizer(tokenizer, plan)
 
     def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
-        return prepare_preference(dataset, tokenizer, plan, name=name)
+        return self.prepare_rows(dataset, tokenizer, plan, name=name)
 
     def prepare_eval(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, like: Any, **options: Any) -> Any:
         if isinstance(dataset, Mapping):
-            return {name: prepare_preference(rows, tokenizer, plan, name=name) for name, rows in dataset.items()}
-        return prepare_preference(dataset, tokenizer, plan, name="eval")
+            return {name: self.prepare_rows(rows, tokenizer, plan, name=name) for name, rows in dataset.items()}
+        return self.prepare_rows(dataset, tokenizer, plan, name="eval")
 
     def view(self, dataset: Any, columns: Sequence[str]) -> Any:
         return dataset
+
+
+class PairRows(TwoAnswers):
+    """Rows of ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``, prepared and collated as trl 1.16 does."""
+
+    signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, *REFERENCE_COLUMNS)
+    prepare_rows = staticmethod(prepare_preference)
 
     def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
         raise SettingError(

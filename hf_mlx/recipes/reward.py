@@ -7,7 +7,6 @@ from typing import Any
 
 from ..data.buckets import pad_batch
 from ..data.order import count_tokens
-from ..data.prepare import prepare_tokenizer
 from ..data.prompts import pair_width
 from ..data.scored_pairs import ID_COLUMNS, MARGIN, ScoredBatch, collate_scored, convert_scored
 from ..data.scored_rows import prepare_scored
@@ -17,34 +16,18 @@ from ..settings.plan import DataPlan, ScoreLossPlan, TrainPlan
 from ..training.inputs import HostInputs
 from ..training.router import Routers
 from ..training.scores import ScoreObjective
-from .dpo import by_micro_batch
+from .dpo import TwoAnswers, by_micro_batch
 from .never_called import NEVER_CALLED
 from .recipe import Recipe, Row
 
 _LOSS = "the loss is compiled here: RewardConfig(center_rewards_coefficient=…), and a column margin of the rows"
 
 
-class ScoredRows:
+class ScoredRows(TwoAnswers):
     """Rows of ``chosen_ids`` and ``rejected_ids``, prepared and collated as trl 1.16 does."""
 
     signature_columns: tuple[str, ...] | None = (*ID_COLUMNS, MARGIN)
-    reads_tokenizer = True
-    shaped = False
-    odd_labels = True
-
-    def prepare_tokenizer(self, tokenizer: Any, plan: DataPlan) -> Any:
-        return prepare_tokenizer(tokenizer, plan)
-
-    def prepare(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, name: str, packing: bool, **options: Any) -> Any:
-        return prepare_scored(dataset, tokenizer, plan, name=name)
-
-    def prepare_eval(self, dataset: Any, tokenizer: Any, plan: DataPlan, *, like: Any, **options: Any) -> Any:
-        if isinstance(dataset, Mapping):
-            return {name: prepare_scored(rows, tokenizer, plan, name=name) for name, rows in dataset.items()}
-        return prepare_scored(dataset, tokenizer, plan, name="eval")
-
-    def view(self, dataset: Any, columns: Sequence[str]) -> Any:
-        return dataset
+    prepare_rows = staticmethod(prepare_scored)
 
     def lengths(self, dataset: Any, column: str, tokenizer: Any, *, keep_columns: bool) -> list[int]:
         raise NotImplementedError("the settings refuse what asks for lengths")
