@@ -22,6 +22,8 @@ BLOCK_ROWS = 256
 
 # Hidden states (N, H) and the trained arrays of the head -> logits (N, V).
 Projection = Callable[[mx.array, Sequence[mx.array]], mx.array]
+# Logits (N, V) of the projection -> those of the model.
+Finish = Callable[[mx.array], mx.array]
 
 
 def block_rows(tokens: int, vocabulary: int) -> int:
@@ -44,40 +46,57 @@ def linear_token_sums(
     *,
     rows: int,
     gradient: bool = True,
+    finish: Finish = lambda logits: logits,
 ) -> TokenSums:
-    """:func:`~hf_mlx.training.loss.token_sums` of ``project(hidden, weights)``, ``rows`` tokens at a time.
+    """:func:`~hf_mlx.training.loss.token_sums` of ``finish(project(hidden, weights))``, ``rows`` tokens at a time.
 
     Args:
         project: Pure; everything that trains in it comes through ``weights``.
         hidden: (N, H), any float dtype; its gradient comes back in the same dtype.
-        weights: Trained arrays of the projection; empty when the head is frozen. Their gradients are summed over
-            the blocks in float32.
+        weights: Trained arrays of the projection; empty when the head is frozen. Their gradients are products over
+            :func:`group_rows` tokens each, summed in float32.
         targets: (N,) int32, ``-100`` where a token does not count.
         plan: Which loss.
         rows: Tokens of a block; see :func:`block_rows`.
         gradient: False, for evaluation, leaves the gradients out; the result is then not differentiable.
+        finish: What single logits go through after the projection: scale and softcap.
 
     Returns:
         Differentiable in ``hidden`` and ``weights`` through ``loss`` alone: entropy and correct are metrics.
     """
-    starts = range(0, targets.shape[0], rows)
+    tokens = targets.shape[0]
     if not gradient:
         total = _zeros()
-        for start in starts:
+        for start in range(0, tokens, rows):
             block = mx.depends([hidden[start : start + rows]], list(total))[0]
-            total = _add(total, token_sums(project(block, weights), targets[start : start + rows], plan))
+            logits = finish(project(block, weights))
+            total = _add(total, token_sums(logits, targets[start : start + rows], plan))
         return total
 
     def forward(hidden: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
-        total, by_hidden, by_weight = _zeros(), [], [mx.zeros(w.shape) for w in weights]
-        for start in starts:
-            block = mx.depends([hidden[start : start + rows]], [*total, *by_hidden[-1:], *by_weight])[0]
-            sums, grads = _block(project, block, weights, targets[start : start + rows], plan)
-            total = _add(total, sums)
-            by_hidden.append(grads[0])
-            by_weight = [a + g.astype(mx.float32) for a, g in zip(by_weight, grads[1:], strict=True)]
-        by_weight = [g.astype(w.dtype) for g, w in zip(by_weight, weights, strict=True)]
-        return (*total, mx.concatenate(by_hidden), *by_weight)
+        total, by_hidden, by_weights = _zeros(), [], []
+        length = group_rows(rows, tokens, project(hidden[:1], weights).nbytes, weights)
+        for first in range(0, tokens, length):
+            group = hidden[first : first + length]
+            by_logits: list[mx.array] = []
+            for start in range(0, group.shape[0], rows):
+                before = [*total, *by_hidden[-1:], *by_logits, *by_weights]
+                block = mx.depends([group[start : start + rows]], before)[0]
+                counted = targets[first + start : first + start + block.shape[0]]
+                sums, slope = _block(finish, project(block, weights), counted, plan)
+                total = _add(total, sums)
+                by_hidden += _pull(lambda block: project(block, weights), [block], slope)
+                by_logits = _put(by_logits, slope, start, group.shape[0]) if weights else []
+            if weights:
+                summed = _pull(lambda *weights, group=group: project(group, weights), weights, *by_logits)
+                wide = by_weights or [mx.zeros(())] * len(weights)
+                by_weights = (
+                    summed
+                    if length >= tokens
+                    else [a + b.astype(mx.float32) for a, b in zip(wide, summed, strict=True)]
+                )
+        by_weights = [g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True)]
+        return (*total, mx.concatenate(by_hidden), *by_weights)
 
     def backward(primals, cotangents, outputs):
         scale = cotangents[0]
@@ -88,19 +107,41 @@ def linear_token_sums(
     return TokenSums(*summed(hidden, *weights)[:3])
 
 
-def _block(
-    project: Projection, hidden: mx.array, weights: Sequence[mx.array], targets: mx.array, plan: LossPlan
-) -> tuple[TokenSums, list[mx.array]]:
-    """Sums of one block, and their gradients by hidden and by each weight."""
+def group_rows(rows: int, tokens: int, logit_bytes: int, weights: Sequence[mx.array]) -> int:
+    """Tokens whose gradients by the logits are kept until one product gives those by ``weights``.
 
-    def surrogate(inputs: list[mx.array]) -> tuple[mx.array, TokenSums]:
-        logits = project(inputs[0], inputs[1:])
-        sums, by_logits = sums_and_gradient(mx.stop_gradient(logits), targets, plan)
-        # Its gradient is the vector-Jacobian product with by_logits; its value is never computed.
-        return (logits.astype(mx.float32) * by_logits).sum(), sums
+    They take no more memory than float32 sums of the weights' gradients would: thousands of tokens where a whole
+    projection trains, one block where an adapter does.
 
-    (_, sums), grads = mx.value_and_grad(surrogate)([hidden, *weights])
-    return sums, grads
+    Args:
+        rows: Tokens of a block.
+        tokens: Of the micro-batch.
+        logit_bytes: Logits of one token.
+        weights: The trained arrays.
+    """
+    fitting = 4 * sum(weight.size for weight in weights) // logit_bytes
+    return min(max(fitting // rows, 1) * rows, tokens)
+
+
+def _block(finish: Finish, logits: mx.array, targets: mx.array, plan: LossPlan) -> tuple[TokenSums, mx.array]:
+    """Sums of one block, and their gradient by its unfinished logits."""
+    finished = finish(logits)
+    sums, by_finished = sums_and_gradient(finished, targets, plan)
+    return sums, _pull(finish, [logits], by_finished.astype(finished.dtype))[0]
+
+
+def _pull(function: Callable[..., mx.array], primals: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
+    """The vector-Jacobian products of ``function``; its value is never computed for them where it is linear."""
+    return mx.vjp(function, list(primals), [cotangent])[1]
+
+
+def _put(kept: list[mx.array], slope: mx.array, start: int, length: int) -> list[mx.array]:
+    """``slope`` as rows from ``start`` of the (length, V) array in ``kept``, which is made for the first of several."""
+    if slope.shape[0] == length:
+        return [slope]
+    (whole,) = kept or [mx.zeros((length, slope.shape[1]), slope.dtype)]
+    whole[start : start + slope.shape[0]] = slope
+    return [whole]
 
 
 def _zeros() -> TokenSums:

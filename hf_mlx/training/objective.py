@@ -215,7 +215,14 @@ class TokenObjective:
             return token_sums(head(self.model, hidden), targets, self.plan)
         weights = [params[name] for name in self._blocks.names]
         return linear_token_sums(
-            self._blocks.project, hidden, weights, targets, self.plan, rows=rows, gradient=self.model.training
+            self._blocks.project_raw,
+            hidden,
+            weights,
+            targets,
+            self.plan,
+            rows=rows,
+            gradient=self.model.training,
+            finish=self._blocks.finish,
         )
 
     def _cache(self, arrays: dict[str, mx.array]) -> list | None:
@@ -239,6 +246,7 @@ class HeadBlocks:
 
     Attributes:
         names: Trained arrays of the head.
+        finish: What single logits go through after the projection.
     """
 
     def __init__(self, model: nn.Module, head: Head, slots: Slots) -> None:
@@ -248,6 +256,7 @@ class HeadBlocks:
         self._vocabulary = module.get("base_layer", module).weight.shape[0]
         # One dropout mask covers all tokens, so a head with dropout is computed at once.
         self._whole = any(isinstance(part, KeyedDropout) for part in module.modules())
+        self.finish = head.finish
 
     def rows(self, tokens: int) -> int:
         """Tokens of a block; ``tokens`` where the logits are computed at once."""
@@ -255,8 +264,12 @@ class HeadBlocks:
 
     def project(self, hidden: mx.array, weights: Sequence[mx.array]) -> mx.array:
         """Logits (N, V) of hidden states (N, H)."""
+        return self.finish(self.project_raw(hidden, weights))
+
+    def project_raw(self, hidden: mx.array, weights: Sequence[mx.array]) -> mx.array:
+        """The same before :meth:`finish`."""
         self._slots.bind(dict(zip(self.names, weights, strict=True)))
-        return self._head(self._model, hidden)
+        return self._head.project(self._model, hidden)
 
 
 def _named(sums: TokenSums) -> tuple[mx.array, Arrays]:

@@ -149,7 +149,9 @@ class Step(Trained):
             grads, factor, sums = self._measure(self._carry)
             # What may fail for want of memory has been computed by the time that the old arrays go.
             (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
-            self._replace(grads, factor.get("scale"), hyper)
+            self._carry = grads, sums
+            del grads
+            self._replace(factor.get("scale"), hyper)
             return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
