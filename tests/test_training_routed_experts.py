@@ -1,5 +1,7 @@
 """Experts on sorted tokens: the gradients of mlx-lm's own modules, whatever is trained in them."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -34,12 +36,12 @@ def _frozen(mixture: nn.Module) -> nn.Module:
     return mixture
 
 
-def _shared(mixture: nn.Module) -> nn.Module:
+def _shared(mixture: Any) -> nn.Module:
     """One pair for gate and up projection, as PEFT holds them, and one for the last product."""
     mixture.freeze()
     if isinstance(mixture, SwitchMLP):
         return _adapted(mixture)
-    options = {"scale": 0.7, "experts": EXPERTS, "compute_dtype": mx.float32}
+    options: Any = {"scale": 0.7, "experts": EXPERTS, "compute_dtype": mx.float32}
     owner = LoRASwitchLinear(mixture.gate_proj, r=4, dims=(32, 128), rows=Rows(lambda b: b[:64]), **options)
     down = LoRASwitchLinear(mixture.down_proj, r=2, dims=(64, 32), rows=Rows(), **options)
     for layer in (owner, down):

@@ -218,7 +218,9 @@ class Trained:
 
         One kernel for each array, which reads and writes once.
         """
-        params, state = self._updated(self._params, self._carry[0], self._state, hyper, scale)
+        carried: Any = self._carry
+        params, state = self._updated(self._params, carried[0], self._state, hyper, scale)
+        del carried
         # From here on there is no way back.
         for held in list(self._holds):
             held.give_up()
