@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..device import on_cpu
 from ..settings.plan import LossPlan
 from .loss import TokenSums, sums_and_gradient, token_sums
 
@@ -54,7 +55,7 @@ def linear_token_sums(
         project: Pure; everything that trains in it comes through ``weights``.
         hidden: (N, H), any float dtype; its gradient comes back in the same dtype.
         weights: Trained arrays of the projection; empty when the head is frozen. Their gradients are products over
-            :func:`group_rows` tokens each, summed in float32.
+            :func:`trained_rows` tokens each, summed in float32.
         targets: (N,) int32, ``-100`` where a token does not count.
         plan: Which loss.
         rows: Tokens of a block; see :func:`block_rows`.
@@ -73,28 +74,25 @@ def linear_token_sums(
             total = _add(total, token_sums(logits, targets[start : start + rows], plan))
         return total
 
+    if weights:
+        rows = trained_rows(rows, tokens, project(hidden[:1], weights).nbytes, weights)
+
     def forward(hidden: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
         total, by_hidden, by_weights = _zeros(), [], []
-        length = group_rows(rows, tokens, project(hidden[:1], weights).nbytes, weights)
-        for first in range(0, tokens, length):
-            group = hidden[first : first + length]
-            by_logits: list[mx.array] = []
-            for start in range(0, group.shape[0], rows):
-                before = [*total, *by_hidden[-1:], *by_logits, *by_weights]
-                block = mx.depends([group[start : start + rows]], before)[0]
-                counted = targets[first + start : first + start + block.shape[0]]
-                sums, slope = _block(finish, project(block, weights), counted, plan)
-                total = _add(total, sums)
-                by_hidden += _pull(lambda block: project(block, weights), [block], slope)
-                by_logits = _put(by_logits, slope, start, group.shape[0]) if weights else []
-            if weights:
-                summed = _pull(lambda *weights, group=group: project(group, weights), weights, *by_logits)
+        for start in range(0, tokens, rows):
+            before = [*total, *by_hidden[-1:], *by_weights]
+            block = mx.depends([hidden[start : start + rows]], before)[0]
+            logits = project(block, weights)
+            sums, by_logits = _block(finish, logits, targets[start : start + rows], plan)
+            total = _add(total, sums)
+            by_hidden += _pull(lambda block: project(block, weights), [block], by_logits)
+            if not weights:
+                continue
+            grads = _pull(lambda *weights, block=block: project(block, weights), weights, by_logits)
+            if rows < tokens:
                 wide = by_weights or [mx.zeros(())] * len(weights)
-                by_weights = (
-                    summed
-                    if length >= tokens
-                    else [a + b.astype(mx.float32) for a, b in zip(wide, summed, strict=True)]
-                )
+                grads = [a + g.astype(mx.float32) for a, g in zip(wide, grads, strict=True)]
+            by_weights = grads
         by_weights = [g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True)]
         return (*total, mx.concatenate(by_hidden), *by_weights)
 
@@ -107,20 +105,21 @@ def linear_token_sums(
     return TokenSums(*summed(hidden, *weights)[:3])
 
 
-def group_rows(rows: int, tokens: int, logit_bytes: int, weights: Sequence[mx.array]) -> int:
-    """Tokens whose gradients by the logits are kept until one product gives those by ``weights``.
+def trained_rows(rows: int, tokens: int, logit_bytes: int, weights: Sequence[mx.array]) -> int:
+    """Tokens of a block where the projection trains.
 
-    They take no more memory than float32 sums of the weights' gradients would: thousands of tokens where a whole
-    projection trains, one block where an adapter does.
+    On a GPU, where no float32 array of a block's logits is written, so many that the logits take what float32 sums of
+    the weights' gradients over the blocks would: thousands for a whole projection, whose gradient then is one product
+    or a few. An adapter's blocks stay as they are.
 
     Args:
-        rows: Tokens of a block.
+        rows: Tokens of a block of a frozen projection.
         tokens: Of the micro-batch.
         logit_bytes: Logits of one token.
         weights: The trained arrays.
     """
     fitting = 4 * sum(weight.size for weight in weights) // logit_bytes
-    return min(max(fitting // rows, 1) * rows, tokens)
+    return rows if on_cpu() else min(max(fitting // rows, 1) * rows, tokens)
 
 
 def _block(finish: Finish, logits: mx.array, targets: mx.array, plan: LossPlan) -> tuple[TokenSums, mx.array]:
@@ -133,15 +132,6 @@ def _block(finish: Finish, logits: mx.array, targets: mx.array, plan: LossPlan) 
 def _pull(function: Callable[..., mx.array], primals: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
     """The vector-Jacobian products of ``function``; its value is never computed for them where it is linear."""
     return mx.vjp(function, list(primals), [cotangent])[1]
-
-
-def _put(kept: list[mx.array], slope: mx.array, start: int, length: int) -> list[mx.array]:
-    """``slope`` as rows from ``start`` of the (length, V) array in ``kept``, which is made for the first of several."""
-    if slope.shape[0] == length:
-        return [slope]
-    (whole,) = kept or [mx.zeros((length, slope.shape[1]), slope.dtype)]
-    whole[start : start + slope.shape[0]] = slope
-    return [whole]
 
 
 def _zeros() -> TokenSums:

@@ -14,21 +14,25 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
-from ..device import on_cuda
+from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .blocked_attention import BLOCK, attends_in_blocks
 from .feed_forward import recomputed_inputs
-from .linear_cross_entropy import block_rows
+from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
 from .trained import replaces
 
 # The estimate is within this factor of what MLX measures (docs/performance.md).
 ACCURACY = 1.5
-# float32 copies of a block of logits that are alive together: exponentials, their product, the gradient.
+# float32 copies of logits that are alive together: exponentials, their product, the gradient.
 LOGIT_COPIES = 3
+# Of a block on a GPU, in the dtype that they are computed in: logits and their gradient.
+GPU_LOGIT_COPIES = 2
+# Large arrays whose new values are written while the old ones wait for that.
+MOVED = 2
 # A recomputed block holds its activations, and while it goes back about as much in gradients and products.
 RECOMPUTED = 2
 # Scores and probabilities, where the backward pass of attention is not fused.
@@ -117,7 +121,7 @@ def estimate(
         return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or scored)
 
     blocks = [held(block) for block in layers(model)]
-    logits = _logit_bytes(model, head, positions)
+    logits = _logit_bytes(model, head, positions, size, params)
     # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
     kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
     recomputed = scores * BLOCK if blocked else 0
@@ -128,12 +132,14 @@ def estimate(
         recomputed += RECOMPUTED * max(forgotten)
     gradients = _bytes(params.values())
     state = sum(_state_bytes(optimizer, param) for param in params.values())
+    largest = max(params.values(), key=lambda param: param.nbytes)
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=gradients,
         optimizer=state,
-        # One kind of array after the other, or all of them in one function.
-        update=gradients + (min(gradients, state) if replaces(optimizer, params.values()) else state),
+        update=MOVED * (largest.nbytes + _state_bytes(optimizer, largest))
+        if replaces(optimizer, params.values())
+        else gradients + state,
         activations=kept,
         recomputed=recomputed,
         logits=logits,
@@ -219,12 +225,16 @@ def _working(block: nn.Module, rows: int, tokens: int) -> int:
     return sum(working_bytes(module, rows, tokens) for module in block.modules())
 
 
-def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:
+def _logit_bytes(model: nn.Module, head: Head | None, positions: int, size: int, params: Mapping[str, mx.array]) -> int:
     if head is None:
         return 0
     module = head.module(model)
     vocabulary = module.get("base_layer", module).weight.shape[0]
-    return LOGIT_COPIES * 4 * vocabulary * block_rows(positions, vocabulary)
+    rows = block_rows(positions, vocabulary)
+    if on_cpu() or rows == positions:
+        return LOGIT_COPIES * 4 * vocabulary * rows
+    trained = [array for name, array in params.items() if name.startswith(f"{head.path}.")]
+    return GPU_LOGIT_COPIES * size * vocabulary * trained_rows(rows, positions, size * vocabulary, trained)
 
 
 def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:

@@ -139,10 +139,9 @@ def _spread(x: mx.array, order: mx.array, inverse: mx.array, times: int) -> mx.a
 
     @spread.vjp
     def backward(x: mx.array, by_out: mx.array, _: Any) -> mx.array:
-        # A choice after the other, each of all tokens, so that what is added up are whole arrays.
-        by_choice = take_rows(by_out, inverse.reshape(-1, times).T.flatten()).reshape(times, -1, by_out.shape[-1])
+        by_choice = take_rows(by_out, inverse).reshape(-1, times, by_out.shape[-1])
         # Written out, the sum is one kernel with a float32 accumulator.
-        total = sum((by_choice[choice].astype(mx.float32) for choice in range(1, times)), by_choice[0])
+        total = sum((by_choice[:, choice].astype(mx.float32) for choice in range(1, times)), by_choice[:, 0])
         return total.astype(x.dtype)
 
     return spread(x)
