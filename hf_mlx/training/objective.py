@@ -12,6 +12,7 @@ import numpy as np
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
 from ..data.batch import Batch
+from ..device import on_cpu
 from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
@@ -211,7 +212,7 @@ class TokenObjective:
         backbone, head = self._split
         hidden = _scored_rows(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
         rows = self._blocks.rows(targets.shape[0])
-        if rows == targets.shape[0]:
+        if rows == targets.shape[0] and not self._blocks.fuses:
             return token_sums(head(self.model, hidden), targets, self.plan)
         weights = [params[name] for name in self._blocks.names]
         return linear_token_sums(
@@ -247,6 +248,7 @@ class HeadBlocks:
     Attributes:
         names: Trained arrays of the head.
         finish: What single logits go through after the projection.
+        fuses: A block's loss and gradient are faster than those of all logits even where it holds all of them.
     """
 
     def __init__(self, model: nn.Module, head: Head, slots: Slots) -> None:
@@ -257,6 +259,7 @@ class HeadBlocks:
         # One dropout mask covers all tokens, so a head with dropout is computed at once.
         self._whole = any(isinstance(part, KeyedDropout) for part in module.modules())
         self.finish = head.finish
+        self.fuses = not (self._whole or on_cpu())
 
     def rows(self, tokens: int) -> int:
         """Tokens of a block; ``tokens`` where the logits are computed at once."""

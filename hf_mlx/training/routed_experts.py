@@ -18,6 +18,7 @@ from ..adapters.parts import LoRASwitchLinear
 from ..device import on_cuda
 from ..models.precision import CastSwitchLinear
 from ..models.products import gather_mm
+from .take_rows import take_rows
 from .weight_gradients import project
 
 #: Fewer choices are not sorted (mlx-lm 0.32 ``SwitchGLU``).
@@ -153,13 +154,3 @@ def _permute(x: mx.array, order: mx.array, inverse: mx.array) -> mx.array:
     permute: Any = mx.custom_function(lambda x: take_rows(x, order))
     permute.vjp(lambda _, by_out, __: take_rows(by_out, inverse))
     return permute(x)
-
-
-def take_rows(x: mx.array, index: mx.array) -> mx.array:
-    """``x[index]`` of x (N, D), in words of eight bytes: MLX's CUDA gather works number by number (mlx 0.32.4).
-
-    It has no gradient.
-    """
-    if x.shape[-1] * x.itemsize % mx.uint64.size:
-        return x[index]
-    return x.view(mx.uint64)[index].view(x.dtype)
