@@ -82,9 +82,9 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
     else:
         # Computed anew for each sum, so that no float32 array of all logits is written. Of passes over one and the
         # same array the compiler would find out what they share, and write that.
-        total = sum_in_pieces(lambda x: mx.exp(x.astype(mx.float32) - top), logits)
+        total = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top), logits)
         again = mx.depends([logits], [total])[0]
-        mean_sum = sum_in_pieces(lambda x: mx.exp(x.astype(mx.float32) - top) * x.astype(mx.float32), again)
+        mean_sum = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top) * x.astype(mx.float32), again)
     normaliser = mx.log(total) + top.squeeze(-1)
     log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1).astype(mx.float32) - normaliser
     p = exponentials * (1 / total)[:, None]

@@ -231,7 +231,7 @@ def _logit_bytes(model: nn.Module, head: Head | None, positions: int, size: int,
     module = head.module(model)
     vocabulary = module.get("base_layer", module).weight.shape[0]
     rows = block_rows(positions, vocabulary)
-    if on_cpu() or rows == positions:
+    if on_cpu():
         return LOGIT_COPIES * 4 * vocabulary * rows
     trained = [array for name, array in params.items() if name.startswith(f"{head.path}.")]
     return GPU_LOGIT_COPIES * size * vocabulary * trained_rows(rows, positions, size * vocabulary, trained)
