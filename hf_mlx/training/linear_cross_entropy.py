@@ -94,7 +94,9 @@ def linear_token_sums(
                 grads = [a + g.astype(mx.float32) for a, g in zip(wide, grads, strict=True)]
             by_weights = grads
         by_weights = [g.astype(w.dtype) for g, w in zip(by_weights, weights, strict=True)]
-        return (*total, mx.concatenate(by_hidden), *by_weights)
+        # Nothing else asks for them before the update, and what they are made of would be kept until then.
+        whole = mx.depends([mx.concatenate(by_hidden)], by_weights)[0] if weights else mx.concatenate(by_hidden)
+        return (*total, whole, *by_weights)
 
     def backward(primals, cotangents, outputs):
         scale = cotangents[0]

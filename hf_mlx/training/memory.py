@@ -18,7 +18,7 @@ from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
-from .blocked_attention import BLOCK, attends_in_blocks
+from .blocked_attention import attends_in_blocks, block_queries, is_fused
 from .feed_forward import recomputed_inputs
 from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
@@ -88,13 +88,14 @@ def estimate(
     rows: int,
     tokens: int,
     reference: int | None = None,
+    head_width: int = 0,
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
     Counts, for each block, the inputs and outputs of its linear layers, of feed-forward networks only those that
     :mod:`~hf_mlx.training.feed_forward` keeps, and the attention matrix where MLX has no fused backward pass for it
-    (everywhere but on CUDA in half precision) and :mod:`~hf_mlx.training.blocked_attention` does not avoid it. Command
-    buffers that wait on a GPU come on top.
+    (everywhere but on CUDA in half precision, and there for wide heads) and
+    :mod:`~hf_mlx.training.blocked_attention` does not avoid it. Command buffers that wait on a GPU come on top.
 
     Args:
         model: With adapters attached; its arrays may still be unread files.
@@ -106,12 +107,13 @@ def estimate(
         rows: Rows of a micro-batch.
         tokens: Padded length of a row.
         reference: Bytes that a reference holds, whose forward pass is part of the step; None where there is none.
+        head_width: Numbers of a head's query.
     """
     positions = rows * tokens
     weights = _arrays(model)
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
-    fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
+    fused = not plan.use_cpu and is_fused(mx.bfloat16 if size == 2 else mx.float32, head_width)
     scores = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions
     blocked = {id(block) for block in layers(model) if attends_in_blocks(block, tokens)}
 
@@ -124,7 +126,7 @@ def estimate(
     logits = _logit_bytes(model, head, positions, size, params)
     # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
     kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
-    recomputed = scores * BLOCK if blocked else 0
+    recomputed = scores * block_queries() if blocked else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
@@ -158,17 +160,21 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         rows: Rows of the micro-batch.
         tokens: Padded length of a row.
     """
+    text = config.get_text_config()
+    # A model without attention has no heads; one that processes hold together has some of them on each.
+    heads = getattr(text, "num_attention_heads", 0)
+    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads, 1)
     return estimate(
         step.objective.model,
         step.params,
         step.optimizer,
         plan,
         head=step.objective.head,
-        # A model without attention has no heads; one that processes hold together has some of them on each.
-        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0) // plan.model.tensor_parallel,
+        attention_heads=heads // plan.model.tensor_parallel,
         rows=rows,
         tokens=tokens,
         reference=getattr(step.objective, "reference_bytes", None),
+        head_width=width,
     )
 
 
