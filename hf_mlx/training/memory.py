@@ -88,7 +88,6 @@ def estimate(
     rows: int,
     tokens: int,
     reference: int | None = None,
-    head_width: int = 0,
 ) -> MemoryEstimate:
     """The memory of one micro-batch of ``rows`` x ``tokens`` and one update.
 
@@ -107,26 +106,26 @@ def estimate(
         rows: Rows of a micro-batch.
         tokens: Padded length of a row.
         reference: Bytes that a reference holds, whose forward pass is part of the step; None where there is none.
-        head_width: Numbers of a head's query.
     """
     positions = rows * tokens
     weights = _arrays(model)
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
-    fused = not plan.use_cpu and is_fused(mx.bfloat16 if size == 2 else mx.float32, head_width)
-    scores = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions
-    blocked = {id(block) for block in layers(model) if attends_in_blocks(block, tokens)}
+    dtype = mx.bfloat16 if size == 2 else mx.float32
+    scores = ATTENTION_COPIES * size * attention_heads * positions
+    scored = [block for block in layers(model) if plan.use_cpu or not is_fused(dtype, _head_width(block))]
+    written = {id(block) for block in scored if not attends_in_blocks(block, tokens)}
 
     def held(block: nn.Module) -> int:
         # A block that has a recurrence has no scores.
-        scored = 0 if id(block) in blocked else scores * tokens
-        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or scored)
+        matrix = scores * tokens if id(block) in written else 0
+        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or matrix)
 
     blocks = [held(block) for block in layers(model)]
     logits = _logit_bytes(model, head, positions, size, params)
     # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
     kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
-    recomputed = scores * block_queries() if blocked else 0
+    recomputed = scores * block_queries() if len(scored) > len(written) else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
@@ -134,14 +133,12 @@ def estimate(
         recomputed += RECOMPUTED * max(forgotten)
     gradients = _bytes(params.values())
     state = sum(_state_bytes(optimizer, param) for param in params.values())
-    largest = max(params.values(), key=lambda param: param.nbytes)
+    largest = max((param.nbytes + _state_bytes(optimizer, param) for param in params.values()), default=0)
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=gradients,
         optimizer=state,
-        update=MOVED * (largest.nbytes + _state_bytes(optimizer, largest))
-        if replaces(optimizer, params.values())
-        else gradients + state,
+        update=MOVED * largest if replaces(optimizer, params.values()) else gradients + state,
         activations=kept,
         recomputed=recomputed,
         logits=logits,
@@ -160,21 +157,17 @@ def estimate_step(step: Step, plan: TrainPlan, config: Any, rows: int, tokens: i
         rows: Rows of the micro-batch.
         tokens: Padded length of a row.
     """
-    text = config.get_text_config()
-    # A model without attention has no heads; one that processes hold together has some of them on each.
-    heads = getattr(text, "num_attention_heads", 0)
-    width = getattr(text, "head_dim", None) or getattr(text, "hidden_size", 0) // max(heads, 1)
     return estimate(
         step.objective.model,
         step.params,
         step.optimizer,
         plan,
         head=step.objective.head,
-        attention_heads=heads // plan.model.tensor_parallel,
+        # A model without attention has no heads; one that processes hold together has some of them on each.
+        attention_heads=getattr(config.get_text_config(), "num_attention_heads", 0) // plan.model.tensor_parallel,
         rows=rows,
         tokens=tokens,
         reference=getattr(step.objective, "reference_bytes", None),
-        head_width=width,
     )
 
 
@@ -220,6 +213,12 @@ def _features(block: nn.Module) -> list[int]:
             inputs, outputs = layer_dims(module)
             found += [outputs] if id(module) in recomputed else [inputs, outputs]
     return found
+
+
+def _head_width(block: nn.Module) -> int:
+    """Numbers of a head's query, as mlx-lm's attention has it; 0 where it says nothing."""
+    widths = (getattr(module, "head_dim", None) for module in block.modules())
+    return max((width for width in widths if isinstance(width, int)), default=0)
 
 
 def _states(block: nn.Module, rows: int, tokens: int) -> int:
