@@ -26,6 +26,7 @@ _ROPE_UNKNOWN = {
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
     "mistral4": ("linear", "llama3"),
+    "longcat_flash": ("longrope",),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -90,6 +91,10 @@ def check_config(config: Config, folder: Path) -> None:
     lone = chosen == 1 and divides
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
+    _check_groups(text, folder)
+    width = text.get("v_head_dim")
+    if config["model_type"] == "minicpm3" and width != text["hidden_size"] // text["num_attention_heads"]:
+        raise _option(folder, "v_head_dim", width, "hidden_size / num_attention_heads, or trl.SFTTrainer")
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
@@ -127,6 +132,15 @@ def _check_layers_of_a_kind(model_type: str, config: Config, folder: Path) -> No
         raise _option(folder, "layer_types", types, "at least one layer of linear_attention, or trl.SFTTrainer")
 
 
+def _check_groups(config: Config, folder: Path) -> None:
+    """Where the kept groups hold fewer experts than a token gets, which others it gets is left to the sort."""
+    groups, kept, chosen = (config.get(key) or 0 for key in ("n_group", "topk_group", "num_experts_per_tok"))
+    experts: int = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts") or 0
+    if groups > kept > 0 and chosen > kept * (experts // groups):
+        remedy = f"topk_group of at least {-(-chosen * groups // experts)}, or trl.SFTTrainer"
+        raise _option(folder, "topk_group", kept, remedy)
+
+
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # Gemma 3's windowed layers always get a plain rotary embedding.
@@ -141,6 +155,11 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
+        part, width = entry.get("partial_rotary_factor"), config.get("head_dim")
+        if model_type == "mimo_v2_flash" and entry is not rope:
+            part = part or 0.334
+        if part and width and "qk_rope_head_dim" not in config and int(width * part) % 2:
+            raise _option(folder, "partial_rotary_factor", part, f"a part of the {width} features that is even")
 
 
 def _check_quantizer(config: Config, folder: Path) -> None:

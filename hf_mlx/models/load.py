@@ -34,6 +34,7 @@ from .padding_row import named_padding_row
 from .quantize import quantize_base
 from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
+from .unusual import unusual_options
 from .weights import Checkpoint, inspect_checkpoint
 
 _BUILDABLE = "a config.json with every key of its model type, each with a value that this type can have"
@@ -239,7 +240,8 @@ def _build(
         raise _mismatch(folder, config, error) from error
     except Exception as error:  # mlx-lm checks no value: it fails where one is used
         raise ModelError(
-            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})",
+            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})"
+            f"{unusual_options(config)}",
             _BUILDABLE,
             "save it again with transformers 5: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)",
         ) from error
@@ -282,7 +284,8 @@ def module_at(model: nn.Module, path: str) -> Any:
 def _mismatch(folder: Path, config: Config, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
     return ModelError(
-        f"{folder}: the weights do not fit a {config['model_type']!r} of this config: {text[:400]}",
+        f"{folder}: the weights do not fit a {config['model_type']!r} of this config: {text[:400]}"
+        f"{unusual_options(config)}",
         "exactly the tensors, with the shapes, that config.json describes",
         "config.json and the weights come from different models, or use an option mlx-lm lacks: save both together "
         "with model.save_pretrained(folder)",

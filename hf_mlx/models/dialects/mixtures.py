@@ -150,6 +150,8 @@ def _mimo_v2_flash(config: Config) -> Config:
         config["moe_layer_freq"] = [int(t == "sparse") for t in config["mlp_layer_types"]]
     fill(
         config,
+        # overrides.rope sets each kind's own.
+        partial_rotary_factor=1.0,
         sliding_window_size=config.get("sliding_window"),
         add_swa_attention_sink_bias=True,
         add_full_attention_sink_bias=False,

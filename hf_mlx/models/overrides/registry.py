@@ -18,6 +18,7 @@ _INSTANCES: dict[str, str | tuple[str, ...]] = {
     **dict.fromkeys(("cwm", "llama", "ministral", "mistral"), "activations:use_configured"),
     "nanochat": "nanochat:turn_backwards",
     "glm": "rope:rotate_part",
+    "mimo_v2_flash": "rope:rotate_part_by_kind",
     **dict.fromkeys(("mamba", "falcon_mamba"), "norms:use_configured_epsilon"),
     "mamba2": ("norms:use_configured_epsilon", "norms:group_gated_norms"),
     "granitemoehybrid": "norms:group_gated_norms",

@@ -126,3 +126,14 @@ def rotate_part(model: Any, config: Config) -> None:
     dims = int(config["head_dim"] * rope.get("partial_rotary_factor", 0.5))
     for block in model.layers:
         block.self_attn.rope = nn.RoPE(dims, traditional=True, base=rope["rope_theta"])
+
+
+def rotate_part_by_kind(model: Any, config: Config) -> None:
+    """MiMo-V2-Flash: layers of each kind turn their own part of a head; mlx-lm turns the same one in all.
+
+    Source: transformers 5.23 ``MiMoV2FlashRotaryEmbedding.compute_default_rope_parameters``.
+    """
+    for block, kind in zip(model.layers, config["layer_types"], strict=True):
+        entry = config["rope_parameters"][kind]
+        dims = int(config["head_dim"] * entry.get("partial_rotary_factor", 0.334))
+        block.self_attn.rope = nn.RoPE(dims, traditional=False, base=entry["rope_theta"])
