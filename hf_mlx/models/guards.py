@@ -21,9 +21,9 @@ _ROPE_PLAIN = """
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
-    "deepseek_v2": ("linear", "llama3"),
+    "deepseek_v2": ("linear", "llama3", "longrope", "proportional"),
     "mellum": ("linear",),
-    "minicpm3": ("linear", "llama3", "yarn"),
+    "minicpm3": ("linear", "llama3", "yarn", "proportional"),
     "ministral3": ("linear", "llama3"),
     "mistral4": ("linear", "llama3"),
     "longcat_flash": ("longrope",),

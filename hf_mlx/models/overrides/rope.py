@@ -137,3 +137,9 @@ def rotate_part_by_kind(model: Any, config: Config) -> None:
         entry = config["rope_parameters"][kind]
         dims = int(config["head_dim"] * entry.get("partial_rotary_factor", 0.334))
         block.self_attn.rope = nn.RoPE(dims, traditional=False, base=entry["rope_theta"])
+
+
+def pair_as_configured(model: Any, config: Config) -> None:
+    """Latent attention: which features turn together, neighbours or halves; mlx-lm always takes neighbours."""
+    for block in model.layers:
+        block.self_attn.rope.traditional = config.get("rope_interleave", True)
