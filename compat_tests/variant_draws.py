@@ -70,6 +70,8 @@ _VALUES: dict[str, list[Any]] = {
 }
 # Keys that go with others: one alone makes a config that no checkpoint has.
 _FIXED = {
+    # Its rotary part's width, and another name for moe_topk.
+    "longcat_flash": ("head_dim", "num_experts_per_tok"),
     "qwen3_5_moe": ("tie_word_embeddings",),
 }
 

@@ -21,12 +21,12 @@ _ROPE_PLAIN = """
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
-    "deepseek_v2": ("linear", "llama3", "longrope", "proportional"),
+    "deepseek_v2": ("linear", "llama3", "longrope"),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash", "qwen3_next"), ("longrope",)),
     "mellum": ("linear",),
-    "minicpm3": ("linear", "llama3", "yarn", "proportional"),
+    "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
     "mistral4": ("linear", "llama3"),
-    "longcat_flash": ("longrope",),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -92,7 +92,11 @@ def check_config(config: Config, folder: Path) -> None:
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
     _check_groups(text, folder)
+    if text.get("sliding_window") == 0 and "sliding_attention" in (text.get("layer_types") or ()):
+        raise _option(folder, "sliding_window", 0, "use_sliding_window=True with a window, or no sliding layer_types")
     width = text.get("v_head_dim")
+    if config["model_type"] == "minicpm3" and text.get("q_lora_rank") is None:
+        raise _option(folder, "q_lora_rank", None, "queries of a low rank, or trl.SFTTrainer")
     if config["model_type"] == "minicpm3" and width != text["hidden_size"] // text["num_attention_heads"]:
         raise _option(folder, "v_head_dim", width, "hidden_size / num_attention_heads, or trl.SFTTrainer")
     for (model_type, key), allowed in _FIXED.items():
@@ -152,12 +156,15 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         types = (model_type, config.get("model_type", model_type))
         plain = kind != "default" and any(name in _ROPE_PLAIN.split() for name in types)
+        plain |= kind == "proportional" and not model_type.startswith("gemma4")
         known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
         part, width = entry.get("partial_rotary_factor"), config.get("head_dim")
         if model_type == "mimo_v2_flash" and entry is not rope:
             part = part or 0.334
+        if model_type == "glm4_moe_lite" and part not in (None, 1.0):
+            raise _option(folder, "partial_rotary_factor", part, "train this checkpoint with trl.SFTTrainer")
         if part and width and "qk_rope_head_dim" not in config and int(width * part) % 2:
             raise _option(folder, "partial_rotary_factor", part, f"a part of the {width} features that is even")
 
