@@ -132,6 +132,9 @@ def _check_layers_of_a_kind(model_type: str, config: Config, folder: Path) -> No
         for key, wanted in (("no_rope_layers", turns), ("layer_types", kinds)):
             if (config.get(key) or wanted) != wanted:
                 raise _option(folder, key, config[key], "train this checkpoint with trl.SFTTrainer")
+    # In transformers a window that no layer has still takes the rotary embedding from the others.
+    if model_type.startswith("exaone") and config.get("sliding_window") and types and "sliding_attention" not in types:
+        raise _option(folder, "layer_types", types, "sliding_window=null, or at least one layer of sliding_attention")
     if model_type == "kimi_linear" and "linear_attention" not in types:
         raise _option(folder, "layer_types", types, "at least one layer of linear_attention, or trl.SFTTrainer")
 
