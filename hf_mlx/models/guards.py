@@ -22,7 +22,7 @@ _ROPE_PLAIN = """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3", "longrope"),
-    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash", "qwen3_next"), ("longrope",)),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
     "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),

@@ -58,6 +58,9 @@ def apply(model: Any, config: Config) -> None:
         or config["max_position_embeddings"]
     )
     for block in model.layers:
+        # Hybrids have layers without attention, and some models turn nothing.
+        if getattr(getattr(block, "self_attn", None), "rope", None) is None:
+            continue
         dims = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         dims = int(dims * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
         block.self_attn.rope = LongRope(
