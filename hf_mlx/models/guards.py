@@ -26,7 +26,8 @@ _ROPE_UNKNOWN = {
     "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
-    "mistral4": ("linear", "llama3"),
+    "mistral4": ("linear", "llama3", "longrope"),
+    **dict.fromkeys(("llama4", "llama4_text"), ("longrope",)),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -94,14 +95,21 @@ def check_config(config: Config, folder: Path) -> None:
     _check_groups(text, folder)
     if text.get("sliding_window") == 0 and "sliding_attention" in (text.get("layer_types") or ()):
         raise _option(folder, "sliding_window", 0, "use_sliding_window=True with a window, or no sliding layer_types")
-    width = text.get("v_head_dim")
-    if config["model_type"] == "minicpm3" and text.get("q_lora_rank") is None:
-        raise _option(folder, "q_lora_rank", None, "queries of a low rank, or trl.SFTTrainer")
-    if config["model_type"] == "minicpm3" and width != text["hidden_size"] // text["num_attention_heads"]:
-        raise _option(folder, "v_head_dim", width, "hidden_size / num_attention_heads, or trl.SFTTrainer")
+    _check_widths(config["model_type"], text, folder)
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
+
+
+def _check_widths(model_type: str, config: Config, folder: Path) -> None:
+    """Latent attention whose widths mlx-lm derives from others."""
+    width, head = config.get("v_head_dim"), config.get("head_dim")
+    if model_type == "minicpm3" and config.get("q_lora_rank") is None:
+        raise _option(folder, "q_lora_rank", None, "queries of a low rank, or trl.SFTTrainer")
+    if model_type == "minicpm3" and width != config["hidden_size"] // config["num_attention_heads"]:
+        raise _option(folder, "v_head_dim", width, "hidden_size / num_attention_heads, or trl.SFTTrainer")
+    if model_type == "mistral4" and head not in (None, config["qk_nope_head_dim"] + config["qk_rope_head_dim"]):
+        raise _option(folder, "head_dim", head, "qk_nope_head_dim + qk_rope_head_dim, or trl.SFTTrainer")
 
 
 def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:

@@ -17,6 +17,13 @@ def _granitemoehybrid(config: Config) -> Config:
     return config
 
 
+@speaks("jamba")
+def _jamba(config: Config) -> Config:
+    # mlx-lm adds the offset where transformers compares with it.
+    config["expert_layer_offset"] = -config["expert_layer_offset"] % config["expert_layer_period"]
+    return config
+
+
 @speaks("deepseek_v2")
 def _deepseek_v2(config: Config) -> Config:
     fill(config, rope_scaling={"factor": 1.0})
