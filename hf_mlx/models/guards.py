@@ -23,11 +23,11 @@ _ROPE_PLAIN = """
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3", "longrope"),
     **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
-    "mellum": ("linear",),
+    "mellum": ("linear", "longrope"),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
     "mistral4": ("linear", "llama3", "longrope"),
-    **dict.fromkeys(("llama4", "llama4_text"), ("longrope",)),
+    **dict.fromkeys(("laguna", "llama4", "llama4_text"), ("longrope",)),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})

@@ -13,8 +13,8 @@ _ABOUT = """
     architectures dtype torch_dtype transformers_version model_type _name_or_path use_cache quantization
     quantization_config initializer_range bos_token_id eos_token_id pad_token_id text_config vision_config audio_config
 """
-# No message is longer.
-_SHOWN = 20
+# No message names more.
+_SHOWN = 24
 
 
 def unusual_options(config: Config, known: Collection[str] = ()) -> str:
@@ -22,7 +22,7 @@ def unusual_options(config: Config, known: Collection[str] = ()) -> str:
 
     Args:
         config: What :func:`hf_mlx.models.config.interpret` returned.
-        known: Names that the MLX code takes: of these only switches, no sizes.
+        known: Names that the MLX code takes: their sizes come last.
 
     Returns:
         ``"; config.json has key=value, …"``; empty where there is none, or transformers does not know the model type.
@@ -37,6 +37,6 @@ def unusual_options(config: Config, known: Collection[str] = ()) -> str:
     usual = CONFIG_MAPPING[kind]().to_dict()
     differing = {key: value for key, value in text.items() if key not in _ABOUT.split() and value != usual.get(key)}
     switches = {key: value for key, value in differing.items() if value in (0, 1) or not isinstance(value, int | float)}
-    sizes = {key: value for key, value in differing.items() if key not in switches and key not in known}
-    found = [f"{key}={show(value)}" for key, value in {**switches, **sizes}.items()][:_SHOWN]
+    unread = {key: value for key, value in differing.items() if key not in known}
+    found = [f"{key}={show(value)}" for key, value in {**switches, **unread, **differing}.items()][:_SHOWN]
     return "; config.json has " + ", ".join(found) if found else ""
