@@ -23,11 +23,11 @@ _ROPE_PLAIN = """
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3", "longrope"),
     **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
-    "mellum": ("linear", "longrope"),
+    "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
     "mistral4": ("linear", "llama3", "longrope"),
-    **dict.fromkeys(("laguna", "llama4", "llama4_text"), ("longrope",)),
+    **dict.fromkeys(("llama4", "llama4_text"), ("longrope",)),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -167,6 +167,8 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         types = (model_type, config.get("model_type", model_type))
         plain = kind != "default" and any(name in _ROPE_PLAIN.split() for name in types)
+        # overrides.rope sets one for all layers.
+        plain |= entry is not rope and kind in ("longrope", "su")
         plain |= kind == "proportional" and not model_type.startswith("gemma4")
         known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
