@@ -51,6 +51,8 @@ FAMILIES = [
     "ernie4_5_moe",
     "gpt_oss",
 ]
+# Of these TRL asks for the processor of their images, unless it is given a tokenizer.
+MULTIMODAL = ["qwen3_5_moe", "qwen3_vl_moe"]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,14 @@ def assert_balanced(theirs, ours, *, weights=WEIGHTS, steps=2, epochs=1):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_adapter_on_attention(model_type, moe):
     assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, ATTENTION, eval_dataset=held_out()))
+
+
+@pytest.mark.parametrize("model_type", MULTIMODAL)
+def test_text_of_a_model_that_sees(model_type, moe):
+    settings = {**SETTINGS, "eval_strategy": "no"}
+    theirs, ours = run_both(moe(model_type), settings, ROWS, ATTENTION, processing_class=tokenizer())
+    assert any("aux_loss" in entry for entry in theirs.history)
+    assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=WEIGHTS) >= 10
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ _VALUES: dict[str, list[Any]] = {
 }
 # Keys that go with others: one alone makes a config that no checkpoint has.
 _FIXED = {
+    # Sizes that transformers' code takes for equal to others, and another name for moe_topk.
+    "longcat_flash": ("head_dim", "num_experts_per_tok", "num_key_value_heads", "q_lora_rank"),
     "qwen3_5_moe": ("tie_word_embeddings",),
 }
 

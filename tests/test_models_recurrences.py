@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import pytest
 
@@ -109,3 +111,20 @@ def test_memory_grows_with_the_tokens_and_no_faster():
         peaks.append(mx.get_peak_memory())
 
     assert peaks[1] < 1.2 * 16 * peaks[0]
+
+
+def test_a_gpu_compiles_few_kernels_and_starts_few_operations_a_chunk(tmp_path):
+    """Each kernel is a second or more before the first step on CUDA, each operation some microseconds of every step."""
+    operations = {}
+    for chunks in (4, 16):
+        inputs = [mx.random.normal((1, 64 * chunks, 2, 16)) for _ in range(3)]
+        inputs += [-mx.random.uniform(shape=(1, 64 * chunks, 2)), mx.random.uniform(shape=(1, 64 * chunks, 2))]
+        mx.eval(inputs)
+        gradients = mx.compile(mx.grad(lambda *x: linear_recurrence(*x).sum(), argnums=list(range(5))))(*inputs)
+        mx.export_to_dot(str(tmp_path / "graph.dot"), *gradients)
+        operations[chunks] = re.findall(r'label ="(\w+)", shape=rectangle', (tmp_path / "graph.dot").read_text())
+
+    assert len({name for name in operations[16] if name.startswith("Compiled")}) <= 10
+    # A product and two views of what it reads, there and back.
+    assert (len(operations[16]) - len(operations[4])) / 12 <= 8
+    assert len(operations[4]) < 250

@@ -10,6 +10,8 @@ from ..errors import ModelError
 _SILU = frozenset({"silu", "swish"})
 _TANH_GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 _KEYS = ("hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act")
+# Of mixers beside the MLP: a SiLU in mlx-lm, whatever the type.
+_MIXER_KEYS = ("mamba_hidden_act",)
 
 _RELU2 = frozenset({"relu2"})
 
@@ -46,11 +48,11 @@ def check_activation(model_type: str, config: dict[str, Any], folder: Path) -> N
         from .overrides.activations import ACTIVATIONS
 
         allowed = frozenset(ACTIVATIONS)
-    for key in _KEYS:
-        value = config.get(key)
-        if value is not None and value not in allowed:
+    for key in (*_KEYS, *_MIXER_KEYS):
+        value, known = config.get(key), _SILU if key in _MIXER_KEYS else allowed
+        if value is not None and value not in known:
             raise ModelError(
                 f"{folder}: config.json has {key}={value!r}",
-                f"one of {sorted(allowed)}, which is what the MLX code of {model_type!r} computes",
+                f"one of {sorted(known)}, which is what the MLX code of {model_type!r} computes",
                 "train this checkpoint with trl.SFTTrainer",
             )

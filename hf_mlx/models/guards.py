@@ -21,11 +21,13 @@ _ROPE_PLAIN = """
 """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
-    "deepseek_v2": ("linear", "llama3"),
+    "deepseek_v2": ("linear", "llama3", "longrope"),
+    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
     "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
-    "mistral4": ("linear", "llama3"),
+    "mistral4": ("linear", "llama3", "longrope"),
+    **dict.fromkeys(("llama4", "llama4_text"), ("longrope",)),
 }
 # Rope types that mlx-lm 0.32 rope_utils.initialize_rope computes as transformers 5.23 does.
 _ROPE_KNOWN = frozenset({"default", "linear", "llama3", "yarn", "longrope", "proportional", "su", "deepseek_yarn"})
@@ -90,9 +92,24 @@ def check_config(config: Config, folder: Path) -> None:
     lone = chosen == 1 and divides
     if lone and config["model_type"] in _LONE_EXPERTS.split():
         raise _option(folder, "num_experts_per_tok", 1, "set norm_topk_prob to false (its weight is then no longer 1)")
+    _check_groups(text, folder)
+    if text.get("sliding_window") == 0 and "sliding_attention" in (text.get("layer_types") or ()):
+        raise _option(folder, "sliding_window", 0, "use_sliding_window=True with a window, or no sliding layer_types")
+    _check_widths(config["model_type"], text, folder)
     for (model_type, key), allowed in _FIXED.items():
         if model_type in (config["model_type"], text.get("model_type")) and text.get(key) not in allowed:
             raise _option(folder, key, text.get(key), "train this checkpoint with trl.SFTTrainer")
+
+
+def _check_widths(model_type: str, config: Config, folder: Path) -> None:
+    """Latent attention whose widths mlx-lm derives from others."""
+    width, head = config.get("v_head_dim"), config.get("head_dim")
+    if model_type == "minicpm3" and config.get("q_lora_rank") is None:
+        raise _option(folder, "q_lora_rank", None, "queries of a low rank, or trl.SFTTrainer")
+    if model_type == "minicpm3" and width != config["hidden_size"] // config["num_attention_heads"]:
+        raise _option(folder, "v_head_dim", width, "hidden_size / num_attention_heads, or trl.SFTTrainer")
+    if model_type == "mistral4" and head not in (None, config["qk_nope_head_dim"] + config["qk_rope_head_dim"]):
+        raise _option(folder, "head_dim", head, "qk_nope_head_dim + qk_rope_head_dim, or trl.SFTTrainer")
 
 
 def check_layers(config: Config, checkpoint: Checkpoint, folder: Path) -> None:
@@ -123,8 +140,20 @@ def _check_layers_of_a_kind(model_type: str, config: Config, folder: Path) -> No
         for key, wanted in (("no_rope_layers", turns), ("layer_types", kinds)):
             if (config.get(key) or wanted) != wanted:
                 raise _option(folder, key, config[key], "train this checkpoint with trl.SFTTrainer")
+    # In transformers a window that no layer has still takes the rotary embedding from the others.
+    if model_type.startswith("exaone") and config.get("sliding_window") and types and "sliding_attention" not in types:
+        raise _option(folder, "layer_types", types, "sliding_window=null, or at least one layer of sliding_attention")
     if model_type == "kimi_linear" and "linear_attention" not in types:
         raise _option(folder, "layer_types", types, "at least one layer of linear_attention, or trl.SFTTrainer")
+
+
+def _check_groups(config: Config, folder: Path) -> None:
+    """Where the kept groups hold fewer experts than a token gets, which others it gets is left to the sort."""
+    groups, kept, chosen = (config.get(key) or 0 for key in ("n_group", "topk_group", "num_experts_per_tok"))
+    experts: int = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts") or 0
+    if groups > kept > 0 and chosen > kept * (experts // groups):
+        remedy = f"topk_group of at least {-(-chosen * groups // experts)}, or trl.SFTTrainer"
+        raise _option(folder, "topk_group", kept, remedy)
 
 
 def _check_rope(model_type: str, config: Config, folder: Path) -> None:
@@ -138,9 +167,19 @@ def _check_rope(model_type: str, config: Config, folder: Path) -> None:
         kind = entry.get("rope_type", entry.get("type", "default"))
         types = (model_type, config.get("model_type", model_type))
         plain = kind != "default" and any(name in _ROPE_PLAIN.split() for name in types)
+        # overrides.rope sets one for all layers.
+        plain |= entry is not rope and kind in ("longrope", "su")
+        plain |= kind == "proportional" and not model_type.startswith("gemma4")
         known = kind in _ROPE_KNOWN and not plain and all(kind not in _ROPE_UNKNOWN.get(name, ()) for name in types)
         if not known:
             raise _option(folder, "rope_type", kind, "train this checkpoint with trl.SFTTrainer")
+        part, width = entry.get("partial_rotary_factor"), config.get("head_dim")
+        if model_type == "mimo_v2_flash" and entry is not rope:
+            part = part or 0.334
+        if model_type == "glm4_moe_lite" and part not in (None, 1.0):
+            raise _option(folder, "partial_rotary_factor", part, "train this checkpoint with trl.SFTTrainer")
+        if part and width and "qk_rope_head_dim" not in config and int(width * part) % 2:
+            raise _option(folder, "partial_rotary_factor", part, f"a part of the {width} features that is even")
 
 
 def _check_quantizer(config: Config, folder: Path) -> None:

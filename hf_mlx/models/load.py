@@ -34,6 +34,7 @@ from .padding_row import named_padding_row
 from .quantize import quantize_base
 from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
+from .unusual import unusual_options
 from .weights import Checkpoint, inspect_checkpoint
 
 _BUILDABLE = "a config.json with every key of its model type, each with a value that this type can have"
@@ -226,8 +227,10 @@ def _build(
         if untied and flat["model_type"] in own_head.EMBEDDINGS:
             base = own_head.building(base, flat["model_type"])
         base = scored_class(base) if scores else base
+        known.extend(getattr(args, "__dataclass_fields__", ()))
         return (base if steps is None else with_layout(base, steps, flat)), args
 
+    known: list[str] = []
     try:
         if weights is None:
             model, _ = load_mlx(folder, lazy=True, model_config=flat, get_model_classes=classes)
@@ -236,10 +239,11 @@ def _build(
             model = model_class(args.from_dict(flat))
             model.load_weights(list(model.sanitize(weights).items()))
     except (ValueError, IndexError) as error:
-        raise _mismatch(folder, config, error) from error
+        raise _mismatch(folder, config, error, known) from error
     except Exception as error:  # mlx-lm checks no value: it fails where one is used
         raise ModelError(
-            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})",
+            f"{folder}: mlx-lm cannot build {config['model_type']!r} from it ({describe(error)})"
+            f"{unusual_options(config, known)}",
             _BUILDABLE,
             "save it again with transformers 5: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)",
         ) from error
@@ -279,10 +283,11 @@ def module_at(model: nn.Module, path: str) -> Any:
     return node
 
 
-def _mismatch(folder: Path, config: Config, error: Exception) -> ModelError:
+def _mismatch(folder: Path, config: Config, error: Exception, known: list[str]) -> ModelError:
     text = " ".join(str(error).split())
     return ModelError(
-        f"{folder}: the weights do not fit a {config['model_type']!r} of this config: {text[:400]}",
+        f"{folder}: the weights do not fit a {config['model_type']!r} of this config: {text[:400]}"
+        f"{unusual_options(config, known)}",
         "exactly the tensors, with the shapes, that config.json describes",
         "config.json and the weights come from different models, or use an option mlx-lm lacks: save both together "
         "with model.save_pretrained(folder)",

@@ -17,6 +17,13 @@ def _granitemoehybrid(config: Config) -> Config:
     return config
 
 
+@speaks("jamba")
+def _jamba(config: Config) -> Config:
+    # mlx-lm adds the offset where transformers compares with it.
+    config["expert_layer_offset"] = -config["expert_layer_offset"] % config["expert_layer_period"]
+    return config
+
+
 @speaks("deepseek_v2")
 def _deepseek_v2(config: Config) -> Config:
     fill(config, rope_scaling={"factor": 1.0})
@@ -150,6 +157,8 @@ def _mimo_v2_flash(config: Config) -> Config:
         config["moe_layer_freq"] = [int(t == "sparse") for t in config["mlp_layer_types"]]
     fill(
         config,
+        # overrides.rope sets each kind's own.
+        partial_rotary_factor=1.0,
         sliding_window_size=config.get("sliding_window"),
         add_swa_attention_sink_bias=True,
         add_full_attention_sink_bias=False,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .triangular import join_blocks, unit_lower_inverse
+from .triangular import identity, join_blocks, lower, unit_lower_inverse
 
 # Tokens of a chunk: products are large enough for a GPU, and a chunk's squares stay smaller than its keys.
 CHUNK = 64
@@ -82,64 +82,111 @@ class _Layout(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """What the chunks are, whatever state they begin with: o = Q S + P (U - W S), S' = decay S + Kᵀ (U - W S)."""
+    """What the chunks are, whatever state S they begin with: o = Q S + P N, S' = decay S + Kᵀ N.
+
+    N is V, or for the delta rule the solution of (I + L) N = β (V - B S).
+    """
 
     scores: mx.array  # P
     queries: mx.array  # Q
     keys: mx.array  # K
+    values: mx.array  # V
     decay: mx.array
-    updates: mx.array  # U
-    reads: mx.array | None  # W, of the delta rule
+    delta: tuple[mx.array, mx.array, mx.array] | None = None  # L, B, β
+
+    def corrections(self) -> tuple[mx.array, mx.array]:
+        """What V - B S is multiplied with, (I + L)⁻¹ β, and what that takes from N for each S."""
+        assert self.delta is not None
+        overlaps, reads, beta = self.delta
+        corrections = unit_lower_inverse(overlaps) * _transposed(beta)
+        return corrections, corrections @ reads
 
 
 def _prepare(q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array | None = None) -> _Chunks:
     grown = mx.exp(mx.cumsum(g, axis=-2))
     shrunk = mx.exp(mx.cumsum(g, axis=-2, reverse=True, inclusive=False))
-    decay = grown[..., -1:, :].swapaxes(-1, -2)
+    decay = _transposed(grown[..., -1:, :])
     if beta is None:
         (scores,) = _decayed_products([q], k, g)
-        return _Chunks(scores, q * grown, k * shrunk, decay, v, None)
+        return _Chunks(scores, q * grown, k * shrunk, v, decay)
     scores, overlaps = _decayed_products([q, k], k, g)
-    solved = unit_lower_inverse(mx.tril(overlaps * beta, -1))
-    return _Chunks(scores, q * grown, k * shrunk, decay, solved @ (v * beta), solved @ (k * (grown * beta)))
+    delta = overlaps * beta * lower(overlaps.shape[-1], -1), k * grown, beta
+    return _Chunks(scores, q * grown, k * shrunk, v, decay, delta)
 
 
-def _apply(chunks: _Chunks, states: mx.array) -> tuple[mx.array, mx.array]:
-    """Outputs and next states of chunks that begin with ``states``."""
-    news = chunks.updates if chunks.reads is None else chunks.updates - chunks.reads @ states
-    outputs = chunks.queries @ states + chunks.scores @ news
-    return outputs, chunks.decay * states + chunks.keys.swapaxes(-1, -2) @ news
+def _apply(chunks: _Chunks, states: mx.array) -> mx.array:
+    """Outputs of chunks that begin with ``states``."""
+    news = chunks.values
+    if chunks.delta is not None:
+        corrections, taken = chunks.corrections()
+        news = corrections @ news - taken @ states
+    return chunks.queries @ states + chunks.scores @ news
+
+
+def _apply_back(chunks: _Chunks, states: mx.array, d_outputs: mx.array, d_ends: mx.array) -> list[mx.array]:
+    """The gradients of what the chunks are, in its order, given those of the outputs and of the states at the ends."""
+    news = chunks.values
+    d_news = d_values = _transposed(chunks.scores) @ d_outputs + chunks.keys @ d_ends
+    d_delta = []
+    if chunks.delta is not None:
+        overlaps, reads, beta = chunks.delta
+        inverse, rest = unit_lower_inverse(overlaps), news - reads @ states
+        news = inverse @ (beta * rest)
+        d_solved = _transposed(inverse) @ d_news
+        d_values = beta * d_solved
+        # The right side is (I + L) N, so L's gradient is what N and the right side's gradient make of it.
+        d_overlaps = -d_solved @ _transposed(news)
+        d_delta = [d_overlaps, -d_values @ _transposed(states), (d_solved * rest).sum(axis=-1, keepdims=True)]
+    d_decay = (d_ends * states).sum(axis=-1, keepdims=True)
+    if chunks.decay.shape[-2] == 1:
+        d_decay = d_decay.sum(axis=-2, keepdims=True)
+    d_scores, d_queries = (d_outputs @ _transposed(x) for x in (news, states))
+    return [d_scores, d_queries, news @ _transposed(d_ends), d_values, d_decay, *d_delta]
 
 
 def _scan(chunks: _Chunks) -> mx.array:
     """The states that the chunks begin with."""
-    added = chunks.keys.swapaxes(-1, -2) @ chunks.updates
-    moves = None if chunks.reads is None else _moves(chunks, chunks.reads)
-    states = [mx.zeros_like(added[0])]
-    for n in range(added.shape[0] - 1):
-        passed = chunks.decay[n] * states[n] if moves is None else moves[n] @ states[n]
-        states.append(passed + added[n])
-    return mx.stack(states)
+    keys = _transposed(chunks.keys)
+    if chunks.delta is None:
+        return _pass_on(chunks.decay, keys @ chunks.values)
+    corrections, taken = chunks.corrections()
+    return _pass_on(_moves(chunks, taken), keys @ (corrections @ chunks.values))
 
 
 def _scan_back(chunks: _Chunks, d_outputs: mx.array) -> mx.array:
     """The gradients of the states that the chunks end with."""
-    added = chunks.queries.swapaxes(-1, -2) @ d_outputs
-    moves = None
-    if chunks.reads is not None:
-        added = added - chunks.reads.swapaxes(-1, -2) @ (chunks.scores.swapaxes(-1, -2) @ d_outputs)
-        moves = _moves(chunks, chunks.reads).swapaxes(-1, -2)
-    gradient = mx.zeros_like(added[0])
-    gradients = [gradient]
-    for n in reversed(range(1, added.shape[0])):
-        passed = chunks.decay[n] * gradient if moves is None else moves[n] @ gradient
-        gradients.append(gradient := passed + added[n])
-    return mx.stack(gradients[::-1])
+    added = _transposed(chunks.queries) @ d_outputs
+    if chunks.delta is None:
+        return _pass_on(chunks.decay, added, back=True)
+    _, taken = chunks.corrections()
+    added = added - _transposed(taken) @ (_transposed(chunks.scores) @ d_outputs)
+    return _pass_on(_transposed(_moves(chunks, taken)), added, back=True)
 
 
-def _moves(chunks: _Chunks, reads: mx.array) -> mx.array:
-    """M of S' = M S + K: (…, Dk, Dk)."""
-    return chunks.decay * mx.eye(chunks.keys.shape[-1]) - chunks.keys.swapaxes(-1, -2) @ reads
+def _moves(chunks: _Chunks, taken: mx.array) -> mx.array:
+    """M of S' = M S + A: (…, Dk, Dk)."""
+    return chunks.decay * identity(taken.shape[-1]) - _transposed(chunks.keys) @ taken
+
+
+def _pass_on(moves: mx.array, added: mx.array, *, back: bool = False) -> mx.array:
+    """The S_n of S_{n+1} = M_n S_n + A_n from zero on; from the last chunk to the first where ``back``.
+
+    Where moves are no matrices they are what each row of a state is multiplied by.
+    """
+    steps = [(moves[n : n + 1], added[n : n + 1]) for n in range(added.shape[0])]
+    states = [mx.zeros_like(steps[0][1])]
+    for move, more in steps[:0:-1] if back else steps[:-1]:
+        states.append(move * states[-1] + more if move.shape[-1] == 1 else mx.addmm(more, move, states[-1]))
+    return mx.concatenate(states[::-1] if back else states)
+
+
+def _transposed(x: mx.array) -> mx.array:
+    return x.swapaxes(-1, -2)
+
+
+def _flat(*parts: mx.array) -> list[mx.array]:
+    *whole, delta = _prepare(*parts)
+    return [*whole, *(delta or ())]
 
 
 @cache
@@ -150,14 +197,14 @@ def _recurrence() -> Any:
     def recurrence(*parts: mx.array) -> tuple[mx.array, mx.array]:
         chunks = _prepare(*parts)
         states = _scan(chunks)
-        return _apply(chunks, states)[0], states
+        return _apply(chunks, states), states
 
     @recurrence.vjp
     def gradient(parts: Any, cotangents: Any, outputs: Any) -> Any:
-        states = outputs[1]
-        ends = _scan_back(_prepare(*parts), cotangents[0])
+        chunks = _prepare(*parts)
         # Given the gradients of their ends, chunks no longer depend on each other.
-        return mx.vjp(lambda *parts: _apply(_prepare(*parts), states), list(parts), [cotangents[0], ends])[1]
+        by_chunks = _apply_back(chunks, outputs[1], cotangents[0], _scan_back(chunks, cotangents[0]))
+        return mx.vjp(_flat, list(parts), by_chunks)[1]
 
     return recurrence
 
@@ -173,14 +220,10 @@ def _decayed_products(left: list[mx.array], right: mx.array, g: mx.array) -> lis
 def _decay_between(g: mx.array) -> mx.array:
     """e^{g_{j+1} + … + g_i} for j ≤ i, else 0: (…, C, C) of (…, C, 1).
 
-    By halves: the decay up to the middle and the one from it on are factors, neither of which can overflow, and no
-    difference of long sums loses their digits.
+    Each sum is one of its own tokens: a difference of two long ones loses their digits.
     """
-    if g.shape[-2] <= _PAIRS:
-        return _pairwise_decay(g)[..., 0]
-    before, after = _halves(g)
-    upper, lower = _decay_between(mx.stack([before, after]))
-    return join_blocks(upper, _from_middle(after) * _to_middle(before).swapaxes(-1, -2), lower)
+    size = g.shape[-2]
+    return mx.exp(mx.cumsum(g * lower(size, -1), axis=-2)) * lower(size)
 
 
 def _decayed_by_channel(left: mx.array, right: mx.array, g: mx.array) -> mx.array:
@@ -210,5 +253,4 @@ def _to_middle(before: mx.array) -> mx.array:
 def _pairwise_decay(g: mx.array) -> mx.array:
     """The same of a few tokens, pair by pair: (…, C, C, D)."""
     size, total = g.shape[-2], mx.cumsum(g, axis=-2)
-    causal = mx.tril(mx.ones((size, size), dtype=mx.bool_))[..., None]
-    return mx.exp(mx.where(causal, total[..., :, None, :] - total[..., None, :, :], -mx.inf))
+    return mx.exp(mx.where(lower(size)[..., None] > 0, total[..., :, None, :] - total[..., None, :, :], -mx.inf))

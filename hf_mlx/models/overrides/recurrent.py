@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
+from .convolution import causal_convolution
 from .linear_recurrence import CHUNK, linear_recurrence
 from .selective_scan import selective_scan
 
@@ -113,13 +114,15 @@ def delta_rule(
 
 
 def _unit(x: mx.array) -> mx.array:
-    x = x.astype(mx.float32)
-    return x * mx.rsqrt((x * x).sum(axis=-1, keepdims=True) + _L2_EPSILON)
+    # By the mean of squares, for which MLX has kernels.
+    width = x.shape[-1]
+    return width**-0.5 * mx.fast.rms_norm(x.astype(mx.float32), None, _L2_EPSILON / width)
 
 
 def _convolve(convolution: nn.Conv1d, x: mx.array) -> mx.array:
     """The causal convolution and its SiLU, (B, T, channels)."""
-    return nn.silu(convolution(mx.pad(x, [(0, 0), (convolution.weight.shape[1] - 1, 0), (0, 0)])))
+    convolved = causal_convolution(x, convolution.weight)
+    return nn.silu(convolved + convolution.bias if "bias" in convolution else convolved)
 
 
 def _heads(x: mx.array, width: int) -> mx.array:
@@ -198,6 +201,11 @@ def _kimi(mixer: type[Any]) -> type[Any]:
 @cache
 def _mamba2(mixer: type[Any]) -> type[Any]:
     class Chunkwise(mixer):
+        def _conv(self, conv_input: mx.array, cache: Any, mask: mx.array | None) -> mx.array:
+            if cache is not None or mask is not None:
+                return super()._conv(conv_input, cache, mask)
+            return _convolve(self.conv1d, conv_input)
+
         def _ssm(
             self, hidden: mx.array, b: mx.array, c: mx.array, dt: mx.array, cache: Any, mask: mx.array | None
         ) -> mx.array:

@@ -58,6 +58,9 @@ def apply(model: Any, config: Config) -> None:
         or config["max_position_embeddings"]
     )
     for block in model.layers:
+        # Hybrids have layers without attention, and some models turn nothing.
+        if getattr(getattr(block, "self_attn", None), "rope", None) is None:
+            continue
         dims = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         dims = int(dims * (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0))
         block.self_attn.rope = LongRope(
@@ -126,3 +129,20 @@ def rotate_part(model: Any, config: Config) -> None:
     dims = int(config["head_dim"] * rope.get("partial_rotary_factor", 0.5))
     for block in model.layers:
         block.self_attn.rope = nn.RoPE(dims, traditional=True, base=rope["rope_theta"])
+
+
+def rotate_part_by_kind(model: Any, config: Config) -> None:
+    """MiMo-V2-Flash: layers of each kind turn their own part of a head; mlx-lm turns the same one in all.
+
+    Source: transformers 5.23 ``MiMoV2FlashRotaryEmbedding.compute_default_rope_parameters``.
+    """
+    for block, kind in zip(model.layers, config["layer_types"], strict=True):
+        entry = config["rope_parameters"][kind]
+        dims = int(config["head_dim"] * entry.get("partial_rotary_factor", 0.334))
+        block.self_attn.rope = nn.RoPE(dims, traditional=False, base=entry["rope_theta"])
+
+
+def pair_as_configured(model: Any, config: Config) -> None:
+    """Latent attention: which features turn together, neighbours or halves; mlx-lm always takes neighbours."""
+    for block in model.layers:
+        block.self_attn.rope.traditional = config.get("rope_interleave", True)

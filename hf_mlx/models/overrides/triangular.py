@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 # Below this size whole blocks are multiplied at once; above it, products of quarters cost less.
-_SMALL = 16
+_SMALL = 8
 
 
 def join_blocks(upper: mx.array, below: mx.array, lower: mx.array) -> mx.array:
@@ -27,43 +28,42 @@ def unit_lower_inverse(strict: mx.array) -> mx.array:
     Returns:
         Shape (…, n, n), unit lower triangular.
     """
-    inverse: Any = _inverse(strict)
-    return inverse
-
-
-@mx.custom_function
-def _inverse(strict: mx.array) -> mx.array:
-    return _by_blocks(strict)
-
-
-@_inverse.vjp
-def _inverse_vjp(strict: mx.array, cotangent: mx.array, inverse: mx.array) -> mx.array:
-    transposed = inverse.swapaxes(-1, -2)
-    return -mx.tril(transposed @ cotangent @ transposed, -1)
-
-
-def _by_blocks(strict: mx.array) -> mx.array:
     size = strict.shape[-1]
     if size <= _SMALL:
         return _by_levels(strict)
     half = size // 2
-    upper, lower = _by_blocks(mx.stack([strict[..., :half, :half], strict[..., half:, half:]]))
-    return join_blocks(upper, -(lower @ (strict[..., half:, :half] @ upper)), lower)
+    both = unit_lower_inverse(mx.stack([strict[..., :half, :half], strict[..., half:, half:]]))
+    first, last = both[:1].squeeze(0), both[1:].squeeze(0)
+    return join_blocks(first, -(last @ (strict[..., half:, :half] @ first)), last)
 
 
 def _by_levels(strict: mx.array) -> mx.array:
     """[[A, 0], [B, D]]⁻¹ = [[A⁻¹, 0], [-D⁻¹BA⁻¹, D⁻¹]] for all diagonal blocks of a size, sizes 1, 2, 4, …"""
     size = strict.shape[-1]
-    rows = mx.arange(size)
-    inverse = mx.eye(size) - mx.where(_between(rows, 1), strict, 0)
+    inverse = identity(size) - strict * _between(size, 1)
     step = 2
     while step < size:
-        inverse = inverse - inverse @ (mx.where(_between(rows, step), strict, 0) @ inverse)
+        inverse = inverse - inverse @ (strict * _between(size, step) @ inverse)
         step *= 2
     return inverse
 
 
-def _between(rows: mx.array, step: int) -> mx.array:
-    """Where a lower block of ``step`` rows meets the upper one that it forms a block of twice the size with."""
+# Constants: what computes them would be a kernel more to compile. Data, not operations, which a trace would keep.
+@cache
+def identity(size: int) -> mx.array:
+    """1 on the diagonal, else 0: (size, size)."""
+    return mx.array(np.eye(size, dtype=np.float32))
+
+
+@cache
+def lower(size: int, diagonal: int = 0) -> mx.array:
+    """1 up to the diagonal, or up to one ``diagonal`` beside it, else 0: (size, size)."""
+    return mx.array(np.tri(size, k=diagonal, dtype=np.float32))
+
+
+@cache
+def _between(size: int, step: int) -> mx.array:
+    """1 where a lower block of ``step`` rows meets the upper one that makes it a block of twice the size, else 0."""
+    rows = np.arange(size)
     pair, odd = rows // (2 * step), rows // step % 2
-    return (pair[:, None] == pair[None]) & (odd[:, None] > odd[None])
+    return mx.array(((pair[:, None] == pair[None]) & (odd[:, None] > odd[None])).astype(np.float32))
