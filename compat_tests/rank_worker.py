@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 from rank_cases import CASES, datasets_of, derive, lora_of, metrics_of, optimizers_of, settings_of, summed
 
+from hf_mlx.blas import load_openblas
+
+# Before anything asks MLX which process this is.
+load_openblas()
 TIMED = ("runtime", "per_second", "total_flos")
 
 

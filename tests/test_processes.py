@@ -9,7 +9,7 @@ import pytest
 from hf_mlx.data.order import Share, count_steps, deal
 from hf_mlx.errors import DataError, SettingError
 from hf_mlx.processes.launcher import Launched, read_launcher
-from hf_mlx.processes.world import find_different, the_world
+from hf_mlx.processes.world import World, find_different, the_world
 from hf_mlx.settings.ledger import explain
 from hf_mlx.settings.plan import BatchPlan
 from hf_mlx.settings.resolve import resolve_plan
@@ -64,6 +64,45 @@ def test_a_group_of_one_that_should_be_two_is_refused(tmp_path, monkeypatch):
             the_world()
     finally:
         the_world.cache_clear()
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Rank 0 of two processes that say the same, and what each of them exchanges, in its order."""
+    exchanged = []
+
+    def gather(array, group):
+        exchanged.append(array.shape)
+        return mx.concatenate([array, array])
+
+    monkeypatch.setattr(mx.distributed, "all_gather", gather)
+    world = World(0, 2, 0, group=object(), host="127.0.0.1")
+    monkeypatch.setattr(world.watch, "connect", lambda *address: exchanged.append(address[0]))
+    return world, exchanged
+
+
+def test_processes_meet_once_a_run_has_set_mlxs_limits(two):
+    world, exchanged = two
+    with world.meeting():
+        # MLX reads its limits on pending work at its first computation, an exchange included.
+        assert exchanged == []
+    assert "127.0.0.1" in exchanged
+    met = len(exchanged)
+    world.meet()
+    assert len(exchanged) == met
+
+
+def test_a_rank_that_fails_before_they_meet_can_still_say_why(two):
+    world, exchanged = two
+    with pytest.raises(SettingError, match="bf16"), world.meeting():
+        raise SettingError("bf16=True", "a device that has it", "bf16=False")
+    assert "127.0.0.1" in exchanged
+
+
+def test_the_first_exchange_lets_processes_meet(two):
+    world, exchanged = two
+    world.barrier("main_process_first")
+    assert "127.0.0.1" in exchanged[:-1]
 
 
 def test_the_rank_that_differs_is_found():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -14,6 +14,7 @@ from zlib import crc32
 import mlx.core as mx
 import numpy as np
 
+from ..device import MEGABYTES, start_depth_first
 from ..errors import SettingError, TrainingError
 from .launcher import Launched, read_launcher, read_tensor_parallel
 from .watch import Watch
@@ -36,11 +37,14 @@ class World:
         tensor_parallel: They hold one model together, and all read the same rows.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None, host: str | None = None
+    ) -> None:
         self.rank, self.size, self.local_rank, self.group = rank, size, local_rank, group
-        self.watch: Watch | None = None
+        self.watch = None if group is None else Watch(rank, size)
         self.width = 64
         self.tensor_parallel = False
+        self._host, self._has_met = host, group is None
 
     @property
     def is_alone(self) -> bool:
@@ -61,6 +65,31 @@ class World:
     def is_local_main(self) -> bool:
         """Whether this process is the first of its machine."""
         return self.local_rank == 0
+
+    def meet(self) -> None:
+        """Let the processes know each other's lines; the first exchange does it where nobody has called this before.
+
+        Exchanges are computed, and MLX's limits on pending work hold from its first computation on: a run that knows
+        its own sets them before.
+        """
+        if self._has_met or self.watch is None:
+            return
+        self._has_met = True
+        start_depth_first(MEGABYTES)
+        address = self.watch.listen(self._host) if self.is_main else None
+        self.watch.connect(*self.hand_on(address, "the start"))
+        self.barrier("the start")
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """A block at whose end the processes meet; one that fails in it is still able to say why."""
+        try:
+            yield
+        except BaseException:
+            with suppress(TrainingError):
+                self.meet()
+            raise
+        self.meet()
 
     def gather(self, kind: str, table: np.ndarray, what: str = "") -> np.ndarray:
         """The int32 tables of all processes, shape [size, numbers].
@@ -99,6 +128,7 @@ class World:
         return tables[:, 2 : 2 + int(tables[self.rank, 1])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
+        self.meet()
         # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
         own = mx.array(array[None])
         gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
@@ -212,7 +242,6 @@ def the_world() -> World:
         return World()
     world = _join(launched)
     world.tensor_parallel = read_tensor_parallel(world.size)
-    world.watch = Watch.start(world, launched.host)
     return world
 
 
@@ -239,7 +268,7 @@ def _join(launched: Launched) -> World:
             "all of them in one group: else each would train alone and write into the same folder",
             f"hf-mlx launch -n {promised} train.py",
         )
-    return World(group.rank(), group.size(), launched.local_rank, group)
+    return World(group.rank(), group.size(), launched.local_rank, group, launched.host)
 
 
 def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
