@@ -177,8 +177,8 @@ PREDICTED: dict[str, dict[str, Any]] = {
     "predicted_apart": _HELD | {"told": "nested", "eval_do_concat_batches": False, "include_for_metrics": ["loss"]},
     "predicted_pairs": _HELD | {"told": "array", "trainer": "dpo"},
 }  # fmt: skip
-# One of three ranks' first gradients is 5e-9: beside an epsilon of 1e-8 its rounding decides the update, and large steps
-# make much of it.
+# One of three ranks' first gradients is 5e-9: beside an epsilon of 1e-8 its rounding decides the update. A large step
+# makes much of it.
 _EPSILON = 1e-6
 _ADAPTED = {
     "rows": 13, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2,
