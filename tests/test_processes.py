@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from hf_mlx.data.order import Share, count_steps, deal
-from hf_mlx.errors import DataError, SettingError
+from hf_mlx.errors import DataError, SettingError, TrainingError
+from hf_mlx.processes.comparison import find_different
 from hf_mlx.processes.launcher import Launched, read_launcher
-from hf_mlx.processes.world import World, find_different, the_world
+from hf_mlx.processes.world import World, the_world
 from hf_mlx.settings.ledger import explain
 from hf_mlx.settings.plan import BatchPlan
 from hf_mlx.settings.resolve import resolve_plan
@@ -103,6 +104,23 @@ def test_the_first_exchange_lets_processes_meet(two):
     world, exchanged = two
     world.barrier("main_process_first")
     assert "127.0.0.1" in exchanged[:-1]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a part", "what was there before"])
+def test_a_table_that_a_lost_process_did_not_send_is_told(two, monkeypatch, kind):
+    world, _ = two
+    world.meet()
+    monkeypatch.setattr(world.watch, "name_ended", lambda: "rank 1 has ended without a word")
+    earlier = np.array(world.gather_later("counts", np.array([7, 8])))[0]
+
+    def gather(array, group):
+        own = np.array(array)[0]
+        other = {"nothing": np.zeros_like(own), "a part": [*own[:5], *earlier[5:]], "what was there before": earlier}
+        return mx.array(np.stack([own, np.asarray(other[kind], np.int32)]))
+
+    monkeypatch.setattr(mx.distributed, "all_gather", gather)
+    with pytest.raises(TrainingError, match="rank 1 has ended without a word"):
+        world.gather("counts", np.array([7, 9]))
 
 
 def test_the_rank_that_differs_is_found():

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -20,6 +19,9 @@ from .launcher import Launched, read_launcher, read_tensor_parallel
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
+
+# In front of each table: of what kind it is, the how many-th, a check of all of it, and its length.
+_HEAD = 4
 
 
 class World:
@@ -44,7 +46,7 @@ class World:
         self.watch = None if group is None else Watch(rank, size)
         self.width = 64
         self.tensor_parallel = False
-        self._host, self._has_met = host, group is None
+        self._host, self._has_met, self._tables = host, group is None, 0
 
     @property
     def is_alone(self) -> bool:
@@ -106,8 +108,11 @@ class World:
 
     def gather_later(self, kind: str, table: np.ndarray) -> mx.array:
         """Begin :meth:`gather` without waiting for it; :meth:`read` has its end."""
+        self.meet()
+        self._tables += 1
         padded = np.zeros(self.width, np.int32)
-        padded[: len(table) + 2] = [crc32(kind.encode()) & 0x7FFFFFFF, len(table), *table]
+        padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
+        padded[2] = _check(padded)
         return self._begin(padded)
 
     def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
@@ -115,8 +120,11 @@ class World:
         with self.waiting(what or kind):
             tables = np.array(gathered)
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
-        if len(other) and (not tables[other, 0].all() or (self.watch and self.watch.name_ended())):
-            # The ring's first exchange after it has lost a process ends without an error, and with nothing in it.
+        # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
+        # what was there before.
+        is_whole = all(_check([*table[:2], 0, *table[3:]]) == table[2] for table in tables)
+        is_old = not len(other) and (tables[:, 1] != tables[self.rank, 1]).any()
+        if not is_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
             raise self.lost(what or kind)
         if len(other):
             raise TrainingError(
@@ -125,7 +133,7 @@ class World:
                 "prediction), the others never answer",
                 "ask for it on every rank: callbacks and scripts run on all of them, and only rank 0 writes",
             )
-        return tables[:, 2 : 2 + int(tables[self.rank, 1])]
+        return tables[:, _HEAD : _HEAD + int(tables[self.rank, 3])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
         self.meet()
@@ -139,14 +147,14 @@ class World:
         """The bytes of all processes, by rank."""
         if self.is_alone:
             return [data]
-        check = crc32(data) & 0x7FFFFFFF
+        check = _check(data)
         lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
         padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         with self.waiting(what):
             parts = np.array(self._begin(padded.view(np.int32)))
         made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
-        if [crc32(part) & 0x7FFFFFFF for part in made] != checks.tolist():
+        if [_check(part) for part in made] != checks.tolist():
             # What was under way when a process ended has no error of its own.
             raise self.lost(what)
         return made
@@ -223,6 +231,11 @@ class World:
         )
 
 
+def _check(data: bytes | np.ndarray | list[int]) -> int:
+    """A number of 31 bits that differs as soon as ``data`` does, whole numbers of 32 bits or bytes."""
+    return crc32(data if isinstance(data, bytes) else np.asarray(data, np.int32).tobytes()) & 0x7FFFFFFF
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether MLX raised it because another process has ended."""
     text = str(error).lower()
@@ -269,22 +282,3 @@ def _join(launched: Launched) -> World:
             f"hf-mlx launch -n {promised} train.py",
         )
     return World(group.rank(), group.size(), launched.local_rank, group, launched.host)
-
-
-def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
-    """A hash of all bits of the arrays, in the order of their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(np.array(array.view(mx.uint8) if array.dtype == mx.bfloat16 else array).tobytes())
-    return digest.hexdigest()
-
-
-def find_different(parts: Sequence[Mapping[str, Any]]) -> tuple[int, str, Any, Any] | None:
-    """The first rank whose description differs from rank 0's: rank, name, its value, rank 0's; None where none does."""
-    first = parts[0]
-    for rank, part in enumerate(parts):
-        for name in {**first, **part}:
-            if part.get(name) != first.get(name):
-                return rank, name, part.get(name), first.get(name)
-    return None
