@@ -15,8 +15,8 @@ BASE = {
     "seed": 42, "max_grad_norm": 1.0, "disable_tqdm": True, "include_num_input_tokens_seen": "all",
 }  # fmt: skip
 
-#: One in thirty runs has a first gradient of some 1e-9. Beside an epsilon of 1e-8 its rounding decides the update of that
-#: element, and a large step makes much of it.
+#: One in thirty runs has a first gradient of some 1e-9. Beside an epsilon of 1e-8 its rounding decides the update of
+#: that element, and a large step makes much of it.
 STEADY = {"learning_rate": 1e-3, "adam_epsilon": 1e-6}
 # What is no field of the configuration: rows, eval_rows, shards (of a stream), masked (share of rows with a prompt),
 # trainer ("sft", or "lm" for transformers' own), adapter (False trains all weights).
