@@ -1,6 +1,7 @@
 """Who the processes are, what a window weighs over them, and that one process has nothing to do with any of it."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 
 from hf_mlx.data.order import Share, count_steps, deal
 from hf_mlx.errors import DataError, SettingError, TrainingError
+from hf_mlx.loop.pending import Pending
 from hf_mlx.processes.comparison import find_different
 from hf_mlx.processes.launcher import Launched, read_launcher
 from hf_mlx.processes.world import World, the_world
 from hf_mlx.settings.ledger import explain
 from hf_mlx.settings.plan import BatchPlan
 from hf_mlx.settings.resolve import resolve_plan
+from hf_mlx.training.exchange import Exchange
 from hf_mlx.training.inputs import Inputs, Peers
+from hf_mlx.training.measured import StepMetrics
 from hf_mlx.training.weighting import ByTokens
 
 
@@ -121,6 +125,27 @@ def test_a_table_that_a_lost_process_did_not_send_is_told(two, monkeypatch, kind
     monkeypatch.setattr(mx.distributed, "all_gather", gather)
     with pytest.raises(TrainingError, match="rank 1 has ended without a word"):
         world.gather("counts", np.array([7, 9]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sum_over_fewer_processes_than_there_are_is_no_loss(two, monkeypatch, ranks):
+    world, _ = two
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: array * ranks)
+    metrics = {"loss": mx.array(0.5), "micro_batches": mx.array(1.0), "entropy": mx.array(2.0)}
+    grads, measured, norm = Exchange(world)({"a": mx.array([3.0, 4.0])}, metrics)
+    assert grads["a"].tolist() == [3.0 * ranks, 4.0 * ranks] and norm.item() == 5.0 * ranks
+    assert measured["loss"].item() == pytest.approx(1.0 if ranks == 2 else float("nan"), nan_ok=True)
+
+
+@pytest.mark.parametrize(("ended", "said"), [("rank 1 has ended without a word", "rank 1"), (None, "learning_rate")])
+def test_a_loss_that_is_no_number_is_the_lost_processs(two, monkeypatch, ended, said):
+    world, _ = two
+    monkeypatch.setattr(world.watch, "name_ended", lambda: ended)
+    pending = Pending(SimpleNamespace(world=world, plan=SimpleNamespace(nan_inf_filter=True)), 0, lambda step: 1e-3)
+    loss = {"loss": float("nan"), "micro_batches": 1.0}
+    pending._steps = [StepMetrics.split({name: mx.array(value) for name, value in loss.items()})]
+    with pytest.raises(TrainingError, match=said):
+        pending.check()
 
 
 def test_the_rank_that_differs_is_found():

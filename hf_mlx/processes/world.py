@@ -112,7 +112,7 @@ class World:
         self._tables += 1
         padded = np.zeros(self.width, np.int32)
         padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
-        padded[2] = _check(padded)
+        padded[2] = _seal(padded)
         return self._begin(padded)
 
     def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
@@ -122,7 +122,7 @@ class World:
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
         # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
         # what was there before.
-        is_whole = all(_check([*table[:2], 0, *table[3:]]) == table[2] for table in tables)
+        is_whole = all(_seal(table) == table[2] for table in tables)
         is_old = not len(other) and (tables[:, 1] != tables[self.rank, 1]).any()
         if not is_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
             raise self.lost(what or kind)
@@ -231,9 +231,14 @@ class World:
         )
 
 
-def _check(data: bytes | np.ndarray | list[int]) -> int:
-    """A number of 31 bits that differs as soon as ``data`` does, whole numbers of 32 bits or bytes."""
-    return crc32(data if isinstance(data, bytes) else np.asarray(data, np.int32).tobytes()) & 0x7FFFFFFF
+def _check(data: bytes) -> int:
+    """A number of 31 bits that differs as soon as ``data`` does."""
+    return crc32(data) & 0x7FFFFFFF
+
+
+def _seal(table: np.ndarray) -> int:
+    """The check of a table, whatever stands in the place of its own."""
+    return _check(table[:2].tobytes() + table[_HEAD - 1 :].tobytes())
 
 
 def is_lost(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import mlx.core as mx
@@ -81,7 +82,7 @@ class Exchange:
         for dtype, names in lines.items():
             parts = [grads[name].reshape(-1) for name in names]
             if dtype == mx.float32:
-                parts.append(mx.stack([metrics[name] for name in shared]))
+                parts.append(mx.stack([*(metrics[name] for name in shared), mx.array(1.0)]))
             whole = self._sum(mx.concatenate(parts), after)
             at = 0
             for name in names:
@@ -89,6 +90,8 @@ class Exchange:
                 at += grads[name].size
             if dtype == mx.float32:
                 kept |= {name: whole[at + place] for place, name in enumerate(shared)}
+                # A ring that has just lost a process sums without an error, over what it has: not a number to log.
+                kept["loss"] = mx.where(whole[at + len(shared)] == self.size, kept["loss"], math.nan)
         summed |= {name: self._sum(grad, after) for name, grad in grads.items() if name not in summed}
         made = {name: summed[name] for name in grads}
         return made, {name: kept[name] for name in (*metrics, OWN_LOSS)}, global_norm(made.values())
