@@ -192,6 +192,8 @@ class Step(Trained):
 
         (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
+        if self.exchange is not None:
+            measured = measured | self.exchange.extremes(measured)
         weighed = {name: measured[name] * by for name, by in weights["metrics"].items() if name in measured}
         metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:
