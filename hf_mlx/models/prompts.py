@@ -1,77 +1,128 @@
-"""Prompts that two answers share: computed once, handed to both answers through mlx-lm's ``cache`` argument."""
+"""Prompts that two answers share: everything is computed for one row of a pair, and attention alone for two.
+
+Such a row holds the prompt, the chosen answer and the rejected one. Its tokens go through a model as rows of one token,
+each with its position (mlx-lm's models take a position for each row, from the ``cache`` argument). Within attention the
+prompt with either answer becomes a sequence again, under a plain causal mask.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.rope_utils import SuScaledRoPE
 
 from .architectures import can_pack
 from .load import LoadedModel
 from .masks import SegmentCache
 
+#: (queries, keys, values, mask) of sequences -> (B, heads, S, D).
+Attend = Callable[[mx.array, mx.array, mx.array, Any], mx.array]
+
+
+class Causal(str):
+    """mlx-lm's mask ``"causal"`` with the window of a layer; no model's code looks into it."""
+
+    __slots__ = ("window",)
+
+    def __new__(cls, window: int | None) -> Causal:
+        mask = super().__new__(cls, "causal")
+        mask.window = window
+        return mask
+
 
 class PromptCache(SegmentCache):
-    """A cache that holds nothing: within one pass, rows of answers see the keys of the rows that hold their prompt.
+    """A cache that holds nothing: it knows where each token of a pair's row stands in the pair's two sequences.
 
-    A unit of rows is a prompt, cut into runs of a row's width, and then the chosen and the rejected answer. An answer
-    stands right behind its prompt, wherever that ends in its last row. Being without state, it goes through gradient
-    checkpointing as any other argument does.
+    Being without state, it goes through gradient checkpointing as any other argument does.
 
     Args:
-        prompts: (P, 1) int32, tokens of each prompt.
-        unit: Rows of a unit, at least 3.
-        width: Of a row.
+        offsets: (P, T) int32, the position of each token in its sequence.
+        splits: (P, 1) int32, where in its row the rejected answer begins.
+        rejected: (P, S) int32, where in its row each token of the prompt with the rejected answer stands.
+
+    Attributes:
+        offset: (P * T,) int32, the position of each token.
     """
 
-    def __init__(self, prompts: mx.array, unit: int, width: int) -> None:
-        pairs = prompts.shape[0]
-        self._unit = unit
-        starts = mx.broadcast_to(mx.arange(unit - 2) * width, (pairs, unit - 2))
-        #: (R,) int32: the position of each row's first token.
-        self.offset = mx.concatenate([starts, prompts, prompts], axis=1).reshape(-1).astype(mx.int32)
-        self._is_prompt = mx.broadcast_to(mx.arange(unit) < unit - 2, (pairs, unit)).reshape(-1)
+    def __init__(self, offsets: mx.array, splits: mx.array, rejected: mx.array) -> None:
+        (pairs, width), length = offsets.shape, rejected.shape[1]
+        self._length = length
+        self.offset = offsets.reshape(-1)
+        columns, slots = mx.arange(width), mx.arange(length)
+        rows, first = mx.arange(pairs)[:, None] * width, mx.arange(pairs)[:, None] * (2 * length)
+        # A pair's slots are those of the prompt with the chosen answer, the beginning of its row, and of the other.
+        held = mx.concatenate([mx.broadcast_to(slots, rejected.shape), rejected], axis=1)
+        self._tokens = (held + rows).reshape(-1)
+        self._slots = (offsets + mx.where(columns < splits, 0, length) + first).reshape(-1)
+        # Where a token of the prompt stands a second time.
+        again = mx.pad(rejected == slots, [(0, 0), (0, width - length)])
+        self._again = (mx.where(again, columns + length, 0) + first).reshape(-1)
+        self._is_again = again.reshape(-1, 1)
+        # Padding of a row has no slot, and padding of a sequence has no token: nothing goes back to either.
+        self._is_held = (self._tokens[self._slots] == mx.arange(pairs * width))[:, None]
+        self._is_first = (self._slots[self._tokens] == mx.arange(2 * pairs * length))[:, None]
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """The boolean mask (R, 1, N, keys): the prompt's positions and then the row's own, causal, in the window."""
-        queries = self.offset[:, None] + mx.arange(N)
-        shared = mx.broadcast_to(mx.arange((self._unit - 2) * N), (queries.shape[0], (self._unit - 2) * N))
-        keys = mx.concatenate([shared, queries], axis=1)
-        behind = queries[:, :, None] - keys[:, None, :]
-        seen = behind >= 0
-        if window_size is not None:
-            seen = seen & (behind < window_size)
-        # What lies behind the end of a prompt is padding there, and the positions of its answers' own tokens.
-        own = mx.arange(keys.shape[1]) >= shared.shape[1]
-        prompt = self._is_prompt[:, None]
-        there = mx.where(own, mx.logical_not(prompt), prompt | (keys < self.offset[:, None]))
-        return (seen & there[:, None, :])[:, None]
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """What :meth:`attend` makes the mask of."""
+        return Causal(window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values (R, heads, N, size), those of the prompt in front."""
-        return self._join(keys), self._join(values)
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Causal, attend: Attend) -> mx.array:
+        """Attention of tokens, each to the prompt and to its own answer.
 
-    def _join(self, x: mx.array) -> mx.array:
-        _, heads, width, size = x.shape
-        prompts = x.reshape(-1, self._unit, heads, width, size)[:, :-2]
-        prompts = prompts.transpose(0, 2, 1, 3, 4).reshape(-1, heads, (self._unit - 2) * width, size)
-        return mx.concatenate([mx.repeat(prompts, self._unit, axis=0), x], axis=2)
+        Args:
+            queries, keys, values: (P * T, heads, 1, size), one row for each token.
+            mask: Of :meth:`make_mask`.
+            attend: What computes it for sequences.
+
+        Returns:
+            (P * T, heads, 1, size).
+        """
+        window = mask.window
+        short = window is None or window >= self._length
+        seen = "causal" if short else create_causal_mask(self._length, window_size=window)
+        found = attend(*map(self._to_sequences, (queries, keys, values)), seen)
+        _, heads, _, size = found.shape
+        return self._to_tokens(found.transpose(0, 2, 1, 3).reshape(-1, heads * size)).reshape(-1, heads, 1, size)
+
+    def _to_sequences(self, x: mx.array) -> mx.array:
+        """(P * T, heads, 1, size) to (2P, heads, S, size)."""
+        _, heads, _, size = x.shape
+        gather: Any = mx.custom_function(lambda x: x[self._tokens])
+
+        @gather.vjp
+        def backward(_: Any, cotangent: mx.array, output: Any) -> mx.array:
+            # Gathered, where mlx's own would add up in a scatter.
+            own = mx.where(self._is_held, cotangent[self._slots], 0)
+            return own + mx.where(self._is_again, cotangent[self._again], 0)
+
+        return gather(x.reshape(-1, heads * size)).reshape(-1, self._length, heads, size).transpose(0, 2, 1, 3)
+
+    def _to_tokens(self, x: mx.array) -> mx.array:
+        """(2P * S, …) to (P * T, …); a prompt's from the sequence of the chosen answer."""
+        gather: Any = mx.custom_function(lambda x: x[self._slots])
+        gather.vjp(lambda _, cotangent, output: mx.where(self._is_first, cotangent[self._tokens], 0))
+        return gather(x)
 
 
-def prompt_cache(model: Any, prompts: mx.array, rows: int, width: int) -> list[PromptCache]:
-    """A cache for ``model(input_ids, cache=…)`` whose rows are those of :class:`PromptCache`.
+def prompt_cache(model: Any, offsets: mx.array, splits: mx.array, rejected: mx.array) -> list[PromptCache]:
+    """A cache for ``model(input_ids, cache=…)`` with ``input_ids`` (P * T, 1), the tokens of pairs' rows.
 
     Args:
-        model: One that :func:`shares_prompts` accepts.
-        prompts: (P, 1) int32, tokens of each prompt; may be traced by ``mx.compile``.
-        rows, width: Of ``input_ids``.
+        model: One whose attention :func:`hf_mlx.training.blocked_attention.attend_in_blocks` reaches in every layer.
+        offsets, splits, rejected: Of :class:`PromptCache`; may be traced by ``mx.compile``.
     """
-    return [PromptCache(prompts, rows // prompts.shape[0], width)] * len(model.layers)
+    return [PromptCache(offsets, splits, rejected)] * len(model.layers)
 
 
 def shares_prompts(loaded: LoadedModel) -> bool:
-    """Whether a model's layers take what they look at from the cache, and a position of its own for each row."""
+    """Whether a model's layers take a position of its own for each row, and attention that is replaced is all they do.
+
+    Asked once :func:`~hf_mlx.training.blocked_attention.attend_in_blocks` was called.
+    """
     # This rotary embedding compares the offset with the length that it was trained for, on the host.
     scaled = any(isinstance(module, SuScaledRoPE) for module in loaded.model.modules())
-    return can_pack(loaded.model_type) and not scaled
+    reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in loaded.model.layers)
+    return can_pack(loaded.model_type) and reached and not scaled

@@ -117,10 +117,8 @@ def _lay_whole(batch: PairBatch, pad_token_id: int, limit: int | None) -> HostIn
 
 
 def _lay_shared(batch: PairBatch, shared: SharedPrompts) -> HostInputs:
-    answers = shared.targets.reshape(-1, shared.unit, shared.targets.shape[1])[:, -2:]
-    known = pair_arrays(batch, answers.reshape(-1, shared.targets.shape[1]))
-    spread = {name: value if np.ndim(value) == 0 else shared.spread(value) for name, value in known.items()}
-    arrays = {"input_ids": shared.input_ids, "prompts": shared.prompts, **gather_scored(shared.targets), **spread}
+    arrays = {name: getattr(shared, name) for name in ("input_ids", "offsets", "splits", "rejected")}
+    arrays |= gather_scored(shared.targets, shared.scored) | pair_arrays(batch, shared.targets, shared.splits)
     return _host_inputs(batch, arrays, shared.tokens)
 
 

@@ -21,6 +21,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..device import on_cuda
 from ..models.masks import SegmentCache
+from ..models.prompts import PromptCache
 
 # Queries of a block.
 BLOCK = 128
@@ -76,6 +77,9 @@ def blocked_attention(
     Returns:
         (B, heads, T, Dv).
     """
+    if isinstance(cache, PromptCache):
+        attend = lambda *inputs: blocked_attention(*inputs[:3], None, scale, inputs[3], sinks)  # noqa: E731
+        return cache.attend(queries, keys, values, mask, attend)
     length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
@@ -181,7 +185,8 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
         inner.__kwdefaults__ = method.__kwdefaults__
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (inner if self.training else method)(self, *args, **kwargs)
+            paired = any(isinstance(arg, PromptCache) for arg in (*args, *kwargs.values()))
+            return (inner if self.training or paired else method)(self, *args, **kwargs)
 
         return call
 
