@@ -145,3 +145,12 @@ def test_types_share_prompts(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_all_types_share_prompts(model_type, tmp_path):
     check_type(model_type, tmp_path)
+
+
+def test_rotary_embeddings_that_compare_positions_are_left_alone(tmp_path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    tiny_model("phi3", tmp_path, rope_parameters=longrope, max_position_embeddings=128)
+    loaded = load_model(str(tmp_path), ModelPlan())
+    attend_in_blocks(layers(loaded.model))
+    assert not shares_prompts(loaded)

@@ -12,11 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
-from mlx_lm.models.rope_utils import SuScaledRoPE
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE
 
 from .architectures import can_pack
 from .load import LoadedModel
 from .masks import SegmentCache
+from .overrides.rope import LongRope
+
+_SCALED = (LongRope, SuScaledRoPE, DynamicNTKScalingRoPE)
 
 #: (queries, keys, values, mask) of sequences -> (B, heads, S, D).
 Attend = Callable[[mx.array, mx.array, mx.array, Any], mx.array]
@@ -83,12 +86,14 @@ class PromptCache(SegmentCache):
         window = mask.window
         short = window is None or window >= self._length
         seen = "causal" if short else create_causal_mask(self._length, window_size=window)
-        found = attend(*map(self._to_sequences, (queries, keys, values)), seen)
+        # Of a prompt's tokens one query alone is answered, so nothing comes back for the other.
+        once, twice = self._to_sequences(queries, twice=False), (self._to_sequences(x) for x in (keys, values))
+        found = attend(once, *twice, seen)
         _, heads, _, size = found.shape
         return self._to_tokens(found.transpose(0, 2, 1, 3).reshape(-1, heads * size)).reshape(-1, heads, 1, size)
 
-    def _to_sequences(self, x: mx.array) -> mx.array:
-        """(P * T, heads, 1, size) to (2P, heads, S, size)."""
+    def _to_sequences(self, x: mx.array, twice: bool = True) -> mx.array:
+        """(P * T, heads, 1, size) to (2P, heads, S, size); ``twice``: a prompt's gradients of both are added."""
         _, heads, _, size = x.shape
         gather: Any = mx.custom_function(lambda x: x[self._tokens])
 
@@ -96,7 +101,7 @@ class PromptCache(SegmentCache):
         def backward(_: Any, cotangent: mx.array, output: Any) -> mx.array:
             # Gathered, where mlx's own would add up in a scatter.
             own = mx.where(self._is_held, cotangent[self._slots], 0)
-            return own + mx.where(self._is_again, cotangent[self._again], 0)
+            return own + mx.where(self._is_again, cotangent[self._again], 0) if twice else own
 
         return gather(x.reshape(-1, heads * size)).reshape(-1, self._length, heads, size).transpose(0, 2, 1, 3)
 
@@ -122,7 +127,7 @@ def shares_prompts(loaded: LoadedModel) -> bool:
 
     Asked once :func:`~hf_mlx.training.blocked_attention.attend_in_blocks` was called.
     """
-    # This rotary embedding compares the offset with the length that it was trained for, on the host.
-    scaled = any(isinstance(module, SuScaledRoPE) for module in loaded.model.modules())
+    # These compare positions with the length that a model was trained for, on the host.
+    scaled = any(isinstance(module, _SCALED) for module in loaded.model.modules())
     reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in loaded.model.layers)
     return can_pack(loaded.model_type) and reached and not scaled

@@ -23,6 +23,7 @@ from .optimizers.contract import Arrays
 from .pair_losses import Pairs, pair_loss
 from .pair_rows import answers_of_tokens, by_pair, rows_together, scored, sum_answers, sum_by_answer, wpo_weights
 from .router import Routers
+from .token_rows import multiply_together
 
 PAIR_METRICS = (
     "entropy",
@@ -71,6 +72,8 @@ class Scorer:
     def __init__(self, loaded: LoadedModel, slots: Slots) -> None:
         self.model = loaded.model
         self.shares_prompts = shares_prompts(loaded)
+        if self.shares_prompts:
+            multiply_together(loaded.model)
         self._split = split_head(loaded)
         self.head: Head | None = self._split[1] if self._split is not None else None
         self._blocks = HeadBlocks(loaded.model, self.head, slots) if self.head is not None else None
