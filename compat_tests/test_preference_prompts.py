@@ -18,9 +18,9 @@ from hf_mlx.data.prompts import pair_width, share_prompts
 from hf_mlx.models.architectures import VERIFIED, can_pack
 from hf_mlx.models.heads import layers
 from hf_mlx.models.load import load_model
-from hf_mlx.models.prompts import prompt_cache, shares_prompts
 from hf_mlx.settings.plan import ModelPlan
 from hf_mlx.training.blocked_attention import attend_in_blocks
+from hf_mlx.training.shared_rows import prompt_cache, shares_prompts
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 2e-3}
@@ -127,7 +127,7 @@ def check_type(model_type: str, folder) -> None:
         return
     rows = make_rows(np.random.default_rng(0), 3, (40, 7))
     shared = share_prompts(collate_pairs(rows, pad_token_id=2, max_length=None), 2)
-    cache = prompt_cache(model, *(mx.array(getattr(shared, name)) for name in ("offsets", "splits", "rejected")))
+    cache = prompt_cache(model, *(mx.array(getattr(shared, name)) for name in ("offsets", "slots", "rejected")))
     found = model(mx.array(shared.input_ids).reshape(-1, 1), cache=cache).reshape(*shared.input_ids.shape, -1)
     for pair, row in enumerate(rows):
         for name, begin in (("chosen_ids", len(row["prompt_ids"]) - 1), ("rejected_ids", shared.splits[pair, 0])):

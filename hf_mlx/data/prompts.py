@@ -27,6 +27,7 @@ class SharedPrompts:
         input_ids: (P, T) int32.
         targets: (P, T) int32, the next token of each position that is scored, else -100.
         offsets: (P, T) int32, where each token stands in its own sequence, the prompt and one answer.
+        slots: (P, T) int32, where it stands in both sequences of its pair, one behind the other.
         splits: (P, 1) int32, where in its row the rejected answer begins.
         rejected: (P, S) int32, where in its row each token of the prompt with the rejected answer stands. The prompt
             with the chosen answer is the beginning of the row. What lies behind the end of either is padding.
@@ -36,6 +37,7 @@ class SharedPrompts:
     input_ids: np.ndarray
     targets: np.ndarray
     offsets: np.ndarray
+    slots: np.ndarray
     splits: np.ndarray
     rejected: np.ndarray
     tokens: int
@@ -79,10 +81,16 @@ def share_prompts(batch: PairBatch, pad_token_id: int, limit: int | None = None)
             scored = batch.labels[row, start + 1 : end]
             targets[pair, at : at + len(scored)] = scored
     splits, columns = lengths[:, :1], np.arange(width)
-    offsets = np.minimum(columns - np.where(columns < splits, 0, sizes[:, :1]), sequence - 1)
-    slots = np.arange(sequence)
-    rejected = np.minimum(slots + np.where(slots < starts[:, None], 0, sizes[:, :1]), width - 1)
-    arrays = (array.astype(np.int32) for array in (offsets, splits, rejected))
+    is_rejected = columns >= splits
+    offsets = columns - np.where(is_rejected, sizes[:, :1], 0)
+    slots = offsets + sequence * is_rejected
+    # A slot that is read nowhere: the second copy of the prompt, or the padding of one sequence.
+    unread = np.where(starts > 0, sequence, np.where(lengths[:, 0] < sequence, sequence - 1, 2 * sequence - 1))
+    is_padding = columns >= together[:, None]
+    offsets, slots = np.where(is_padding, 0, offsets), np.where(is_padding, unread[:, None], slots)
+    places = np.arange(sequence)
+    rejected = np.minimum(places + np.where(places < starts[:, None], 0, sizes[:, :1]), width - 1)
+    arrays = (array.astype(np.int32) for array in (offsets, slots, splits, rejected))
     return SharedPrompts(ids, targets, *arrays, tokens=int(together.sum()))
 
 

@@ -117,7 +117,7 @@ def _lay_whole(batch: PairBatch, pad_token_id: int, limit: int | None) -> HostIn
 
 
 def _lay_shared(batch: PairBatch, shared: SharedPrompts) -> HostInputs:
-    arrays = {name: getattr(shared, name) for name in ("input_ids", "offsets", "splits", "rejected")}
+    arrays = {name: getattr(shared, name) for name in ("input_ids", "offsets", "slots", "splits", "rejected")}
     arrays |= gather_scored(shared.targets, shared.scored) | pair_arrays(batch, shared.targets, shared.splits)
     return _host_inputs(batch, arrays, shared.tokens)
 

@@ -21,7 +21,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..device import on_cuda
 from ..models.masks import SegmentCache
-from ..models.prompts import PromptCache
+from .shared_rows import PromptCache
 
 # Queries of a block.
 BLOCK = 128

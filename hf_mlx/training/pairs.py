@@ -14,7 +14,6 @@ from ..data.batch import Batch
 from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
-from ..models.prompts import prompt_cache, shares_prompts
 from ..settings.plan import PairLossPlan
 from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_logp, linear_token_logps, token_logps
@@ -23,6 +22,7 @@ from .optimizers.contract import Arrays
 from .pair_losses import Pairs, pair_loss
 from .pair_rows import answers_of_tokens, by_pair, rows_together, scored, sum_answers, sum_by_answer, wpo_weights
 from .router import Routers
+from .shared_rows import prompt_cache, shares_prompts
 from .token_rows import multiply_together
 
 PAIR_METRICS = (
@@ -101,7 +101,7 @@ class Scorer:
         if "splits" in arrays:
             # Two answers share a row: each token is a row of its own, with its position.
             ids = ids.reshape(-1, 1)
-            cache = prompt_cache(self.model, *(arrays[name] for name in ("offsets", "splits", "rejected")))
+            cache = prompt_cache(self.model, *(arrays[name] for name in ("offsets", "slots", "rejected")))
         found = self.model(ids, cache=cache) if self._split is None else self._split[0](self.model, ids, cache)
         return scored(found, arrays)
 

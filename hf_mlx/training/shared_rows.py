@@ -14,10 +14,11 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE
 
-from .architectures import can_pack
-from .load import LoadedModel
-from .masks import SegmentCache
-from .overrides.rope import LongRope
+from ..models.architectures import can_pack
+from ..models.load import LoadedModel
+from ..models.masks import SegmentCache
+from ..models.overrides.rope import LongRope
+from .take_rows import take_rows
 
 _SCALED = (LongRope, SuScaledRoPE, DynamicNTKScalingRoPE)
 
@@ -43,28 +44,28 @@ class PromptCache(SegmentCache):
 
     Args:
         offsets: (P, T) int32, the position of each token in its sequence.
-        splits: (P, 1) int32, where in its row the rejected answer begins.
-        rejected: (P, S) int32, where in its row each token of the prompt with the rejected answer stands.
+        slots: (P, T) int32, where each token stands among the 2 S slots of its pair, the prompt with the chosen answer
+            and then with the rejected one: a prompt's tokens in the first, padding in a slot that is read nowhere.
+        rejected: (P, S) int32, where in its row each token of the prompt with the rejected answer stands. The prompt
+            with the chosen answer is the beginning of the row.
 
     Attributes:
         offset: (P * T,) int32, the position of each token.
     """
 
-    def __init__(self, offsets: mx.array, splits: mx.array, rejected: mx.array) -> None:
+    def __init__(self, offsets: mx.array, slots: mx.array, rejected: mx.array) -> None:
         (pairs, width), length = offsets.shape, rejected.shape[1]
         self._length = length
         self.offset = offsets.reshape(-1)
-        columns, slots = mx.arange(width), mx.arange(length)
+        columns, places = mx.arange(width), mx.arange(length)
         rows, first = mx.arange(pairs)[:, None] * width, mx.arange(pairs)[:, None] * (2 * length)
-        # A pair's slots are those of the prompt with the chosen answer, the beginning of its row, and of the other.
-        held = mx.concatenate([mx.broadcast_to(slots, rejected.shape), rejected], axis=1)
-        self._tokens = (held + rows).reshape(-1)
-        self._slots = (offsets + mx.where(columns < splits, 0, length) + first).reshape(-1)
+        # The token of each slot, and the slot of each token.
+        held = mx.concatenate([mx.broadcast_to(places, rejected.shape), rejected], axis=1)
+        self._tokens, self._slots = (held + rows).reshape(-1), (slots + first).reshape(-1)
         # Where a token of the prompt stands a second time.
-        again = mx.pad(rejected == slots, [(0, 0), (0, width - length)])
+        again = mx.pad(rejected == places, [(0, 0), (0, width - length)])
         self._again = (mx.where(again, columns + length, 0) + first).reshape(-1)
         self._is_again = again.reshape(-1, 1)
-        # Padding of a row has no slot, and padding of a sequence has no token: nothing goes back to either.
         self._is_held = (self._tokens[self._slots] == mx.arange(pairs * width))[:, None]
         self._is_first = (self._slots[self._tokens] == mx.arange(2 * pairs * length))[:, None]
 
@@ -86,40 +87,46 @@ class PromptCache(SegmentCache):
         window = mask.window
         short = window is None or window >= self._length
         seen = "causal" if short else create_causal_mask(self._length, window_size=window)
-        # Of a prompt's tokens one query alone is answered, so nothing comes back for the other.
         once, twice = self._to_sequences(queries, twice=False), (self._to_sequences(x) for x in (keys, values))
         found = attend(once, *twice, seen)
         _, heads, _, size = found.shape
         return self._to_tokens(found.transpose(0, 2, 1, 3).reshape(-1, heads * size)).reshape(-1, heads, 1, size)
 
     def _to_sequences(self, x: mx.array, twice: bool = True) -> mx.array:
-        """(P * T, heads, 1, size) to (2P, heads, S, size); ``twice``: a prompt's gradients of both are added."""
+        """(P * T, heads, 1, size) to (2P, heads, S, size).
+
+        ``twice`` adds up what comes back for a prompt from both sequences. To queries nothing does from the second, nor
+        from a slot without a token, since no output of theirs is read.
+        """
         _, heads, _, size = x.shape
-        gather: Any = mx.custom_function(lambda x: x[self._tokens])
+        gather: Any = mx.custom_function(lambda x: take_rows(x, self._tokens))
 
         @gather.vjp
         def backward(_: Any, cotangent: mx.array, output: Any) -> mx.array:
-            # Gathered, where mlx's own would add up in a scatter.
-            own = mx.where(self._is_held, cotangent[self._slots], 0)
-            return own + mx.where(self._is_again, cotangent[self._again], 0) if twice else own
+            # Gathered, where MLX's own would add up in a scatter.
+            own = take_rows(cotangent, self._slots)
+            if not twice:
+                return own
+            again = mx.where(self._is_again, take_rows(cotangent, self._again), 0)
+            return mx.where(self._is_held, own, 0) + again
 
         return gather(x.reshape(-1, heads * size)).reshape(-1, self._length, heads, size).transpose(0, 2, 1, 3)
 
     def _to_tokens(self, x: mx.array) -> mx.array:
         """(2P * S, …) to (P * T, …); a prompt's from the sequence of the chosen answer."""
-        gather: Any = mx.custom_function(lambda x: x[self._slots])
-        gather.vjp(lambda _, cotangent, output: mx.where(self._is_first, cotangent[self._tokens], 0))
+        gather: Any = mx.custom_function(lambda x: take_rows(x, self._slots))
+        gather.vjp(lambda _, cotangent, output: mx.where(self._is_first, take_rows(cotangent, self._tokens), 0))
         return gather(x)
 
 
-def prompt_cache(model: Any, offsets: mx.array, splits: mx.array, rejected: mx.array) -> list[PromptCache]:
+def prompt_cache(model: Any, offsets: mx.array, slots: mx.array, rejected: mx.array) -> list[PromptCache]:
     """A cache for ``model(input_ids, cache=…)`` with ``input_ids`` (P * T, 1), the tokens of pairs' rows.
 
     Args:
-        model: One whose attention :func:`hf_mlx.training.blocked_attention.attend_in_blocks` reaches in every layer.
-        offsets, splits, rejected: Of :class:`PromptCache`; may be traced by ``mx.compile``.
+        model: One whose attention :func:`~hf_mlx.training.blocked_attention.attend_in_blocks` reaches in every layer.
+        offsets, slots, rejected: Of :class:`PromptCache`; may be traced by ``mx.compile``.
     """
-    return [PromptCache(offsets, splits, rejected)] * len(model.layers)
+    return [PromptCache(offsets, slots, rejected)] * len(model.layers)
 
 
 def shares_prompts(loaded: LoadedModel) -> bool:
