@@ -24,6 +24,9 @@ SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 # With rates at which pairs come apart by more than the rounding of their log-probabilities: the sign of less is noise.
 # They are far above what preference training uses, and some losses explode at them.
 OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.1, "adagrad": 2e-3, "rmsprop": 3e-4, "adafactor": 2e-3}
+# exp of a log-ratio, a square or a steep sigmoid of one: at these rates gradients grow to thousands within a few steps,
+# rounding with them, and some runs of forward_kl end in inf.
+STEEP = {"forward_kl": 0.01, "alpha_divergence": 0.3, "discopop": 0.3, "ipo": 0.3, "sppo_hard": 0.3}
 
 
 def draw_loss(pick: random.Random) -> dict[str, Any]:
@@ -70,9 +73,7 @@ def draw(index: int) -> dict[str, Any]:
     reference, kind = pick.choice(REFERENCES), pick.choice(FORMATS)
     optimizer, rate = pick.choice(list(OPTIMIZERS.items()))
     loss = draw_loss(pick)
-    if loss["f_divergence_type"] == "forward_kl":
-        # exp of a log-ratio: at these rates gradients grow to thousands within a few steps, and some runs end in inf.
-        rate *= 0.01
+    rate *= min(STEEP.get(name, 1) for name in (loss["f_divergence_type"], *loss["loss_type"]))
     settings = {
         "per_device_train_batch_size": pick.choice([1, 2, 3, 5]),
         "gradient_accumulation_steps": pick.choice([1, 2, 3]),
