@@ -49,7 +49,7 @@ def other(folder: Path) -> Any:
     torch.manual_seed(11)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter += 0.01 * torch.randn_like(parameter)
     return model
 
 

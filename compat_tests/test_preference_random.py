@@ -26,7 +26,7 @@ SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.1, "adagrad": 2e-3, "rmsprop": 3e-4, "adafactor": 2e-3}
 # exp of a log-ratio, a square or a steep sigmoid of one: at these rates gradients grow to thousands within a few steps,
 # rounding with them, and some runs of forward_kl end in inf.
-STEEP = {"forward_kl": 0.01, "alpha_divergence": 0.3, "discopop": 0.3, "ipo": 0.3, "sppo_hard": 0.3}
+STEEP = {"forward_kl": 0.03, "alpha_divergence": 0.3, "discopop": 0.3, "ipo": 0.3, "sppo_hard": 0.3}
 
 
 def draw_loss(pick: random.Random) -> dict[str, Any]:

@@ -42,14 +42,6 @@ class SharedPrompts:
     rejected: np.ndarray
     tokens: int
 
-    @property
-    def scored(self) -> Shape:
-        """The shape of ``input_ids``, with how many positions are gathered before the vocabulary projection."""
-        count = int((self.targets != IGNORE).sum())
-        step = max(1, (1 << max(count - 1, 1).bit_length()) // (2 * _SCORED_STEPS))
-        count = -(-count // step) * step
-        return Shape(*self.input_ids.shape, False, scored=(count,) if count < self.input_ids.size else ())
-
 
 def share_prompts(batch: PairBatch, pad_token_id: int, limit: int | None = None) -> SharedPrompts | None:
     """``batch`` with a row for each pair, or None where that is not possible or does not pay.
@@ -92,6 +84,14 @@ def share_prompts(batch: PairBatch, pad_token_id: int, limit: int | None = None)
     rejected = np.minimum(places + np.where(places < starts[:, None], 0, sizes[:, :1]), width - 1)
     arrays = (array.astype(np.int32) for array in (offsets, slots, splits, rejected))
     return SharedPrompts(ids, targets, *arrays, tokens=int(together.sum()))
+
+
+def scored_shape(targets: np.ndarray) -> Shape:
+    """The shape of ``targets`` (R, W), with how many positions are gathered before the vocabulary projection."""
+    count = int((targets != IGNORE).sum())
+    step = max(1, (1 << max(count - 1, 1).bit_length()) // (2 * _SCORED_STEPS))
+    count = -(-count // step) * step
+    return Shape(*targets.shape, False, scored=(count,) if count < targets.size else ())
 
 
 def pair_width(longest: int, rows: int, limit: int | None = None) -> int:
