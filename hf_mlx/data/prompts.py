@@ -91,7 +91,8 @@ def scored_shape(targets: np.ndarray) -> Shape:
     count = int((targets != IGNORE).sum())
     step = max(1, (1 << max(count - 1, 1).bit_length()) // (2 * _SCORED_STEPS))
     count = -(-count // step) * step
-    return Shape(*targets.shape, False, scored=(count,) if count < targets.size else ())
+    rows, width = targets.shape
+    return Shape(rows, width, False, scored=(count,) if count < targets.size else ())
 
 
 def pair_width(longest: int, rows: int, limit: int | None = None) -> int:

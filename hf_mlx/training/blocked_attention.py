@@ -78,8 +78,9 @@ def blocked_attention(
         (B, heads, T, Dv).
     """
     if isinstance(cache, PromptCache):
-        attend = lambda *inputs: blocked_attention(*inputs[:3], None, scale, inputs[3], sinks)  # noqa: E731
-        return cache.attend(queries, keys, values, mask, attend)
+        return cache.attend(
+            queries, keys, values, mask, lambda q, k, v, seen: blocked_attention(q, k, v, None, scale, seen, sinks)
+        )
     length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_

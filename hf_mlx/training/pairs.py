@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -81,19 +81,20 @@ class Scorer:
     def __call__(self, params: Arrays, arrays: Arrays, *, gradient: bool, squares: bool = False) -> TokenLogps:
         """Of each scored token, (N,); ``params`` are bound already."""
         found, targets = self._read(arrays), arrays["targets"]
-        rows = self._rows(targets)
-        if rows is None:
+        blocks, rows = self._in_blocks(targets)
+        if blocks is None:
             return token_logps(self._finish(found), targets, squares=squares)
-        head = self._blocks.project, found, self._weights(params), targets
-        return linear_token_logps(*head, rows=rows, gradient=gradient, squares=squares)
+        weights = [params[name] for name in blocks.names]
+        options: dict[str, Any] = {"rows": rows, "gradient": gradient, "squares": squares}
+        return linear_token_logps(blocks.project, found, weights, targets, **options)
 
     def logp(self, params: Arrays, arrays: Arrays) -> mx.array:
         """The log-probability alone of each scored token, (N,) float32, without gradients."""
         found, targets = self._read(arrays), arrays["targets"]
-        rows = self._rows(targets)
-        if rows is None:
+        blocks, rows = self._in_blocks(targets)
+        if blocks is None:
             return token_logps(self._finish(found), targets).logp
-        return linear_logp(self._blocks.project, found, self._weights(params), targets, rows=rows)
+        return linear_logp(blocks.project, found, [params[name] for name in blocks.names], targets, rows=rows)
 
     def _read(self, arrays: Arrays) -> mx.array:
         """Hidden states (N, H) of the scored tokens; their logits where the model's code does not divide there."""
@@ -108,13 +109,11 @@ class Scorer:
     def _finish(self, found: mx.array) -> mx.array:
         return found if self._split is None else self._split[1](self.model, found)
 
-    def _rows(self, targets: mx.array) -> int | None:
-        """Tokens of a block of logits; None where all are computed at once."""
-        rows = None if self._blocks is None else self._blocks.rows(targets.shape[0])
-        return None if rows == targets.shape[0] else rows
-
-    def _weights(self, params: Arrays) -> list[mx.array]:
-        return [params[name] for name in self._blocks.names]
+    def _in_blocks(self, targets: mx.array) -> tuple[HeadBlocks | None, int]:
+        """The head and how many tokens it takes at a time; None where it takes all at once."""
+        tokens = targets.shape[0]
+        rows = tokens if self._blocks is None else self._blocks.rows(tokens)
+        return None if rows == tokens else self._blocks, rows
 
 
 class Answers(NamedTuple):

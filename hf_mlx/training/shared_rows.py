@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE
 
 from ..models.architectures import can_pack
+from ..models.heads import layers
 from ..models.load import LoadedModel
 from ..models.masks import SegmentCache
 from ..models.overrides.rope import LongRope
@@ -73,7 +74,7 @@ class PromptCache(SegmentCache):
         """What :meth:`attend` makes the mask of."""
         return Causal(window_size)
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Causal, attend: Attend) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, attend: Attend) -> mx.array:
         """Attention of tokens, each to the prompt and to its own answer.
 
         Args:
@@ -87,8 +88,8 @@ class PromptCache(SegmentCache):
         window = mask.window
         short = window is None or window >= self._length
         seen = "causal" if short else create_causal_mask(self._length, window_size=window)
-        once, twice = self._to_sequences(queries, twice=False), (self._to_sequences(x) for x in (keys, values))
-        found = attend(once, *twice, seen)
+        once = self._to_sequences(queries, twice=False)
+        found = attend(once, self._to_sequences(keys), self._to_sequences(values), seen)
         _, heads, _, size = found.shape
         return self._to_tokens(found.transpose(0, 2, 1, 3).reshape(-1, heads * size)).reshape(-1, heads, 1, size)
 
@@ -136,5 +137,5 @@ def shares_prompts(loaded: LoadedModel) -> bool:
     """
     # These compare positions with the length that a model was trained for, on the host.
     scaled = any(isinstance(module, _SCALED) for module in loaded.model.modules())
-    reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in loaded.model.layers)
+    reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in layers(loaded.model))
     return can_pack(loaded.model_type) and reached and not scaled
