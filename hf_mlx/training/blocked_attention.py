@@ -21,6 +21,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..device import on_cuda
 from ..models.masks import SegmentCache
+from .shared_rows import PromptCache
 
 # Queries of a block; more on CUDA, where starting the kernels of small ones would take longer than they do.
 BLOCK, CUDA_BLOCK = 128, 512
@@ -78,6 +79,10 @@ def blocked_attention(
     Returns:
         (B, heads, T, Dv).
     """
+    if isinstance(cache, PromptCache):
+        return cache.attend(
+            queries, keys, values, mask, lambda q, k, v, seen: blocked_attention(q, k, v, None, scale, seen, sinks)
+        )
     length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
@@ -198,7 +203,8 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
         inner.__kwdefaults__ = method.__kwdefaults__
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (inner if self.training else method)(self, *args, **kwargs)
+            paired = any(isinstance(arg, PromptCache) for arg in (*args, *kwargs.values()))
+            return (inner if self.training or paired else method)(self, *args, **kwargs)
 
         return call
 
