@@ -1,5 +1,6 @@
 """Set up before any test module is imported: a fast BLAS for MLX on one thread, and no hub."""
 
+import gc
 import os
 
 from hf_mlx.blas import load_openblas
@@ -8,3 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does: how many cores a machine has must not decide what a test sees.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()
+
+
+def pytest_collection_finish():
+    """Take what the imports made out of later collections: accelerate collects garbage in each run of TRL."""
+    gc.collect()
+    gc.freeze()

@@ -1,6 +1,8 @@
 """Every setting that the ledger calls honoured or adapted visibly does something, the same as in TRL's run."""
 
+import ast
 import copy
+import functools
 from pathlib import Path
 
 import effect_cases
@@ -47,6 +49,13 @@ def read_history(run: Run) -> list[dict]:
     return [{k: v for k, v in entry.items() if not any(t in k for t in TIMED)} for entry in run.history]
 
 
+@functools.cache
+def run_plain(model: Path, rows: str, base: str) -> Run:
+    """Our run without the setting: many settings are compared with the same one."""
+    eval_dataset = Dataset.from_list(make_rows(rows)[:5])
+    return run_mlx(model, *_given(ast.literal_eval(base), rows), eval_dataset=eval_dataset)
+
+
 def check_curve(model: Path, rows: str, base: tuple[dict, dict], changed: tuple[dict, dict], *, stays: bool) -> None:
     """Our run of ``changed`` equals TRL's, and is another one than that of ``base``."""
     keywords = {"eval_dataset": Dataset.from_list(make_rows(rows)[:5])}
@@ -55,7 +64,7 @@ def check_curve(model: Path, rows: str, base: tuple[dict, dict], changed: tuple[
     theirs.weights = {name.replace("_vector.weight", "_vector"): value for name, value in theirs.weights.items()}
     assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=WEIGHTS) >= 2
     if not stays:
-        plain = run_mlx(model, *_given(base, rows), **keywords)
+        plain = run_plain(model, rows, repr(base))
         assert (read_history(ours), ours.weights.keys()) != (read_history(plain), plain.weights.keys())
 
 
