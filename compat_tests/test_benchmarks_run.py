@@ -12,7 +12,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 def test_a_step_beside_the_peers(tmp_path):
     kept, chart = tmp_path / "out" / "step.json", tmp_path / "out" / "step.png"
-    words = ["--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1", "--json", kept, "--chart", chart]
+    words = ["--preset", "tiny", "--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1"]
+    words += ["--json", kept, "--chart", chart]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "sft_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
     )
@@ -48,6 +49,7 @@ def test_parts_of_the_scripts_own(tmp_path):
     assert report["results"][0]["ratio"] == 1
 
 
+@pytest.mark.wide
 def test_a_step_of_pre_training_beside_transformers(tmp_path):
     kept = tmp_path / "out" / "trainer.json"
     words = ["--shapes", "1x16", "--steps", "3", "--warm-up", "1", "--json", kept]
@@ -62,6 +64,7 @@ def test_a_step_of_pre_training_beside_transformers(tmp_path):
     assert len(results[0]["losses"]) == 1
 
 
+@pytest.mark.wide
 def test_a_step_of_preferences_beside_trl(tmp_path):
     kept = tmp_path / "out" / "dpo.json"
     words = ["--shapes", "1x16", "--prompts", "0.5", "--steps", "3", "--warm-up", "1", "--json", kept]
