@@ -3,6 +3,9 @@
 import gc
 import os
 
+import mlx.core as mx
+import pytest
+
 from hf_mlx.blas import load_openblas
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,3 +18,14 @@ def pytest_collection_finish():
     """Take what the imports made out of later collections: accelerate collects garbage in each run of TRL."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def uncompiled():
+    """Compute the same functions without mx.compile, for what is compared over many kinds of models.
+
+    On the Linux CPU each kind has kernels of its own, which g++ takes longer to compile than the test to compare.
+    """
+    mx.disable_compile()
+    yield
+    mx.enable_compile()

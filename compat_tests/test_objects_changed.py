@@ -19,6 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import HFMLXError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 on both sides, three optimizer steps apart.
 LOSS = 2e-6
 

@@ -17,6 +17,8 @@ from trl import SFTTrainer
 from hf_mlx import MLXSFTTrainer, verify_adapter
 from hf_mlx.errors import AdapterError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 NAMES = ("mine", "q_proj", "lora_A")
 
 

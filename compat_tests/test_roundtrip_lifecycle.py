@@ -32,6 +32,8 @@ from hf_mlx.adapters.read import import_adapter
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import ModelPlan
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 WORDS = [f"w{i}" for i in range(57)]
 ROWS_OF_TABLE = 60
 NEW = [AddedToken("<tool>"), AddedToken("</tool>")]

@@ -30,6 +30,8 @@ from hf_mlx.adapters.merge import merge_adapter
 from hf_mlx.adapters.read import read_adapter
 from hf_mlx.settings.model_plan import resolve_lora
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 OPTIONS = {
     "default targets": {},
     "suffixes": {"target_modules": ["k_proj", "down_proj"]},

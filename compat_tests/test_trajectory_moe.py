@@ -82,6 +82,7 @@ def assert_balanced(theirs, ours, *, weights=WEIGHTS, steps=2, epochs=1):
     assert abs(mean_drift(theirs, ours)) < DRIFT
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "model_type", sampled(FAMILIES, "mixtral", "qwen2_moe", "qwen3_next", "minimax_m2", "lfm2_moe", "gpt_oss")
 )
@@ -89,6 +90,7 @@ def test_adapter_on_attention(model_type, moe):
     assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, ATTENTION, eval_dataset=held_out()))
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "model_type",
     sampled(FAMILIES, "mixtral", "qwen3_moe", "gpt_oss"),
@@ -106,6 +108,7 @@ def test_adapter_on_experts_and_routers(model_type, moe):
     assert_balanced(theirs, ours)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("model_type", sampled([*FAMILIES, "laguna"], "mixtral", "olmoe", "jamba", "ernie4_5_moe"))
 def test_all_weights_with_checkpointing(model_type, moe):
     # Losses of 7 are 5e-7 apart at the least, so that a mean over two of them says nothing below 1e-6 yet.
@@ -125,6 +128,7 @@ def test_accumulation_and_checkpointing(model_type, checkpointing, accumulation,
     assert_balanced(theirs, ours, steps=5 if accumulation == 1 else 2)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("model_type", sampled(["mixtral", "qwen3_moe", "minimax_m2"], "mixtral"))
 @pytest.mark.parametrize(
     "packing", [{"packing": True}, {"padding_free": True}, {"packing": True, "packing_strategy": "wrapped"}]
@@ -139,6 +143,7 @@ def test_packed_rows(model_type, packing, moe):
     assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=WEIGHTS) >= 12
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("settings", "logs"),
     [
@@ -190,6 +195,7 @@ def test_resumed_runs_go_on_with_the_same_curve(moe, tmp_path):
     assert all(a == b for a, b in pairs)
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("model_type", ["granitemoe", "granitemoehybrid"])
 def test_granite_computes_what_transformers_computes(model_type, moe, tmp_path):

@@ -9,7 +9,7 @@ from trl import SFTConfig
 from hf_mlx import explain
 from hf_mlx.errors import DataError
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("uncompiled")]
 
 # As in test_trajectory_families: the promise of the library in fp32.
 RELATIVE, WEIGHTS = 1e-4, 1e-3

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.training import linear_cross_entropy
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("uncompiled")]
 
 # As in test_trajectory_families: the promise of the library in fp32.
 RELATIVE = 1e-4
