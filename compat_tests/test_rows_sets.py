@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sampling import sampled
 from datasets import Dataset, IterableDataset
 from row_tokenizers import CHATML, MARKED, bpe
+from sampling import sampled
 from test_rows_formats import dialogues, format_problem, problems, raw_problems, texts, tokens
 from trl_rows import compare_rows, our_eval, our_rows, trl_trainer
 
