@@ -76,8 +76,8 @@ def _given(settings: tuple[dict, dict], rows: str) -> tuple[dict, list, dict]:
 # What the tests of curves, rows, schedules and callbacks set in each run too.
 ELSEWHERE = (
     "max_steps", "data_seed", "train_sampling_strategy", "lr_scheduler_type", "adam_beta1", "adam_beta2",
-    "logging_steps", "logging_strategy", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_length", "packing",
-    "padding_free", "gradient_checkpointing", "dataloader_drop_last", "num_train_epochs",
+    "logging_steps", "logging_strategy", "eval_strategy", "eval_steps", "per_device_eval_batch_size", "max_length",
+    "packing", "padding_free", "gradient_checkpointing", "dataloader_drop_last", "num_train_epochs",
 )  # fmt: skip
 FEW = [item for item in effect_cases.ARGUMENTS.items() if item[0] not in ELSEWHERE]
 
