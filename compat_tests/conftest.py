@@ -12,12 +12,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does: how many cores a machine has must not decide what a test sees.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()
+# Imports make a million objects and no garbage.
+gc.disable()
 
 
 def pytest_collection_finish():
     """Take what the imports made out of later collections: accelerate collects garbage in each run of TRL."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture
