@@ -120,7 +120,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 
 FILES = [(settings, lora) for settings in OPTIMIZERS for lora in (True, False)]
-# States of each shape: two moments, none, one, centred, and a schedule by metric.
+# States of each shape: two moments, factored, one, centred, and a schedule by metric.
 FEW = [(OPTIMIZERS[i], lora) for i, lora in ((0, True), (2, False), (3, True), (5, False), (7, True))]
 
 
