@@ -7,18 +7,16 @@ from pathlib import Path
 
 import pytest
 
+# Each peer is a process that imports its libraries: half a minute of CPU for each benchmark.
+pytestmark = pytest.mark.wide
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-PEERS = ["hf_mlx", "mlx-lm", "mlx-lm +1", "trl"]
-
-
-# Each peer is a process of its own, and takes nine seconds of CPU.
-@pytest.mark.parametrize("peers", [["hf_mlx", "trl"], pytest.param(PEERS, marks=pytest.mark.wide)], ids=len)
-def test_a_step_beside_the_peers(tmp_path, peers):
+def test_a_step_beside_the_peers(tmp_path):
     kept, chart = tmp_path / "out" / "step.json", tmp_path / "out" / "step.png"
     words = ["--preset", "tiny", "--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1"]
-    words += ["--json", kept, "--chart", chart, "--peers", *peers]
+    words += ["--json", kept, "--chart", chart]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "sft_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
     )
@@ -26,7 +24,7 @@ def test_a_step_beside_the_peers(tmp_path, peers):
 
     report = json.loads(kept.read_text())
     found = {result["peer"]: result for result in report["results"]}
-    assert list(found) == peers
+    assert list(found) == ["hf_mlx", "mlx-lm", "mlx-lm +1", "trl"]
     assert all(result["seconds"] > 0 and result["peak"] > 0 and result["tokens"] == 16 for result in found.values())
     # One round of the bare step and of the trainer.
     assert len(found["hf_mlx"]["alone"]) == len(found["hf_mlx"]["whole"]) == 9
@@ -35,11 +33,10 @@ def test_a_step_beside_the_peers(tmp_path, peers):
     assert found["hf_mlx"]["losses"] == pytest.approx(found["trl"]["losses"], rel=1e-4)
     assert report["versions"]["mlx"] and report["versions"]["device"]
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith("1x16")]
-    assert [row[2] for row in rows] == [peer.split()[0] for peer in peers]
+    assert [row[2] for row in rows] == ["hf_mlx", "mlx-lm", "mlx-lm", "trl"]
     assert chart.stat().st_size > 10_000
 
 
-@pytest.mark.wide
 def test_parts_of_the_scripts_own(tmp_path):
     kept = tmp_path / "own.json"
     words = ["--shape", "1x16", "--steps", "2", "--warm-up", "1", "--rounds", "1", "--trained", "adapter"]
@@ -54,7 +51,6 @@ def test_parts_of_the_scripts_own(tmp_path):
     assert report["results"][0]["ratio"] == 1
 
 
-@pytest.mark.wide
 def test_a_step_of_pre_training_beside_transformers(tmp_path):
     kept = tmp_path / "out" / "trainer.json"
     words = ["--shapes", "1x16", "--steps", "3", "--warm-up", "1", "--json", kept]
@@ -69,7 +65,6 @@ def test_a_step_of_pre_training_beside_transformers(tmp_path):
     assert len(results[0]["losses"]) == 1
 
 
-@pytest.mark.wide
 def test_a_step_of_preferences_beside_trl(tmp_path):
     kept = tmp_path / "out" / "dpo.json"
     words = ["--shapes", "1x16", "--prompts", "0.5", "--steps", "3", "--warm-up", "1", "--json", kept]
@@ -88,7 +83,6 @@ def test_a_step_of_preferences_beside_trl(tmp_path):
     assert "reference: the policy with its adapter off" in done.stdout
 
 
-@pytest.mark.wide
 def test_one_process_and_two_beside_torchrun(tmp_path):
     kept = tmp_path / "ranks.json"
     words = ["--preset", "tiny", "--shape", "2x32", "--check-shape", "2x16", "--check-steps", "2", "--steps", "3"]

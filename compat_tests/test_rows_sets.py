@@ -36,10 +36,7 @@ def read(rows):
     yield from rows
 
 
-FEW = (
-    "text shuffled", "formatting", "pairs", "assistant", "tokens", "bfd pairs", "bfd_split", "wrapped",
-    "bfd shuffled",
-)  # fmt: skip
+FEW = ("text shuffled", "formatting", "assistant", "tokens", "bfd pairs", "wrapped")
 
 
 @pytest.mark.parametrize("source", ["to_iterable", "generator"])
