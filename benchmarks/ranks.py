@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("nccl", "ring"), help="nccl where there is CUDA, else ring")
     parser.add_argument("--peers", nargs="+", choices=(*PEERS, APART), default=list(PEERS))
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
-    parser.add_argument("--check-steps", type=int, default=4)
+    parser.add_argument("--check-steps", type=int, default=4, help="of the comparison; 0 leaves it out")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them: tracing, compiling, caches")
     parser.add_argument(
@@ -104,10 +104,10 @@ class Bench:
             for peer in o.peers:
                 for processes in counts(peer, o.processes):
                     check = ["check", "accumulated"] if processes == 1 else ["check"]
-                    if peer in ("torch", APART) or (peer == "trl" and processes == 1):
+                    if peer in ("torch", APART) or (peer == "trl" and processes == 1) or not o.check_steps:
                         check = []
                     # MLX's float32 products are TF32 on CUDA unless its environment says otherwise.
-                    if peer == "hf_mlx" and self.cuda:
+                    if peer == "hf_mlx" and self.cuda and check:
                         self.launch(peer, processes, check, MLX_ENABLE_TF32="0")
                         check = []
                     self.launch(peer, processes, [*check, "speed"])
