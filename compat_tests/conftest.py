@@ -24,13 +24,15 @@ def pytest_collection_finish():
 
 
 @pytest.fixture
-def uncompiled():
+def uncompiled(request):
     """Compute the same functions without mx.compile, for what is compared over many kinds of models.
 
-    On the Linux CPU each kind has kernels of its own, which g++ takes longer to compile than the test to compare.
+    On the Linux CPU each kind has kernels of its own, which g++ takes longer to compile than the test to compare. A run
+    that has the wide comparisons in it compiles them.
     """
-    import mlx.core as mx  # not before the BLAS is loaded
-
+    if "not wide" not in request.config.option.markexpr:
+        yield
+        return
     mx.disable_compile()
     yield
     mx.enable_compile()
