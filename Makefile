@@ -22,8 +22,9 @@ endif
 
 # One thread a worker: two workers that each start a thread a core run slower than one after the other.
 JOBS ?= 2
+# A file is one worker's, for what its tests share, and the short files come last, so that no worker waits long.
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 MODEL ?=
 
 .PHONY: help demo test check compat bench docs format clean
@@ -35,7 +36,7 @@ demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M with LoRA on real rows, plot
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(VENV)/.installed  ## everything but the wide comparisons
-	$(PYTEST) -m "not wide" tests compat_tests
+	$(PYTEST) -m "not wide" compat_tests tests
 
 compat: $(VENV)/.installed  ## the comparisons with transformers, trl, peft and mlx-lm, the wide ones included
 	$(PYTEST) compat_tests

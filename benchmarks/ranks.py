@@ -8,7 +8,9 @@ script on one card and on all. The model is built at random from a configuration
     python benchmarks/ranks.py --preset tiny --shape 2x32 --dtype float32 --steps 3     # a CPU: the ring, and gloo
 
 `hf_mlx` and `trl` are MLXSFTTrainer and SFTTrainer with the same script; `torch` is a loop of PEFT, DDP and a fused
-AdamW that logs nothing. Each peer has processes of its own. NVLink multicast is off for all (``NCCL_NVLS_ENABLE=0``).
+AdamW that logs nothing. `apart` (``--peers hf_mlx apart``) is hf_mlx on all cards at the same time, in processes that
+know nothing of each other: what is lost beyond it is lost to exchanging. Each peer has processes of its own. NVLink
+multicast is off for all (``NCCL_NVLS_ENABLE=0``).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from sft_step import PRESETS, versions
 from sft_step_peer import SEVEN, Clock, MLXMemory, TorchMemory, losses, make_model, make_trainer, random_rows
 
 PEERS = ("hf_mlx", "trl", "torch")
+APART = "apart"
 #: Where float32 matrix products of other shapes are other kernels, they are this close.
 CLOSE = 1e-4
 CHECKED = ("loss", "grad_norm", "entropy")
@@ -41,6 +44,8 @@ def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
         work(json.loads(sys.argv[2]), Path(sys.argv[3]))
         return 0
+    if sys.argv[1:2] == ["--apart"]:
+        return start_apart(int(sys.argv[2]), sys.argv[3:])
     options = parse()
     bench = Bench(options)
     try:
@@ -59,9 +64,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "autocast", "bfloat16"), default="bfloat16", help="of the speed")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--backend", choices=("nccl", "ring"), help="nccl where there is CUDA, else ring")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=(*PEERS, APART), default=list(PEERS))
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA")
-    parser.add_argument("--check-steps", type=int, default=4)
+    parser.add_argument("--check-steps", type=int, default=4, help="of the comparison; 0 leaves it out")
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before them: tracing, compiling, caches")
     parser.add_argument(
@@ -97,12 +102,12 @@ class Bench:
             }  # fmt: skip
             self.launch("make-model", 1, ["model"])
             for peer in o.peers:
-                for processes in (1, o.processes):
+                for processes in counts(peer, o.processes):
                     check = ["check", "accumulated"] if processes == 1 else ["check"]
-                    if peer == "torch" or (peer == "trl" and processes == 1):
+                    if peer in ("torch", APART) or (peer == "trl" and processes == 1) or not o.check_steps:
                         check = []
                     # MLX's float32 products are TF32 on CUDA unless its environment says otherwise.
-                    if peer == "hf_mlx" and self.cuda:
+                    if peer == "hf_mlx" and self.cuda and check:
                         self.launch(peer, processes, check, MLX_ENABLE_TF32="0")
                         check = []
                     self.launch(peer, processes, [*check, "speed"])
@@ -117,7 +122,7 @@ class Bench:
             return
         self.say(f"{name} …")
         out = folder / f"{peer}-{processes}"
-        job = self.job | {"peer": peer, "processes": processes, "parts": parts}
+        job = self.job | {"peer": peer, "processes": 1 if peer == APART else processes, "parts": parts}
         worker = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job), str(out)]
         quiet = {"TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": "ignore", "NCCL_NVLS_ENABLE": "0"}
         environment = os.environ | quiet | variables
@@ -153,6 +158,8 @@ class Bench:
         """The words before the command of each process."""
         if processes == 1:
             return []
+        if peer == APART:
+            return [sys.executable, str(Path(__file__).resolve()), "--apart", str(processes)]
         port = str(free_port())
         if peer == "hf_mlx":
             ports = ["--nccl-port" if self.backend == "nccl" else "--starting-port", port]
@@ -222,7 +229,7 @@ def speeds(
     ]
     rate: dict[tuple[str, int], float] = {}
     for peer in options.peers:
-        for processes in (1, options.processes):
+        for processes in counts(peer, options.processes):
             found = made.get((peer, processes, "speed"))
             if found is None:
                 lines.append(f"{peer:8} {processes:5} not measured")
@@ -230,13 +237,29 @@ def speeds(
             # The slowest says when all have done it.
             seconds = max(rank["seconds"] for rank in found)
             rate[peer, processes] = processes * rows * length / seconds
-            gain = rate[peer, processes] / rate.get((peer, 1), float("nan"))
+            gain = rate[peer, processes] / rate.get(("hf_mlx" if peer == APART else peer, 1), float("nan"))
             ahead = rate.get(("hf_mlx", processes), float("nan")) / rate[peer, processes]
             lines.append(
                 f"{peer:8} {processes:5} {1e3 * seconds:8.1f} {rate[peer, processes]:9.0f} {gain:10.2f} "
                 f"{gain / processes:8.2f} {ahead:14.2f} {max(rank['peak'] for rank in found) / 2**30:10.2f}"
             )
-    return lines, len(rate) == 2 * len(options.peers)
+    return lines, len(rate) == sum(len(counts(peer, options.processes)) for peer in options.peers)
+
+
+def counts(peer: str, processes: int) -> tuple[int, ...]:
+    """How many processes a peer is run with, one after the other."""
+    return (processes,) if peer == APART else (1, processes)
+
+
+def start_apart(processes: int, command: list[str]) -> int:
+    """Start ``command`` on each card at the same time; the largest exit status."""
+    cards = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
+    cards = cards or [str(number) for number in range(processes)]
+    started = [
+        subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": cards[number], "APART": str(number)})
+        for number in range(processes)
+    ]
+    return max(abs(process.wait()) for process in started)
 
 
 def has_cuda() -> bool:
@@ -283,7 +306,7 @@ def end(started: subprocess.Popen[bytes]) -> None:
 
 def work(job: dict[str, Any], out: Path) -> None:
     """One process: each part of the job, written as soon as it is there."""
-    rank = int(os.environ.get("MLX_RANK", os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("MLX_RANK", os.environ.get("RANK", os.environ.get("APART", "0"))))
     for part in job["parts"]:
         result = {"make-model": build}.get(job["peer"], train_bare if job["peer"] == "torch" else train)(job, part)
         written = out.with_name(f"{out.name}.{rank}.{part}")

@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
         "--trained", choices=("lora", "all"), default="lora", help="LoRA on linear layers, or all weights"
     )
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--accumulate", type=int, default=1, help="gradient_accumulation_steps (not for mlx-lm)")
+    parser.add_argument("--accumulate", type=int, default=1, help="gradient_accumulation_steps")
     parser.add_argument("--clip", type=float, default=1.0, help="max_grad_norm; 0 is off")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them: tracing, compiling, caches")

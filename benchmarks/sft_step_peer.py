@@ -59,6 +59,11 @@ def make_model(job: dict[str, Any]) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config)
     model.to(torch.float32 if job["dtype"] == "float32" else torch.bfloat16).save_pretrained(job["folder"])
+    # mlx-lm reads what transformers 5 no longer writes in these places.
+    file = Path(job["folder"], "config.json")
+    written = json.loads(file.read_text(encoding="utf-8"))
+    older = {"rope_theta": 10000.0} | {key: value for key, value in changes.items() if key == "num_experts"}
+    file.write_text(json.dumps(older | written), encoding="utf-8")
     words = {f"w{i}": i for i in range(vocabulary)}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w3")),
@@ -289,18 +294,21 @@ def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
     network, _ = load(job["folder"])
     if job.get("trained") != "all":
         network.freeze()
-        keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"mlp.{name}" for name in SEVEN[4:]]
+        inner = "mlp.switch_mlp" if "num_experts" in job.get("config", {}) else "mlp"
+        keys = [f"self_attn.{name}" for name in SEVEN[:4]] + [f"{inner}.{name}" for name in SEVEN[4:]]
         options = {"rank": job["rank"], "scale": 2.0, "dropout": 0.0, "keys": keys}
         linear_to_lora_layers(network, len(network.layers), options)
     length = tokens + (job["peer"] == "mlx-lm +1")
+    micro_batches = clock.last * job["accumulate"]
     train(
         model=network,
         optimizer=AdamW(learning_rate=2e-5),
-        train_dataset=CacheDataset(Rows(random_rows(job, rows * clock.last, length))),
+        train_dataset=CacheDataset(Rows(random_rows(job, rows * micro_batches, length))),
         args=TrainingArgs(
             batch_size=rows,
-            iters=clock.last,
-            steps_per_report=1,
+            iters=micro_batches,
+            steps_per_report=job["accumulate"],
+            grad_accumulation_steps=job["accumulate"],
             steps_per_save=10**9,
             max_seq_length=length,
             grad_checkpoint=job["on"],
@@ -308,7 +316,7 @@ def run_mlx_lm(job: dict[str, Any], rows: int, tokens: int) -> dict[str, Any]:
         ),
         training_callback=Ticks(),
     )
-    return clock.result()
+    return clock.result() | {"windows": job["accumulate"]}
 
 
 if __name__ == "__main__":

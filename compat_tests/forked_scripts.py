@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -22,19 +22,24 @@ _LIBRARIES = (
 HF_MLX_RUN = ("-m", "hf_mlx.cli.main", "run")
 
 
-def run_forked(words: Sequence[object], *, status: int = 0, timeout: float = 600) -> CompletedProcess:
+def run_forked(
+    words: Sequence[object], *, status: int = 0, timeout: float = 600, environ: Mapping[str, str | None] | None = None
+) -> CompletedProcess:
     """What ``python WORDS…`` does, its libraries imported already.
 
     Args:
         words: A script and its arguments, or ``-m`` with a module and its own.
         status: How it is to end.
         timeout: Seconds until it is ended.
+        environ: Variables of its own; None takes one away.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_LIBRARIES))
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=([str(word) for word in words], *map(str, outputs)))
+        process = context.Process(
+            target=_run, args=([str(word) for word in words], *map(str, outputs), dict(environ or {}))
+        )
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -45,8 +50,14 @@ def run_forked(words: Sequence[object], *, status: int = 0, timeout: float = 600
     return done
 
 
-def _run(words: list[str], stdout: str, stderr: str) -> None:
+def _run(words: list[str], stdout: str, stderr: str, environ: dict[str, str | None]) -> None:
     import torch
+
+    for name, value in environ.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
     for stream, path in ((sys.stdout, stdout), (sys.stderr, stderr)):
         with open(path, "w") as file:

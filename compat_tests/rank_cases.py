@@ -15,6 +15,9 @@ BASE = {
     "seed": 42, "max_grad_norm": 1.0, "disable_tqdm": True, "include_num_input_tokens_seen": "all",
 }  # fmt: skip
 
+#: One in thirty runs has a first gradient of some 1e-9. Beside an epsilon of 1e-8 its rounding decides the update of
+#: that element, and a large step makes much of it.
+STEADY = {"learning_rate": 1e-3, "adam_epsilon": 1e-6}
 # What is no field of the configuration: rows, eval_rows, shards (of a stream), masked (share of rows with a prompt),
 # trainer ("sft", or "lm" for transformers' own), adapter (False trains all weights).
 NAMED: dict[str, dict[str, Any]] = {
@@ -52,6 +55,7 @@ PAIRS: dict[str, dict[str, Any]] = {
         "pairs": {"rows": 13, "num_train_epochs": 2},
         "pairs_evaluated": {
             "rows": 10, "eval_rows": 7, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2,
+            "adam_epsilon": STEADY["adam_epsilon"],
         },
         "pairs_full": {"rows": 9, "adapter": False, "sync_ref_model": True, "optim": "sgd", "ref_model_sync_steps": 1},
         "pairs_weighed": {
@@ -65,6 +69,20 @@ PAIRS: dict[str, dict[str, Any]] = {
             "rows": 13, "accelerator_config": {"split_batches": True}, "per_device_train_batch_size": 6,
             "gradient_accumulation_steps": 1,
         },
+    }.items()
+}  # fmt: skip
+
+#: Pairs of texts and a model that scores each; ``margin`` is no field of the configuration: a column of the rows.
+_SCORED = STEADY | {"trainer": "reward", "family": "scored", "gradient_accumulation_steps": 2}
+REWARDS: dict[str, dict[str, Any]] = {
+    name: _SCORED | case for name, case in {
+        "rewards": {"rows": 13, "margin": True, "num_train_epochs": 2},
+        "rewards_evaluated": {
+            "rows": 14, "eval_rows": 7, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2,
+            "center_rewards_coefficient": 0.1, "logging_steps": 2,
+        },
+        "rewards_full": {"rows": 9, "adapter": False, "optim": "sgd", "gradient_accumulation_steps": 1},
+        "rewards_stream": {"rows": 9, "shards": 1, "max_steps": 3},
     }.items()
 }  # fmt: skip
 
@@ -159,7 +177,7 @@ class Cases(dict[str, dict[str, Any]]):
 
     def __missing__(self, name: str) -> dict[str, Any]:
         kind, _, seed = name.rpartition("_")
-        self[name] = {"drawn": drawn_case, "doubled": doubled_case}[kind](int(seed))
+        self[name] = {"drawn": drawn_case, "doubled": doubled_case}[kind](int(seed)) | STEADY
         return self[name]
 
 
@@ -175,7 +193,7 @@ PREDICTED: dict[str, dict[str, Any]] = {
     "predicted_apart": _HELD | {"told": "nested", "eval_do_concat_batches": False, "include_for_metrics": ["loss"]},
     "predicted_pairs": _HELD | {"told": "array", "trainer": "dpo"},
 }  # fmt: skip
-_ADAPTED = {"rows": 13, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+_ADAPTED = {"rows": 13, "trainer": "lm", "gradient_accumulation_steps": 2, "num_train_epochs": 2} | STEADY
 _SEEN = {"eval_rows": 7, "eval_strategy": "epoch", "per_device_eval_batch_size": 2}
 #: Parts of the script's own; ``own`` is no field of the configuration: which.
 OWN: dict[str, dict[str, Any]] = {
@@ -197,7 +215,7 @@ OWN: dict[str, dict[str, Any]] = {
 #: What torchrun cannot record, under the name of what it equals: its ranks do not see each other's cache of rows
 #: that were never on a disk.
 EQUAL = {"pairs_precomputed": "pairs_evaluated"}
-CASES = Cases(NAMED | PAIRS | PREDICTED | OWN | DRAWN)
+CASES = Cases(NAMED | PAIRS | REWARDS | PREDICTED | OWN | DRAWN)
 #: And what is only here: a loss that is compiled into the step.
 OWN_EQUAL = {"own_native": "masked"}
 CASES["own_native"] = NAMED["masked"] | {"own": "native"}
@@ -239,8 +257,12 @@ def datasets_of(case: dict[str, Any]) -> tuple[Any, Any]:
     kind = {"masked": case.get("masked", False), "labelled": case.get("trainer") == "lm"}
 
     def make(count: int, seed: int) -> Any:
-        is_pairs = case.get("trainer") == "dpo"
-        return Dataset.from_list(pair_rows(count, seed) if is_pairs else token_rows(count, seed, **kind))
+        if case.get("trainer") not in ("dpo", "reward"):
+            return Dataset.from_list(token_rows(count, seed, **kind))
+        rows = pair_rows(count, seed)
+        return Dataset.from_list(
+            [row | {"margin": at % 5 / 4} for at, row in enumerate(rows)] if "margin" in case else rows
+        )
 
     train = make(case["rows"], 5)
     if "shards" in case:
@@ -255,6 +277,7 @@ def settings_of(case: dict[str, Any], output_dir: str) -> dict[str, Any]:
         "own",
         "rows",
         "eval_rows",
+        "margin",
         "shards",
         "masked",
         "trainer",
@@ -313,7 +336,7 @@ def optimizers_of(case: dict[str, Any], model: Any) -> dict[str, Any]:
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.RMSprop(trained, lr=1e-3, momentum=0.5)
+    optimizer = torch.optim.RMSprop(trained, lr=1e-3, momentum=0.5, eps=STEADY["adam_epsilon"])
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))}
 
 
@@ -366,14 +389,30 @@ def metrics_of(case: dict[str, Any]) -> dict[str, Any]:
 def lora_of(case: dict[str, Any]) -> dict[str, Any]:
     """The fields of the adapter's configuration."""
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return LORA | ({"target_modules": attention} if "family" in case else {})
+    scores = {"task_type": "SEQ_CLS"} if case.get("trainer") == "reward" else {}
+    return LORA | scores | ({"target_modules": attention} if "family" in case else {})
+
+
+def load(case: dict[str, Any], folder: Path) -> Any:
+    """The model of a case."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    scores: dict[str, Any] = {"num_labels": 1} if case.get("trainer") == "reward" else {}
+    made: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    return made.from_pretrained(folder, dtype=torch.float32, **scores)
 
 
 def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
     """A random fp32 model (hidden 64, 2 layers, vocabulary 256) and its tokenizer."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        PreTrainedTokenizerFast,
+    )
 
     torch.manual_seed(7)
     vocabulary = {f"w{i}": i for i in range(253)} | {"<pad>": 253, "<eos>": 254, "<unk>": 255}
@@ -388,8 +427,11 @@ def make_model(folder: Path, family: str = "llama", **changes: Any) -> Path:
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "eos_token_id": 254,
         "pad_token_id": 253, "bos_token_id": None, "tie_word_embeddings": False,
     }  # fmt: skip
+    made: Any = AutoModelForCausalLM
+    if family == "scored":
+        made, family, experts = AutoModelForSequenceClassification, "llama", {"num_labels": 1}
     config = AutoConfig.for_model(family, **sizes | experts | changes)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    made.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

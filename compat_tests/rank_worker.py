@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rank_cases import CASES, datasets_of, derive, lora_of, metrics_of, optimizers_of, settings_of, summed
+from rank_cases import CASES, datasets_of, derive, load, lora_of, metrics_of, optimizers_of, settings_of, summed
 
+from hf_mlx.blas import load_openblas
+
+# Before anything asks MLX which process this is.
+load_openblas()
 TIMED = ("runtime", "per_second", "total_flos")
 
 
@@ -23,15 +27,15 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
     import mlx.nn as nn
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
-    from trl import DPOConfig, SFTConfig
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq, TrainingArguments
+    from trl import DPOConfig, RewardConfig, SFTConfig
 
-    from hf_mlx import MLXDPOTrainer, MLXSFTTrainer, MLXTrainer
+    from hf_mlx import MLXDPOTrainer, MLXRewardTrainer, MLXSFTTrainer, MLXTrainer
 
     rows, held = datasets_of(case)
     model = folder / case.get("family", "llama")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = load(case, model)
     if case.get("output_router_logits"):
         base.config.output_router_logits = True
     settings = settings_of(case, out)
@@ -46,6 +50,8 @@ def build(case: dict[str, Any], folder: Path, out: str, **keywords: Any) -> Any:
     lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
     if case.get("trainer") == "dpo":
         return derive(MLXDPOTrainer, case)(model=base, args=DPOConfig(**settings), peft_config=lora, **keywords)
+    if case.get("trainer") == "reward":
+        return derive(MLXRewardTrainer, case)(model=base, args=RewardConfig(**settings), peft_config=lora, **keywords)
     if case.get("own") == "native":
         keywords["loss"] = lambda logits, labels, mask: nn.losses.cross_entropy(logits, labels, reduction="none")
     return derive(MLXSFTTrainer, case)(base, SFTConfig(**settings), peft_config=lora, **keywords)

@@ -21,6 +21,7 @@ from rank_cases import (
     SAVED,
     datasets_of,
     derive,
+    load,
     lora_of,
     make_model,
     metrics_of,
@@ -35,12 +36,12 @@ TIMED = ("runtime", "per_second", "total_flos")
 def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = None) -> Any:
     """The trainer, after its run, or the rest of it from ``checkpoint`` on."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
     rows, held = datasets_of(case)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = load(case, model)
     if case.get("output_router_logits"):
         base.config.output_router_logits = True
     settings = settings_of(case, out)
@@ -56,7 +57,8 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         trainer: Any = derive(Trainer, case)(lora, TrainingArguments(**settings), **keywords)
     else:
         lora = LoraConfig(**lora_of(case)) if case.get("adapter", True) else None
-        config, made = (DPOConfig, DPOTrainer) if case.get("trainer") == "dpo" else (SFTConfig, SFTTrainer)
+        kinds = {"dpo": (DPOConfig, DPOTrainer), "reward": (RewardConfig, RewardTrainer)}
+        config, made = kinds.get(case.get("trainer", ""), (SFTConfig, SFTTrainer))
         trainer = derive(made, case)(model=base, args=config(**settings), peft_config=lora, **keywords)
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer

@@ -21,6 +21,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import AdapterError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 NEW = ["<|tool|>", "<|think|>", "<|answer|>"]
 ROWS = [{"text": f"{row['text']} {NEW[i % 3]} {i}"} for i, row in enumerate(rows_of("text", 8))]
 BOTH = {"r": 4, "target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens"]}

@@ -31,6 +31,8 @@ from hf_mlx.errors import AdapterError
 from hf_mlx.models.architectures import VERIFIED
 from hf_mlx.settings.plan import LoraPlan
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # Where PEFT adapts parameters, a router that stands alone is one of them.
 LINEAR_ROUTERS = ("afmoe", "mellum", "minimax_m2", "mixtral", "olmoe", "qwen3_moe", "qwen3_next")
 SAMPLE = ("llama", "gemma4", "mixtral", "qwen3_moe", "deepseek_v3", "longcat_flash", "kimi_linear", "llama4_text")

@@ -15,6 +15,8 @@ from architecture_zoo import MODEL_TYPES, make_model
 from hf_mlx.errors import ModelError
 from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack, look_up
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 on both sides with another order of summation: four to seven layers give 1e-7 to 2e-5.
 TOLERANCE = 1e-4
 

@@ -21,6 +21,8 @@ from hf_mlx.models.doctor import diagnose
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import ModelPlan, PrecisionPlan
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 on both sides; see test_architectures_matrix.
 TOLERANCE = 1e-4
 

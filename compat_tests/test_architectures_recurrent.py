@@ -7,6 +7,8 @@ import torch
 from architecture_checks import compare
 from architecture_zoo import VOCAB, make_model
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 with another order of summation, relative to the largest value. Gradients are held to the same bound against
 # those that torch computes in float64: in fp32 torch's own are up to 5e-5 off (A_log: four numbers that sum over 300
 # tokens what largely cancels).

@@ -14,6 +14,8 @@ from training_checks import EXCLUDED, SETTINGS, Training, compare_training, make
 from hf_mlx.errors import AdapterError, ModelError
 from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 on both sides with another order of summation; what is wrong in kind shows at 1e-3 and above.
 TOLERANCE = 1e-4
 

@@ -24,18 +24,22 @@ def trained(model: Path, *kinds: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_everything_is_imported_and_trained_without_what_metal_lacks(tmp_path):
-    found = trained(tiny_model("llama", tmp_path / "llama"), *KINDS)
+FEW = ["pissa", "full"]
+
+
+@pytest.mark.parametrize("kinds", [FEW, pytest.param([*KINDS], marks=pytest.mark.wide)], ids=["a sample", "every kind"])
+def test_everything_is_imported_and_trained_without_what_metal_lacks(tmp_path, kinds):
+    found = trained(tiny_model("llama", tmp_path / "llama"), *kinds)
     assert found["modules"] > 200
-    assert set(found["runs"]) == set(KINDS)
+    assert set(found["runs"]) == set(kinds)
     assert all(len(run["losses"]) == 2 and max(run["losses"]) < 10 for run in found["runs"].values())
     # For the Linux CPU alone: never reached.
     assert found["lanes"] == found["exponentials"] == 0
     # Each run wires what the device recommends and gives it back.
-    assert found["wired"] == [INFO["max_recommended_working_set_size"], 0] * len(KINDS)
+    assert found["wired"] == [INFO["max_recommended_working_set_size"], 0] * len(kinds)
     # And keeps no more freed memory than its step needs.
-    assert found["cached"][1::2] == [CACHE] * len(KINDS)
-    assert len(found["cached"]) == 2 * len(KINDS) and all(0 < limit < 2**25 for limit in found["cached"][::2])
+    assert found["cached"][1::2] == [CACHE] * len(kinds)
+    assert len(found["cached"]) == 2 * len(kinds) and all(0 < limit < 2**25 for limit in found["cached"][::2])
 
 
 @pytest.mark.wide

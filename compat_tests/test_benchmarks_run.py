@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+# Each peer is a process that imports its libraries: half a minute of CPU for each benchmark.
+pytestmark = pytest.mark.wide
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def test_a_step_beside_the_peers(tmp_path):
     kept, chart = tmp_path / "out" / "step.json", tmp_path / "out" / "step.png"
-    words = ["--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1", "--json", kept, "--chart", chart]
+    words = ["--preset", "tiny", "--shapes", "1x16", "--steps", "9", "--warm-up", "1", "--rounds", "1"]
+    words += ["--json", kept, "--chart", chart]
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "sft_step.py", *map(str, words)], capture_output=True, text=True, timeout=500
     )
@@ -33,7 +37,6 @@ def test_a_step_beside_the_peers(tmp_path):
     assert chart.stat().st_size > 10_000
 
 
-@pytest.mark.wide
 def test_parts_of_the_scripts_own(tmp_path):
     kept = tmp_path / "own.json"
     words = ["--shape", "1x16", "--steps", "2", "--warm-up", "1", "--rounds", "1", "--trained", "adapter"]
@@ -80,7 +83,6 @@ def test_a_step_of_preferences_beside_trl(tmp_path):
     assert "reference: the policy with its adapter off" in done.stdout
 
 
-@pytest.mark.wide
 def test_one_process_and_two_beside_torchrun(tmp_path):
     kept = tmp_path / "ranks.json"
     words = ["--preset", "tiny", "--shape", "2x32", "--check-shape", "2x16", "--check-steps", "2", "--steps", "3"]

@@ -19,6 +19,7 @@ from checkpoint_runs import LORA, SETTINGS, make_rows, make_trainer
 from datasets import Dataset
 from pairs import tiny_model
 from peft import LoraConfig
+from sampling import sampled
 from trl import SFTConfig, SFTTrainer
 
 from hf_mlx.errors import CheckpointError
@@ -96,7 +97,13 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+FEW = (
+    "adapter_model.safetensors cut short", "scheduler.pt cut short", "trainer_state.json cut short",
+    "optimizer.pt edited", "rng_state.pth edited", "optimizer.pt missing", "adapter_model.safetensors empty",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", sampled(DAMAGE, *FEW))
 def test_a_damaged_folder_is_named_and_passed_over(model, folder, damage, caplog):
     name = damage.split()[0]
     DAMAGE[damage](folder / "checkpoint-12")

@@ -1,6 +1,7 @@
 """Packages that are not here, under ``hf-mlx run``: scripts may import them, libraries do not see them."""
 
 import pytest
+from forked_scripts import HF_MLX_RUN, run_forked
 from test_dropin_scripts import HF_MLX, _run
 
 SEEN = """
@@ -57,7 +58,7 @@ except ImportError as error:
 def test_scripts_import_them_and_libraries_do_not_see_them(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SEEN)
-    done = _run([*HF_MLX, "run", script])
+    done = run_forked([*HF_MLX_RUN, script])
     printed = done.stdout.splitlines()
     refused = [line for line in printed if line.startswith("refused received: ")]
     assert len(refused) == 5

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from dropin_models import make_tokenizer
-from test_dropin_scripts import HF_MLX, _run
+from forked_scripts import HF_MLX_RUN, run_forked
 
 from hf_mlx.errors import SettingError
 from hf_mlx.settings.legacy import OLDER_FIELDS, Gone, Renamed, Rewritten, translate_arguments
@@ -97,7 +97,7 @@ def run(tmp_path_factory):
     names = [(name, home) for name, older in OLDER.items() for home in older.homes]
     (root / "cases.json").write_text(json.dumps([cases, names]))
     (root / "script.py").write_text(SCRIPT.format(cases=str(root / "cases.json")))
-    done = _run([*HF_MLX, "run", root / "script.py"])
+    done = run_forked([*HF_MLX_RUN, root / "script.py"])
     fields, imported = json.loads(done.stdout)
     return fields, imported, done.stderr
 
@@ -151,7 +151,7 @@ def test_tokens_and_files_of_their_time(tmp_path):
     (tmp_path / "lines.txt").write_text("What is 3 plus 4?\n\nIt is 7.\nWhat is it?\n")
     script = tmp_path / "script.py"
     script.write_text(BEHAVIOURS.format(model=str(tmp_path / "model"), lines=str(tmp_path / "lines.txt")))
-    done = _run([*HF_MLX, "run", script])
+    done = run_forked([*HF_MLX_RUN, script])
     assert done.stdout.splitlines() == ["blocks [8, 8]", "lines 3 5", "token kept", "texts a: b", "written yes"]
 
 

@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+from forked_scripts import HF_MLX_RUN, run_forked
 from test_dropin_scripts import HF_MLX, _run
 
 # Seconds of CPU time that the command may add to a script that imports no library; 0.1 was measured.
@@ -103,7 +104,7 @@ def write(folder, text):
 
 
 def test_cudas_questions_are_answered_and_its_tensors_work(tmp_path):
-    done = _run([*HF_MLX, "run", write(tmp_path, ANSWERS)])
+    done = run_forked([*HF_MLX_RUN, write(tmp_path, ANSWERS)])
     assert done.stdout.strip() == "heard"
     said = [line for line in done.stderr.splitlines() if line.startswith("hf-mlx run: ")]
     [summary] = [line for line in said if "CUDA as the script found it" in line]

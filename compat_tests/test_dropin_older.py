@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_dropin_scripts import HF_MLX, _run
+from forked_scripts import HF_MLX_RUN, run_forked
 
 from hf_mlx.errors import SettingError
 from hf_mlx.stand_in.older import OLDER
@@ -62,7 +62,7 @@ def test_names_that_left_mean_what_they_meant(tmp_path):
     yaml.write_text("dataset_name: rows\nwarmup_ratio: 0.25\ngroup_by_length: true\noverwrite_output_dir: true\n")
     script = tmp_path / "older.py"
     script.write_text(CHECKS.format(model=str(tmp_path / "model"), yaml=str(yaml)))
-    done = _run([*HF_MLX, "run", script])
+    done = run_forked([*HF_MLX_RUN, script])
     assert done.stdout.splitlines() == [
         "missing trl",
         "labels [[11, 12, 14], [10]]",
@@ -98,7 +98,8 @@ def test_every_name_says_when_it_left():
         ("--use_flash_attention_2 --lr 1", "--lr 1"),
     ],
 )
-def test_flags_are_todays(words, current):
+def test_flags_are_todays(words, current, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "elsewhere")  # which --logging_dir would set, for later tests too
     assert " ".join(translate_flags(words.split(), {})[0]) == current
 
 

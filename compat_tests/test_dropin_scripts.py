@@ -56,7 +56,8 @@ def _losses(folder: Path) -> list[float]:
 def _text(output: str) -> str:
     # Log lines are tqdm's and appear among the rest; their numbers are compared through trainer_state.json.
     lines = [line for line in output.splitlines() if not line.startswith("{'")]
-    return "\n".join(_TIMES.sub("", line) for line in lines)
+    # Columns of metrics are as wide as the longest time.
+    return "\n".join(re.sub(r"= +", "= ", _TIMES.sub("", line)) for line in lines)
 
 
 STYLES = ("peft_object", "peft_config", "plain_arguments", "merge_and_save")
@@ -92,7 +93,7 @@ def test_keywords_of_older_libraries_mean_what_they_meant(material):
     words = [SCRIPTS / "older_keywords.py", material / "model", material / "rows.jsonl"]
     theirs, ours = material / "older" / "out-trl", material / "older" / "out-mlx"
     run_forked([*words, theirs, "today"])
-    run = _run([*HF_MLX, "run", *words, ours, "older"])
+    run = run_forked([*HF_MLX_RUN, *words, ours, "older"])
     assert len(_losses(ours)) == 6
     assert _losses(ours) == pytest.approx(_losses(theirs), rel=LOSS)
     assert "warmup_ratio=0.5 is now warmup_steps=0.5" in run.stderr
@@ -114,7 +115,7 @@ def test_trls_own_sft_script(material):
         "--output_dir",
     ]
     theirs, ours, third = (material / "sft" / name for name in ("out-trl", "out-mlx", "out-command"))
-    plain, run = run_forked([TRL_SFT, *flags, theirs]), _run([*HF_MLX, "run", TRL_SFT, *flags, ours])
+    plain, run = run_forked([TRL_SFT, *flags, theirs]), run_forked([*HF_MLX_RUN, TRL_SFT, *flags, ours])
     command = run_forked(["-m", "hf_mlx.cli.main", "sft", *flags, third])
     expected = _losses(theirs / "checkpoint-6")
     assert len(expected) == 6
@@ -175,7 +176,7 @@ def test_what_only_cuda_has_is_mapped_and_said(material, tmp_path):
             model=str(material / "model"), output=str(tmp_path / "out"), rows=str(material / "rows.jsonl")
         )
     )
-    run = _run([*HF_MLX, "run", script, "--flag", "x"], status=3)
+    run = run_forked([*HF_MLX_RUN, script, "--flag", "x"], status=3)
     assert "bits: 4" in run.stdout
     for said in ("4-bit loading", "device_map=", "attn_implementation='flash_attention_2'", "paged_adamw_8bit"):
         assert said in run.stderr

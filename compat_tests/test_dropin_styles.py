@@ -8,7 +8,8 @@ import json
 
 import pytest
 from dropin_models import write_model, write_rows
-from test_dropin_scripts import HF_MLX, LOSS, SCRIPTS, _run, sys
+from forked_scripts import run_forked
+from test_dropin_scripts import HF_MLX, LOSS, SCRIPTS, _run
 
 STYLES = (
     "qlora", "completion_only", "chat_format", "parser", "alpaca", "model_config", "device", "old_keywords",
@@ -26,9 +27,12 @@ def runs(tmp_path_factory):
 
     def run(side, command):
         words = [driver, side, root / "model", root / "rows.jsonl", root / side, *STYLES]
-        return root / side, _run([*command, *words])
+        return root / side, command(words)
 
-    return {"reference": run("reference", [sys.executable]), "script": run("script", [*HF_MLX, "run"])}
+    return {
+        "reference": run("reference", run_forked),
+        "script": run("script", lambda words: _run([*HF_MLX, "run", *words])),
+    }
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -1,7 +1,6 @@
 """Every script of examples/ runs as it stands, on a tiny model and a few rows, and its output loads upstream."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_scripts import run_forked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -66,12 +66,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def run(name: str, *arguments: str, **settings: object) -> str:
-    environment = os.environ | {key: str(value) for key, value in settings.items()}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    environment = {key: str(value) for key, value in settings.items()}
+    return run_forked([EXAMPLES / name, *arguments], environ=environment).stdout
 
 
 @pytest.fixture(scope="module")

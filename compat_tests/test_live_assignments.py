@@ -10,6 +10,7 @@ import pairs
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from sampling import sampled
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -161,7 +162,14 @@ def test_equal_kinds_are_many():
     assert len(EQUAL) == 28
 
 
-@pytest.mark.parametrize("kind", EQUAL)
+FEW = (
+    "learning_rate", "num_train_epochs", "gradient_accumulation_steps", "per_device_eval_batch_size",
+    "logging_strategy", "seed", "scheduler options", "optim", "drop_last", "args", "data_collator",
+    "train_dataset of tokens", "eval_dataset of names", "compute_metrics", "add_callback", "log",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sampled(EQUAL, *FEW))
 def test_assignment_gives_trls_curve(kind, model, tmp_path):
     trainers = []
     with pairs._quiet():

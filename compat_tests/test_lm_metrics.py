@@ -11,6 +11,8 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithPaddin
 from hf_mlx import MLXTrainer
 from hf_mlx.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 RELATIVE = 1e-4
 PREPROCESS = {
     "none": None,

@@ -21,6 +21,8 @@ from transformers import (
 from hf_mlx import MLXTrainer, explain
 from hf_mlx.errors import DataError, SettingError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 RELATIVE = 1e-4
 SETTINGS = {
     "per_device_train_batch_size": 3,

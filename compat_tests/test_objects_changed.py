@@ -11,12 +11,15 @@ import torch
 from datasets import Dataset
 from dropin_models import ROWS, losses, make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from sampling import sampled
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers import LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import HFMLXError
+
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 # fp32 on both sides, three optimizer steps apart.
 LOSS = 2e-6
@@ -387,7 +390,15 @@ HONOURED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HONOURED)
+FEW = (
+    "untied, and the config says so", "tied, and the config says so", "one more method",
+    "checkpointing and inputs that require grad", "prepare_model_for_kbit_training", "hooks of device_map", "resized",
+    "generated and trained on before", "merged and unmerged", "hook on a frozen parameter",
+    "a second adapter that is not active", "an adapter called like a layer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sampled(HONOURED, *FEW))
 def test_stock_paths_and_plain_changes_train_as_in_trl(name, tmp_path):
     make, settings = HONOURED[name]
     theirs = _train(SFTTrainer, tmp_path / "trl", make(), settings)

@@ -17,6 +17,8 @@ from trl import SFTConfig, SFTTrainer
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import HFMLXError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 ROWS = pairs.text_rows(14)
 SETTINGS = {"max_steps": 6, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "logging_steps": 1}
 COLUMNS = ("input_ids", "labels")

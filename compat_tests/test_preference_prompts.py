@@ -16,9 +16,11 @@ from hf_mlx.data.pairs import collate_pairs
 from hf_mlx.data.preference import ID_COLUMNS
 from hf_mlx.data.prompts import pair_width, share_prompts
 from hf_mlx.models.architectures import VERIFIED, can_pack
+from hf_mlx.models.heads import layers
 from hf_mlx.models.load import load_model
-from hf_mlx.models.prompts import prompt_cache, shares_prompts
 from hf_mlx.settings.plan import ModelPlan
+from hf_mlx.training.blocked_attention import attend_in_blocks
+from hf_mlx.training.shared_rows import prompt_cache, shares_prompts
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 SETTINGS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 2e-3}
@@ -87,21 +89,18 @@ def test_every_token_and_target_is_where_it_was():
         if found is None:
             continue
         shared += 1
-        unit, width = found.unit, found.input_ids.shape[1]
         assert found.input_ids.size < len(batch.lengths) * pair_width(int(batch.lengths.max()), len(batch.lengths))
-        for pair, start in enumerate(found.prompts[:, 0]):
-            first = pair * unit
-            prompt = found.input_ids[first : first + unit - 2].reshape(-1)
-            for place in range(2):
-                row, answer = 2 * pair + place, found.input_ids[first + unit - 2 + place]
-                length = batch.lengths[row]
-                whole = np.concatenate([prompt[:start], answer[: length - start]])
-                assert np.array_equal(whole, batch.input_ids[row, :length])
-                targets = found.targets[first + unit - 2 + place]
-                scored = np.flatnonzero(batch.labels[row, 1:] != IGNORE)
-                assert np.array_equal(np.flatnonzero(targets != IGNORE), scored - start)
-                assert np.array_equal(targets[targets != IGNORE], batch.labels[row, 1:][scored])
-        assert (found.targets.reshape(-1, unit, width)[:, :-2] == IGNORE).all()
+        for pair, split in enumerate(found.splits[:, 0]):
+            row, offsets, used = found.input_ids[pair], found.offsets[pair], 0
+            for place, begin in ((0, 0), (1, split)):
+                length = batch.lengths[2 * pair + place]
+                at = np.arange(length) if place == 0 else found.rejected[pair, :length]
+                assert np.array_equal(row[at], batch.input_ids[2 * pair + place, :length])
+                assert np.array_equal(offsets[at], np.arange(length))
+                targets = np.where(at >= begin, found.targets[pair, at], IGNORE)
+                assert np.array_equal(targets[:-1], batch.labels[2 * pair + place, 1:length])
+                used += (targets != IGNORE).sum()
+            assert used == (found.targets[pair] != IGNORE).sum()
     assert shared >= 50
 
 
@@ -113,29 +112,31 @@ def test_prompts_that_differ_are_left_alone():
     assert share_prompts(collate_pairs(rows, pad_token_id=2, max_length=None), 2) is not None
 
 
+# Their attention has scores of its own.
+ALONE = {"deepseek_v2", "deepseek_v3", "gemma2", "glm4_moe_lite", "minicpm3"}
 TYPES = [name for name in VERIFIED if can_pack(name)]
 
 
 def check_type(model_type: str, folder) -> None:
+    """Logits of two answers in one row are those of two rows."""
     loaded = load_model(str(make_base(model_type, folder / "base")), ModelPlan())
     model = loaded.model
-    model.eval()
-    assert shares_prompts(loaded)
-    rows = make_rows(np.random.default_rng(0), 3, (16, 7))
-    unit, width, ids = 4, 8, []
-    for row in rows:
-        prompt = (row["prompt_ids"] + [2] * 16)[:16]
-        ids += [prompt[:8], prompt[8:], *((row[name] + [2] * 8)[:8] for name in ("chosen_ids", "rejected_ids"))]
-    prompts = mx.array([[len(row["prompt_ids"])] for row in rows])
-    found = model(mx.array(ids), cache=prompt_cache(model, prompts, unit * len(rows), width))
+    attend_in_blocks(layers(model))
+    assert shares_prompts(loaded) == (model_type not in ALONE)
+    if model_type in ALONE:
+        return
+    rows = make_rows(np.random.default_rng(0), 3, (40, 7))
+    shared = share_prompts(collate_pairs(rows, pad_token_id=2, max_length=None), 2)
+    cache = prompt_cache(model, *(mx.array(getattr(shared, name)) for name in ("offsets", "slots", "rejected")))
+    found = model(mx.array(shared.input_ids).reshape(-1, 1), cache=cache).reshape(*shared.input_ids.shape, -1)
     for pair, row in enumerate(rows):
-        for place, name in enumerate(("chosen_ids", "rejected_ids")):
-            whole = model(mx.array([row["prompt_ids"] + row[name]]))[0, len(row["prompt_ids"]) :]
-            got = found[unit * pair + 2 + place, : len(row[name])]
+        for name, begin in (("chosen_ids", len(row["prompt_ids"]) - 1), ("rejected_ids", shared.splits[pair, 0])):
+            whole = model(mx.array([row["prompt_ids"] + row[name]]))[0, len(row["prompt_ids"]) - 1 :]
+            got = found[pair, int(begin) : int(begin) + len(whole)]
             np.testing.assert_allclose(np.array(got), np.array(whole), atol=1e-5 * float(mx.abs(whole).max()))
 
 
-@pytest.mark.parametrize("model_type", ["cohere2", "deepseek_v3", "gemma2"])
+@pytest.mark.parametrize("model_type", ["cohere2", "gemma2", "gpt_oss"])
 def test_types_share_prompts(model_type, tmp_path):
     check_type(model_type, tmp_path)
 
@@ -144,3 +145,12 @@ def test_types_share_prompts(model_type, tmp_path):
 @pytest.mark.parametrize("model_type", TYPES)
 def test_all_types_share_prompts(model_type, tmp_path):
     check_type(model_type, tmp_path)
+
+
+def test_rotary_embeddings_that_compare_positions_are_left_alone(tmp_path):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 64}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    tiny_model("phi3", tmp_path, rope_parameters=longrope, max_position_embeddings=128)
+    loaded = load_model(str(tmp_path), ModelPlan())
+    attend_in_blocks(layers(loaded.model))
+    assert not shares_prompts(loaded)

@@ -74,6 +74,13 @@ def test_evaluation(model, reference):
     check(model, reference, settings, eval_dataset={"a": evaluation, "b": evaluation.select(range(4))})
 
 
+def test_one_end_of_a_tied_pair_that_trains(tmp_path):
+    evaluation = Dataset.from_list(preference_rows("text", 4, seed=3))
+    settings = {"max_steps": 2, "eval_strategy": "epoch", "eval_on_start": True}
+    model = tiny_model("smollm3", tmp_path)
+    check(model, "adapter off", settings, lora=LORA | {"modules_to_save": ["embed_tokens"]}, eval_dataset=evaluation)
+
+
 @pytest.mark.parametrize("reference", ["full", pytest.param("other model, full", marks=pytest.mark.wide)])
 def test_a_reference_that_follows_the_policy(model, reference):
     evaluation = Dataset.from_list(preference_rows("text", 5, seed=3))

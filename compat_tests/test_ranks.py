@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_cases import CASES, DRAWN, EQUAL, NAMED, OWN, OWN_EQUAL, PAIRS, PREDICTED, make_model
+from rank_cases import CASES, DRAWN, EQUAL, NAMED, OWN, OWN_EQUAL, PAIRS, PREDICTED, REWARDS, make_model
 from rank_runs import HERE, finish, free_ports, run, said, start
 from rank_worker import build, count_exchanges, describe
 
@@ -24,9 +24,8 @@ WEIGHTS = 5e-5
 COUNTED = ("num_tokens", "num_input_tokens_seen", "step", "epoch", "learning_rate", "eval_num_tokens")
 #: What does not depend on which rows share a micro-batch.
 DOUBLED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", *COUNTED}
-SAMPLE = ["filled", "cut", "own_tokens", "evaluated", "tail", "stream", "shards", "language_evaluated"]
-SAMPLE += ["pairs_evaluated", "pairs_precomputed", "predicted_batched", "predicted_apart"]
-SAMPLE += ["own_optimizer", "own_loader", "own_native", "own_loss"]
+SAMPLE = ["filled", "evaluated", "tail", "stream", "language_evaluated", "pairs_evaluated", "predicted_batched"]
+SAMPLE += ["own_optimizer", "own_loss", "rewards_evaluated"]
 #: Of ranks, at events of callbacks and at steps that each of them has in a run of four steps with others after it.
 KILLS = 20
 EVENTS = {
@@ -39,7 +38,7 @@ RECORDS = json.loads((HERE / "rank_records.json").read_text())
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llama", "mixtral"):
+    for family in ("llama", "mixtral", "scored"):
         make_model(folder / family, family)
     return folder
 
@@ -57,6 +56,9 @@ def compare(name: str, ranks: int, made: list[dict[str, Any]], records: dict[str
             if "rewards/" in key:
                 # Differences of sums over the tokens of an answer, times beta.
                 near = CLOSE * max(abs(v) for name, v in a.items() if "logps/" in name)
+            elif key.endswith(("_reward", "margin")):
+                # A score adds up 64 products of either sign, about 8 times as large together; means and differences.
+                near = 8 * CLOSE * max(abs(v) for name, v in a.items() if name.endswith("_reward"))
             elif "logits/" in key:
                 # Means of what lies on both sides of 0.
                 near = CLOSE / 10
@@ -90,7 +92,7 @@ def sample(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 def test_two_ranks_log_what_torchrun_logs(sample: list[dict[str, Any]]) -> None:
-    assert len(SAMPLE) == 16
+    assert len(SAMPLE) == 10
     for name in (*SAMPLE, "plain"):
         assert compare(name, 2, [one[name] for one in sample]) >= 6
 
@@ -113,7 +115,9 @@ def test_two_ranks_of_two_rows_are_one_process_of_four(
 @pytest.mark.wide
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize(("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9), ("predicted", 5), ("own", 8)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("named", 20), ("drawn", 30), ("pairs", 9), ("predicted", 5), ("own", 8), ("rewards", 4)]
+)
 def test_every_case_logs_what_torchrun_logs(ranks: int, kind: str, count: int, models: Path, tmp_path: Path) -> None:
     cases = [
         *{
@@ -122,6 +126,7 @@ def test_every_case_logs_what_torchrun_logs(ranks: int, kind: str, count: int, m
             "pairs": {**PAIRS, **EQUAL},
             "predicted": PREDICTED,
             "own": {**OWN, **OWN_EQUAL},
+            "rewards": REWARDS,
         }[kind]
     ]
     assert len(cases) == count

@@ -1,15 +1,13 @@
 """The report of a run: it says what the run logged, changes no number, and is only where it was asked to be."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from html import unescape
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from forked_scripts import HF_MLX_RUN, run_forked
 from pairs import SILENT, tiny_model
 from peft import LoraConfig
 from transformers import TrainerCallback
@@ -121,12 +119,10 @@ SFTTrainer(sys.argv[1], args, train_dataset=rows, peft_config=LoraConfig(r=2)).t
 
 
 @pytest.mark.parametrize("flags", [[], ["--report", "run.html"]], ids=["plain", "asked"])
-def test_a_script_that_is_run_leaves_upstreams_files(model, tmp_path, flags):
+def test_a_script_that_is_run_leaves_upstreams_files(model, tmp_path, flags, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
-    words = [sys.executable, "-m", "hf_mlx.cli.main", "run", *flags, "script.py", str(model)]
-    environment = {name: value for name, value in os.environ.items() if name != "HF_MLX_REPORT"}
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.chdir(tmp_path)
+    run_forked([*HF_MLX_RUN, *flags, "script.py", model], environ={"HF_MLX_REPORT": None})
     assert sorted(one.name for one in (tmp_path / "out").iterdir()) == ["README.md", "checkpoint-2"]
     assert (tmp_path / "run.html").exists() == bool(flags)
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2

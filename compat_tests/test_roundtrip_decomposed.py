@@ -26,6 +26,8 @@ from hf_mlx.adapters.merge import merge_adapter
 from hf_mlx.adapters.read import import_adapter
 from hf_mlx.errors import AdapterError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 KINDS = ("pissa", "olora")
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
 

@@ -29,6 +29,8 @@ from hf_mlx.adapters.sites import list_sites
 from hf_mlx.errors import AdapterError
 from hf_mlx.models.architectures import VERIFIED
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 SAMPLE = ("llama", "qwen2", "mistral", "gemma3_text", "phi3", "gpt2", "qwen3_moe", "mixtral", "jamba")
 
 

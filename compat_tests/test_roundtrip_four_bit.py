@@ -24,6 +24,8 @@ from hf_mlx.errors import AdapterError, ModelError
 from hf_mlx.models.blockwise import BlockLinear
 from hf_mlx.trainers.sft import MLXSFTTrainer
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # Every width is whole blocks but one, the tall one of "odd".
 SHAPES = {
     "nf4, double": ("llama", {}, {"intermediate_size": 128}),

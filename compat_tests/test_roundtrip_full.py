@@ -19,6 +19,8 @@ from hf_mlx.models.load import load_model
 from hf_mlx.models.save import write_model
 from hf_mlx.settings.plan import ModelPlan
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # fp32 on both sides; two Adam steps turn a rounding difference in a gradient near zero into one of the weight.
 CURVE = 1e-4
 # One forward pass over the same saved weights: another order of summation.

@@ -18,6 +18,8 @@ from hf_mlx.adapters.gguf_file import ARCHITECTURES, write_gguf
 from hf_mlx.cli.main import main
 from hf_mlx.errors import AdapterError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # llama.cpp's names of what transformers calls these.
 NAMES = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "qkv_proj": "attn_qkv",

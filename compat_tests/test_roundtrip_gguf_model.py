@@ -19,6 +19,8 @@ from hf_mlx.adapters.gguf_vocabulary import _LLAMA3, _NAMES
 from hf_mlx.cli.main import main
 from hf_mlx.errors import ModelError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 TEXT = "Add 12345 and 67; don't say it's café or naïve.\n\n  Then: done!"
 IDS = torch.arange(5, 29)[None]
 

@@ -29,6 +29,8 @@ from hf_mlx.adapters.read import import_adapter
 from hf_mlx.cli.main import main
 from hf_mlx.errors import AdapterError
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 # What a LoraConfig can ask for that mlx-lm's one rank, scale and list of keys have to express.
 SETTINGS = {
     "plain": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},

@@ -24,6 +24,8 @@ from hf_mlx.models.load import load_model
 from hf_mlx.models.save import write_model
 from hf_mlx.settings.plan import ModelPlan
 
+pytestmark = pytest.mark.usefixtures("uncompiled")
+
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 # One batch over and over: the loss must fall by more than any noise of quantisation.
 SETTINGS = {"max_steps": 12, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_length": 32}

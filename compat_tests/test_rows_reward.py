@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import random
+import re
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from hf_mlx.data.preview import preview_scored
 from hf_mlx.data.scored_pairs import ID_COLUMNS, collate_scored, convert_scored, last_tokens
 from hf_mlx.data.scored_rows import prepare_scored
 from hf_mlx.errors import DataError
@@ -87,6 +90,26 @@ def test_rows_equal_trls(case, streamed):
         assert a == b
         assert all(isinstance(b[column], list) for column in ID_COLUMNS)
     assert (len(got) < len(rows)) == ("left out" in case)
+
+
+def test_the_preview_shows_trls_rows_and_the_token_that_transformers_scores(tmp_path):
+    shown, page = 0, tmp_path / "rows.html"
+    for case in ("text", "text with bos", "conversation", "tokens", "other columns stay", "long rows are left out"):
+        rows, options, settings = CASES[case]
+        tokenizer = bpe(**options)
+        want = list(theirs(Dataset.from_list(rows), tokenizer, settings))
+        preview_scored(Dataset.from_list(rows), tokenizer, DataPlan(**settings), rows=99, html=page, file=io.StringIO())
+        found = [
+            [(mark, int(token)) for mark, token in re.findall(r'<span class="([tm])" title="id (\d+) at', part)]
+            for part in page.read_text().split("<h2>")[1:]
+        ]
+        texts = [row[column] for row in want for column in ID_COLUMNS]
+        assert [[token for _, token in row] for row in found] == texts, case
+        for ids, row in zip(texts, found, strict=True):
+            scored = max((at for at, token in enumerate(ids) if token != tokenizer.pad_token_id), default=0)
+            assert [at for at, (mark, _) in enumerate(row) if mark == "t"] == [scored], case
+            shown += 1
+    assert shown >= 20
 
 
 def test_random_texts():

@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 from pairs import _quiet
 from peft import LoraConfig
+from sampling import sampled
 from transformers import Trainer
 from trl import DPOTrainer, SFTConfig, SFTTrainer
 
@@ -128,7 +129,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize("planted", sampled(PLANTED, "gradient", "half", "checkpoint", "nan", "mask", "raises"))
 def test_a_planted_error_is_seen(planted, monkeypatch):
     plant, names, expected = PLANTED[planted]
     plant(monkeypatch)

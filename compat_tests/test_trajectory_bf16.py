@@ -8,6 +8,7 @@ import pytest
 import torch
 from architecture_zoo import make_model
 from pairs import rows_of, run_both, tiny_model, tokenizer
+from sampling import sampled
 from transformers import AutoModelForCausalLM
 
 from hf_mlx.models.load import load_model
@@ -45,7 +46,7 @@ PRECISIONS = {
 }
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", sampled(PRECISIONS, "autocast over fp32", "bf16 without autocast"))
 def test_fifty_steps(name, tmp_path):
     dtype, autocast, lora = PRECISIONS[name]
     settings = {**SETTINGS, "bf16": autocast, "model_init_kwargs": {"dtype": dtype}}
@@ -68,7 +69,7 @@ MODELS = 24
 ERRORS = 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", sampled(["float32", "bfloat16"], "bfloat16"))
 def test_the_loss_of_many_models_has_no_direction(dtype, tmp_path):
     differences = []
     for seed in range(MODELS):
@@ -107,8 +108,8 @@ def mean_loss(logits, ids):
 EXPERT_STEPS = 10
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("dtype", sampled(["float32", "bfloat16"], "bfloat16"))
+@pytest.mark.parametrize("family", sampled(["mixtral", "qwen3_moe"], "mixtral"))
 def test_experts(family, dtype, tmp_path):
     make_model(family, vocab_size=len(tokenizer())).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)

@@ -27,9 +27,11 @@ SETTINGS = {
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
+# In `make test` bf16 is compared on tiny models, in test_trajectory_bf16.
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("steps", "rows", "accumulated", "count"),
-    [(8, 2, 1, 16), pytest.param(50, 4, 2, 164, marks=[pytest.mark.wide, pytest.mark.timeout(7200)])],
+    [(8, 2, 1, 16), pytest.param(50, 4, 2, 164, marks=pytest.mark.timeout(7200))],
     ids=["sample", "fifty steps"],
 )
 def test_autocast(steps, rows, accumulated, count):

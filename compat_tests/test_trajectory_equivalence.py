@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from pairs import Run, rows_of, run_mlx, tiny_model
+from sampling import sampled
 
 import hf_mlx.feed
 from hf_mlx.data.fitting import fit_shapes
@@ -65,7 +66,7 @@ def assert_one_curve(a: Run, b: Run, *, steps: int) -> None:
         assert np.abs(value - b.weights[key]).max() <= WEIGHTS, key
 
 
-@pytest.mark.parametrize(("rows", "accumulated"), [(1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("rows", "accumulated"), sampled([(1, 8), (2, 4), (4, 2)], (1, 8), (4, 2)))
 def test_batch_by_accumulation(rows, accumulated, llama, reference):
     cut = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulated}
     assert_one_curve(reference, run_mlx(llama, {**SETTINGS, **cut}, ROWS, LORA), steps=STEPS)
@@ -100,7 +101,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("rows", LAYOUTS)
+@pytest.mark.parametrize("rows", sampled(LAYOUTS, "packed", "padding free"))
 @pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma3_text", {"sliding_window": 16})])
 def test_rows_that_documents_share(rows, family, options, tmp_path, monkeypatch):
     model, chosen = tiny_model(family, tmp_path, **options), []
@@ -146,7 +147,7 @@ RANDOM = {
 }
 
 
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("kind", sampled(RANDOM, "both"))
 def test_random_masks_are_the_same_when_recomputed(kind, llama, reference):
     changed, lora = RANDOM[kind]
     settings = {**SETTINGS, **changed}
@@ -157,7 +158,7 @@ def test_random_masks_are_the_same_when_recomputed(kind, llama, reference):
     assert kept.history[3]["loss"] != pytest.approx(reference.history[3]["loss"], rel=RELATIVE)
 
 
-@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("kind", sampled(RANDOM, "both"))
 def test_evaluation_draws_no_masks(kind, llama):
     changed, lora = RANDOM[kind]
     # Nothing has been trained when the first evaluation runs, and with a learning rate of 0 nothing ever is.

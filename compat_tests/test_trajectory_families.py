@@ -2,6 +2,7 @@
 
 import pytest
 from pairs import FAMILIES, assert_same_curve, mean_drift, rows_of, run_both, tiny_model
+from sampling import sampled
 
 # fp32 on both sides; the order of sums in a matmul is all that differs, about 1e-7 a step, and Adam's first
 # steps divide by it. 1e-4 is the promise of the library.
@@ -25,14 +26,14 @@ SETTINGS = {
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, "llama", "qwen3", "gemma3_text", "phi3", "olmo2"))
 def test_lora(family, tmp_path):
     theirs, ours = run_both(tiny_model(family, tmp_path), SETTINGS, rows_of("prompt", 17), LORA)
     assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=WEIGHTS) >= 6 * 7
     assert abs(mean_drift(theirs, ours)) < DRIFT
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", sampled(["llama", "gemma3_text", "phi3", "qwen3"], "llama", "gemma3_text"))
 def test_all_weights(family, tmp_path):
     settings = {**SETTINGS, "learning_rate": 1e-4}
     theirs, ours = run_both(tiny_model(family, tmp_path), settings, rows_of("messages", 17), None)

@@ -15,6 +15,7 @@ from architecture_zoo import make_model
 from datasets import Dataset
 from pairs import SILENT, Run, assert_same_curve, mean_drift, rows_of, run_mlx, run_trl, tiny_model, tokenizer
 from peft import LoraConfig
+from sampling import sampled
 from training_checks import make_base
 from trl import SFTConfig, SFTTrainer
 
@@ -110,7 +111,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, "packed", "all weights"))
 def test_beside_trl(case, llama, tmp_path):
     kind, changed, lora = CASES[case]
     settings, rows = {**SETTINGS, **changed, "auto_find_batch_size": True}, rows_of(kind, 17)
@@ -134,7 +135,7 @@ def test_beside_trl_where_each_micro_batch_has_its_own_mean(tmp_path):
     assert abs(mean_drift(theirs, ours)) < DRIFT
 
 
-@pytest.mark.parametrize(("room", "pieces"), [(5, 1), (3, 2), (2, 4), (1, 5)])
+@pytest.mark.parametrize(("room", "pieces"), sampled([(5, 1), (3, 2), (2, 4), (1, 5)], (5, 1), (2, 4)))
 def test_pieces_are_found_from_the_estimate(room, pieces, llama, tmp_path, caplog):
     settings = {"auto_find_batch_size": True, "num_train_epochs": 1, "neftune_noise_alpha": 5.0}
     lora = {**LORA, "lora_dropout": 0.2}
@@ -156,7 +157,7 @@ def test_pieces_are_found_from_the_estimate(room, pieces, llama, tmp_path, caplo
 
 
 @pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "all weights"])
-@pytest.mark.parametrize("room", [4, 1])
+@pytest.mark.parametrize("room", sampled([4, 1], 1))
 def test_memory_that_runs_out_in_a_step_changes_no_number(room, lora, llama, tmp_path, caplog):
     settings = {"auto_find_batch_size": True, "learning_rate": 1e-4}
     whole = make_trainer(llama, tmp_path / "a", settings, lora, EVEN)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx.core as mx
+
+#: How many operations wide MLX works on a graph.
+WIDTH = "MLX_BFS_MAX_WIDTH"
+#: How large a command buffer grows, in operations and in MiB.
+BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
+#: MiB of arrays in a buffer where nothing is known of the run, measured in docs/performance.md.
+MEGABYTES = 400
 
 
 def on_cpu() -> bool:
@@ -28,3 +36,27 @@ def on_metal(backend: Any = mx) -> bool:
         backend: ``mlx.core``.
     """
     return backend.metal.is_available() and backend.default_device() == backend.gpu
+
+
+def start_depth_first(megabytes: int | None) -> dict[str, str]:
+    """Make MLX end, and free, what it has begun before it begins more.
+
+    MLX reads these limits once, at the first evaluation of a process and when its device starts: nothing changes where
+    MLX has been used already. The environment is left as it was, and a limit that the user has set stays.
+
+    Args:
+        megabytes: MiB of arrays in a command buffer of a CUDA device; None leaves MLX's own.
+
+    Returns:
+        The variables that MLX was given.
+    """
+    limits = {} if WIDTH in os.environ else {WIDTH: "1"}
+    if megabytes is not None and mx.cuda.is_available() and not any(name in os.environ for name in BUFFERS):
+        limits[BUFFERS[1]] = str(megabytes)
+    os.environ.update(limits)
+    try:
+        mx.eval(mx.zeros(1) + 1)
+    finally:
+        for name in limits:
+            del os.environ[name]
+    return limits

@@ -91,11 +91,12 @@ class Session:
             store_frozen_weights(loaded.model, getattr(mx, precision.autocast))
         self.split, self.fingerprint = self._split_model(names)
         loaded.read_weights()
+        # A held padding row makes the embedding another class.
+        lay_out_gradients(loaded.model)
         hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         _check_routers(self.routers, plan)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
-        lay_out_gradients(loaded.model)
         route_experts(layers(loaded.model))
         attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))

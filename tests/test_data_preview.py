@@ -93,6 +93,22 @@ def test_pairs_show_both_answers_as_the_collator_cuts_them(tmp_path, capsys):
     assert "ab[[ c</s>]]" in capsys.readouterr().out
 
 
+def test_scored_rows_show_the_token_that_is_scored(tmp_path, capsys):
+    # The padding token is the one that ends a text, so transformers reads the score before it.
+    rows = [{"prompt": "2+2=", "chosen": "4", "rejected": "five", "margin": 0.5}, {"chosen": "ab", "rejected": "c"}]
+    words = ["--trainer", "RewardTrainer", "--html", tmp_path / "rows.html"]
+    assert run_on(rows[:1], tmp_path, *words) == 0
+    out = capsys.readouterr().out
+    assert "row 0, chosen, by 0.5 at least: 6 tokens, 1 scored\n2+2=[[4]]</s>" in out
+    assert "row 0, rejected: 9 tokens, 1 scored\n2+2=fiv[[e]]</s>" in out
+    assert "scored</span>" in (tmp_path / "rows.html").read_text()
+    # A pair that is longer than max_length is left out, and a prompt is not needed.
+    assert run_on([{"chosen": "abcdefgh", "rejected": "c"}, rows[1]], tmp_path, *words, max_length=7) == 0
+    out = capsys.readouterr().out
+    assert "a[[b]]</s>" in out and "abcdefgh" not in out
+    assert run_on([{"text": "abcd"}], tmp_path, *words) == 2
+
+
 def test_tokenized_rows_are_shown_as_they_are(tmp_path, capsys):
     ids = byte_tokenizer()("abcd")["input_ids"]
     rows = [{"input_ids": ids, "labels": [-100, -100, *ids[2:]]}, {"input_ids": ids}]

@@ -1,19 +1,24 @@
 """Who the processes are, what a window weighs over them, and that one process has nothing to do with any of it."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from hf_mlx.data.order import Share, count_steps, deal
-from hf_mlx.errors import DataError, SettingError
+from hf_mlx.errors import DataError, SettingError, TrainingError
+from hf_mlx.loop.pending import Pending
+from hf_mlx.processes.comparison import find_different
 from hf_mlx.processes.launcher import Launched, read_launcher
-from hf_mlx.processes.world import find_different, the_world
+from hf_mlx.processes.world import World, the_world
 from hf_mlx.settings.ledger import explain
 from hf_mlx.settings.plan import BatchPlan
 from hf_mlx.settings.resolve import resolve_plan
+from hf_mlx.training.exchange import Exchange
 from hf_mlx.training.inputs import Inputs, Peers
+from hf_mlx.training.measured import StepMetrics
 from hf_mlx.training.weighting import ByTokens
 
 
@@ -64,6 +69,83 @@ def test_a_group_of_one_that_should_be_two_is_refused(tmp_path, monkeypatch):
             the_world()
     finally:
         the_world.cache_clear()
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Rank 0 of two processes that say the same, and what each of them exchanges, in its order."""
+    exchanged = []
+
+    def gather(array, group):
+        exchanged.append(array.shape)
+        return mx.concatenate([array, array])
+
+    monkeypatch.setattr(mx.distributed, "all_gather", gather)
+    world = World(0, 2, 0, group=object(), host="127.0.0.1")
+    monkeypatch.setattr(world.watch, "connect", lambda *address: exchanged.append(address[0]))
+    return world, exchanged
+
+
+def test_processes_meet_once_a_run_has_set_mlxs_limits(two):
+    world, exchanged = two
+    with world.meeting():
+        # MLX reads its limits on pending work at its first computation, an exchange included.
+        assert exchanged == []
+    assert "127.0.0.1" in exchanged
+    met = len(exchanged)
+    world.meet()
+    assert len(exchanged) == met
+
+
+def test_a_rank_that_fails_before_they_meet_can_still_say_why(two):
+    world, exchanged = two
+    with pytest.raises(SettingError, match="bf16"), world.meeting():
+        raise SettingError("bf16=True", "a device that has it", "bf16=False")
+    assert "127.0.0.1" in exchanged
+
+
+def test_the_first_exchange_lets_processes_meet(two):
+    world, exchanged = two
+    world.barrier("main_process_first")
+    assert "127.0.0.1" in exchanged[:-1]
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a part", "what was there before"])
+def test_a_table_that_a_lost_process_did_not_send_is_told(two, monkeypatch, kind):
+    world, _ = two
+    world.meet()
+    monkeypatch.setattr(world.watch, "name_ended", lambda: "rank 1 has ended without a word")
+    earlier = np.array(world.gather_later("counts", np.array([7, 8])))[0]
+
+    def gather(array, group):
+        own = np.array(array)[0]
+        other = {"nothing": np.zeros_like(own), "a part": [*own[:5], *earlier[5:]], "what was there before": earlier}
+        return mx.array(np.stack([own, np.asarray(other[kind], np.int32)]))
+
+    monkeypatch.setattr(mx.distributed, "all_gather", gather)
+    with pytest.raises(TrainingError, match="rank 1 has ended without a word"):
+        world.gather("counts", np.array([7, 9]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_sum_over_fewer_processes_than_there_are_is_no_loss(two, monkeypatch, ranks):
+    world, _ = two
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda array, group: array * ranks)
+    metrics = {"loss": mx.array(0.5), "micro_batches": mx.array(1.0), "entropy": mx.array(2.0)}
+    grads, measured, norm = Exchange(world)({"a": mx.array([3.0, 4.0])}, metrics)
+    assert grads["a"].tolist() == [3.0 * ranks, 4.0 * ranks] and norm.item() == 5.0 * ranks
+    assert measured["loss"].item() == pytest.approx(1.0 if ranks == 2 else float("nan"), nan_ok=True)
+
+
+@pytest.mark.parametrize(("ended", "said"), [("rank 1 has ended without a word", "rank 1"), (None, "learning_rate")])
+def test_a_loss_that_is_no_number_is_the_lost_processs(two, monkeypatch, ended, said):
+    world, _ = two
+    monkeypatch.setattr(world.watch, "name_ended", lambda: ended)
+    pending = Pending(SimpleNamespace(world=world, plan=SimpleNamespace(nan_inf_filter=True)), 0, lambda step: 1e-3)
+    loss = {"loss": float("nan"), "micro_batches": 1.0}
+    pending._steps = [StepMetrics.split({name: mx.array(value) for name, value in loss.items()})]
+    with pytest.raises(TrainingError, match=said):
+        pending.check()
 
 
 def test_the_rank_that_differs_is_found():

@@ -10,6 +10,7 @@ from mlx_lm.models import gemma3_text, gpt_oss, llama
 from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 
 from hf_mlx.models.masks import KeyCache, SegmentCache
+from hf_mlx.training import blocked_attention as blocks
 from hf_mlx.training.blocked_attention import BLOCK, LEAST, attend_in_blocks, attends_in_blocks, blocked_attention
 
 # float32 with another order of summation, relative to the largest value.
@@ -40,8 +41,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_are_those_of_all_scores_at_once(case):
+@pytest.mark.parametrize("case, cuda", [*((case, False) for case in CASES), ("window and sinks", True)])
+def test_outputs_and_gradients_are_those_of_all_scores_at_once(case, cuda, monkeypatch):
+    # On CUDA blocks are larger.
+    monkeypatch.setattr(blocks, "on_cuda", lambda: cuda)
     length, heads, key_heads, width, value_width, mask, cache, with_sinks = CASES[case]
     mx.random.seed(0)
     shapes = [(2, heads, length, width), (2, key_heads, length, width), (2, key_heads, length, value_width)]
@@ -64,6 +67,23 @@ def test_outputs_and_gradients_are_those_of_all_scores_at_once(case):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert mx.abs(one - other).max().item() <= TOLERANCE * mx.abs(other).max().item()
+
+
+@pytest.mark.parametrize(
+    "dtype, widths, fused",
+    [
+        (mx.bfloat16, (64, 64), True),
+        (mx.float16, (128, 128), True),
+        (mx.float32, (64, 64), False),
+        (mx.bfloat16, (256, 256), False),
+        (mx.bfloat16, (192, 128), False),
+        (mx.bfloat16, (60, 60), False),
+    ],
+)
+def test_cuda_has_a_kernel_for_heads_that_cudnn_takes(dtype, widths, fused, monkeypatch):
+    assert not blocks.is_fused(dtype, *widths)
+    monkeypatch.setattr(blocks, "on_cuda", lambda: True)
+    assert blocks.is_fused(dtype, *widths) == fused
 
 
 def test_half_precision_keeps_its_dtype_and_sums_in_float32():

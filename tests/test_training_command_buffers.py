@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from hf_mlx.training.command_buffers import BUFFERS, WIDTH, limit_pending_work, wait_for_memory
+from hf_mlx.device import BUFFERS, WIDTH
+from hf_mlx.training.command_buffers import limit_pending_work, wait_for_memory
 
 
 def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024):

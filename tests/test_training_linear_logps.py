@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from hf_mlx.training.linear_logps import linear_token_logps, token_logps
+from hf_mlx.training import linear_logps
+from hf_mlx.training.linear_logps import linear_logp, linear_token_logps, token_logps
 from hf_mlx.training.loss import IGNORED
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 300
@@ -22,18 +23,24 @@ def problem():
     return hidden, weight, mx.array(targets), mx.array(rng.normal(size=TOKENS).astype(np.float32))
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def device(request, monkeypatch):
+    """The way of a GPU goes through MLX's fused cross-entropy, which the CPU computes too."""
+    monkeypatch.setattr(linear_logps, "on_cpu", lambda: request.param == "cpu")
+
+
 @pytest.mark.parametrize("trains_head", [False, True])
 @pytest.mark.parametrize("rows", [8, 16, TOKENS])
-def test_blocks_equal_the_whole(problem, rows, trains_head):
+def test_blocks_equal_the_whole(problem, device, rows, trains_head):
     hidden, weight, targets, cotangents = problem
 
     def whole(hidden, weight):
-        values = token_logps(hidden @ weight.T, targets)
+        values = token_logps(hidden @ weight.T, targets, squares=True)
         return (values.logp * cotangents).sum(), values
 
     def blocked(hidden, weight):
         project = (lambda h, w: h @ w[0].T) if trains_head else (lambda h, w: h @ weight.T)
-        values = linear_token_logps(project, hidden, [weight] if trains_head else [], targets, rows=rows)
+        values = linear_token_logps(project, hidden, [weight] if trains_head else [], targets, rows=rows, squares=True)
         return (values.logp * cotangents).sum(), values
 
     which = [0, 1] if trains_head else 0
@@ -46,12 +53,12 @@ def test_blocks_equal_the_whole(problem, rows, trains_head):
     assert int((np.array(targets) == IGNORED).sum()) == 8 and not np.array(got.logp)[::5].any()
 
 
-def test_values_against_float64(problem):
+def test_values_against_float64(problem, device):
     hidden, weight, targets, _ = problem
     logits = np.array(hidden, np.float64) @ np.array(weight, np.float64).T
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    got = linear_token_logps(lambda h, w: h @ weight.T, hidden, [], targets, rows=8, gradient=False)
+    got = linear_token_logps(lambda h, w: h @ weight.T, hidden, [], targets, rows=8, gradient=False, squares=True)
     scored = np.flatnonzero(np.array(targets) != IGNORED)
     chosen = np.array(targets)[scored]
     want = {
@@ -61,5 +68,7 @@ def test_values_against_float64(problem):
         "correct": logits.argmax(1)[scored] == chosen,
         "log_square_sum": np.log((p**2).sum(1))[scored],
     }
+    alone = linear_logp(lambda h, w: h @ weight.T, hidden, [], targets, rows=8)
+    assert np.array_equal(np.array(alone), np.array(got.logp))
     for name, value in want.items():
         np.testing.assert_allclose(np.array(getattr(got, name))[scored], value, rtol=2e-5, atol=2e-5, err_msg=name)

@@ -7,6 +7,7 @@ import pytest
 
 from hf_mlx.models.heads import Head
 from hf_mlx.settings.plan import LossPlan
+from hf_mlx.training import linear_cross_entropy
 from hf_mlx.training.linear_cross_entropy import block_rows, linear_token_sums
 from hf_mlx.training.loss import token_sums
 
@@ -56,14 +57,14 @@ def run(model, head, plan, hidden, targets, names, rows, compiled=False):
     def project(hidden, weights):
         for name, weight in zip(names, weights, strict=True):
             model.lm_head[name] = weight
-        return head(model, hidden)
+        return head.project(model, hidden)
 
     def loss(inputs):
         hidden, *weights = inputs
         if rows is None:
-            sums = token_sums(project(hidden, weights), targets, plan)
+            sums = token_sums(head.finish(project(hidden, weights)), targets, plan)
         else:
-            sums = linear_token_sums(project, hidden, weights, targets, plan, rows=rows)
+            sums = linear_token_sums(project, hidden, weights, targets, plan, rows=rows, finish=head.finish)
         return sums.loss / 7, sums
 
     step = mx.value_and_grad(loss)
@@ -99,6 +100,19 @@ def test_blocks_equal_the_whole(loss, extras, tied):
 
     assert plain[0].loss.item() > 0
     assert_equal(plain, blocks)
+
+
+@pytest.mark.parametrize("extras", HEADS)
+@pytest.mark.parametrize("rows, larger", [(8, 64), (16, 64), (TOKENS, TOKENS)])
+def test_larger_blocks_of_a_trained_head_equal_the_whole(extras, rows, larger, monkeypatch):
+    model, head = Model(tied=True), Head("lm_head", tied=True, **HEADS[extras])
+    hidden, targets = batch(2)
+    plain = run(model, head, LossPlan(), hidden, targets, ["weight"], None)
+
+    # As on a GPU: as many as the hidden states are wide, then the other 6; or all at once.
+    monkeypatch.setattr(linear_cross_entropy, "on_cpu", lambda: False)
+    assert linear_cross_entropy.trained_rows(rows, TOKENS, 4 * VOCABULARY, [model.lm_head.weight]) == larger
+    assert_equal(plain, run(model, head, LossPlan(), hidden, targets, ["weight"], rows, compiled=True))
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])

@@ -1,12 +1,15 @@
 """Experts on sorted tokens: the gradients of mlx-lm's own modules, whatever is trained in them."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
-from hf_mlx.adapters.parts import LoRASwitchLinear
+from hf_mlx.adapters.parts import LoRAPart, LoRASwitchLinear, Rows
+from hf_mlx.training import routed_experts
 from hf_mlx.training.routed_experts import route_experts
 
 EXPERTS, CHOICES = 6, 3
@@ -33,12 +36,40 @@ def _frozen(mixture: nn.Module) -> nn.Module:
     return mixture
 
 
+def _shared(mixture: Any) -> nn.Module:
+    """One pair for gate and up projection, as PEFT holds them, and one for the last product."""
+    mixture.freeze()
+    if isinstance(mixture, SwitchMLP):
+        return _adapted(mixture)
+    options: Any = {"scale": 0.7, "experts": EXPERTS, "compute_dtype": mx.float32}
+    owner = LoRASwitchLinear(mixture.gate_proj, r=4, dims=(32, 128), rows=Rows(lambda b: b[:64]), **options)
+    down = LoRASwitchLinear(mixture.down_proj, r=2, dims=(64, 32), rows=Rows(), **options)
+    for layer in (owner, down):
+        # Small, or the loss saturates and magnifies what a sum's order changes.
+        for name in ("lora_A", "lora_B"):
+            layer[name] = mx.random.normal(layer[name].shape) / 8
+    mixture.gate_proj, mixture.down_proj = owner, down
+    mixture.up_proj = LoRAPart(mixture.up_proj, owner, Rows(lambda b: b[64:]))
+    return mixture
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
-@pytest.mark.parametrize("change", [_frozen, _quantised, _adapted, lambda mixture: mixture])
+@pytest.mark.parametrize("change", [_frozen, _quantised, _adapted, _shared, lambda mixture: mixture])
 def test_gradients_are_those_of_mlx_lm(kind, change, bias):
+    assert_same_gradients(change(kind(32, 64, EXPERTS, bias=bias)))
+
+
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+@pytest.mark.parametrize("change", [_adapted, _shared])
+def test_adapters_on_tokens_have_the_gradients_of_adapters_on_rows(kind, change, monkeypatch):
+    # What a CUDA device does, whose gathered products waste most of a narrow one.
+    monkeypatch.setattr(routed_experts, "on_cuda", lambda: True)
+    assert_same_gradients(change(kind(32, 64, EXPERTS)))
+
+
+def assert_same_gradients(mixture: nn.Module) -> None:
     mx.random.seed(3)
-    mixture = change(kind(32, 64, EXPERTS, bias=bias))
     x, weights = mx.random.normal((2, 40, 32)), mx.random.normal((2, 40, CHOICES))
     # One expert gets nothing, and another most.
     chosen = mx.minimum(mx.random.randint(0, 9, (2, 40, CHOICES)), EXPERTS - 2)

@@ -53,6 +53,11 @@ class LoRAPart(nn.Module):
         self._pair = SimpleNamespace(owner=owner)
         self._rows = rows
 
+    @property
+    def owner(self) -> Any:
+        """The layer that has the pair."""
+        return self._pair.owner
+
     def hold(self, rows: Rows) -> None:
         """Take these rows of B from here on."""
         self._rows = rows
@@ -166,25 +171,48 @@ class LoRASwitchLinear(nn.Module):
         """Take these rows of B for the first part from here on."""
         self._rows = rows
 
+    @property
+    def owner(self) -> Any:
+        """The layer that has the pair: itself."""
+        return self
+
     def factors(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """A and the rows of B by expert: (experts, r, in) and (experts, rows, r)."""
         b = rows(self.lora_B)
         a = self.lora_A.reshape(self.experts, self.r, -1)
         return a, b.reshape(b.shape[0], self.r, self.experts).transpose(2, 0, 1)
 
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        return self.adapted(self.base_layer, self._rows, x, indices, sorted_indices)
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False, **options: Any) -> mx.array:
+        return self.adapted(self.base_layer, self._rows, x, indices, sorted_indices, **options)
 
     def adapted(
-        self, base_layer: Any, rows: Rows, x: mx.array, indices: mx.array, sorted_indices: bool = False
+        self,
+        base_layer: Any,
+        rows: Rows,
+        x: mx.array,
+        indices: mx.array,
+        sorted_indices: bool = False,
+        low: mx.array | None = None,
     ) -> mx.array:
-        """What one part of the stack gives, plus its share of the low-rank products."""
+        """What one part of the stack gives, plus its share of the low-rank products.
+
+        Args:
+            base_layer: The part.
+            rows: Of B, what belongs to it.
+            x: (..., 1, in).
+            indices: Expert of each, (...).
+            sorted_indices: They ascend.
+            low: What A makes of ``x``, (..., 1, r), where the caller has it.
+        """
         base = base_layer(x, indices, sorted_indices=sorted_indices)
-        low = x.astype(self.compute_dtype)
-        for factor in self.factors(rows):
-            turned = factor.astype(self.compute_dtype).swapaxes(-1, -2)
-            low = gather_mm(low, turned, rhs_indices=indices, sorted_indices=sorted_indices)
-        return (base + scaled(low, self.scale)).astype(base.dtype)
+        a, b = (factor.astype(self.compute_dtype).swapaxes(-1, -2) for factor in self.factors(rows))
+        options: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": sorted_indices}
+        if low is None:
+            low = gather_mm(x.astype(self.compute_dtype), a, **options)
+        if self.compute_dtype == mx.float32:
+            return (base + scaled(gather_mm(low, b, **options), self.scale)).astype(base.dtype)
+        # As in :mod:`~hf_mlx.adapters.low_rank`, the scale goes where the array is small.
+        return (base + gather_mm(scaled(low, self.scale), b, **options)).astype(base.dtype)
 
     def merged_weight(self) -> mx.array:
         """Stacked weight with the products folded in, (experts, out, in), in the base's dtype."""

@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import AdapterError, TrainingError
 from ..models.load import module_at
 from ..models.tensor_parallel import check_split, exchange_around, sees_a_part, split_layers
-from ..processes.world import World, digest_arrays
+from ..processes.comparison import digest_arrays
+from ..processes.world import World
 from .adapter import Adapter
 from .layers import LoRAEmbedding, LoRALinear
 from .parts import LoRAPart, LoRARouter, LoRASwitchLinear, split_rows

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, ModelError
-from ..settings.config_tables import DPO_TABLE, LM_TABLE, SFT_TABLE
+from ..settings.config_tables import DPO_TABLE, LM_TABLE, REWARD_TABLE, SFT_TABLE
 from .explain import read_settings
 
-_TABLES = {"SFTTrainer": SFT_TABLE, "DPOTrainer": DPO_TABLE, "Trainer": LM_TABLE}
+_TABLES = {"SFTTrainer": SFT_TABLE, "DPOTrainer": DPO_TABLE, "RewardTrainer": REWARD_TABLE, "Trainer": LM_TABLE}
 _READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Show the rows; returns the exit status."""
-    from ..data.preview import preview, preview_pairs, preview_tokens
+    from ..data.preview import preview, preview_pairs, preview_scored, preview_tokens
     from ..settings.resolve import resolve_plan
 
     args, peft_config, notes = read_settings(options.config) if options.config else ({}, None, [])
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     if options.trainer == "Trainer":
         preview_tokens(dataset, tokenizer, rows=options.rows, html=options.html)
     else:
-        show = preview_pairs if options.trainer == "DPOTrainer" else preview
+        show = {"DPOTrainer": preview_pairs, "RewardTrainer": preview_scored}.get(options.trainer, preview)
         show(dataset, tokenizer, plan.data, rows=options.rows, html=options.html)
     if options.html:
         print(f"\nwrote {options.html}")

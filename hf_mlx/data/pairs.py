@@ -128,32 +128,41 @@ def convert_pairs(mapping: Mapping[str, Any]) -> PairBatch:
     )
 
 
-def pair_arrays(batch: PairBatch, targets: np.ndarray) -> dict[str, np.ndarray]:
+def pair_arrays(batch: PairBatch, targets: np.ndarray, splits: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """What a pair objective reads beside the tokens, as numpy arrays.
 
     Args:
         batch: Of :func:`collate_pairs` or :func:`convert_pairs`.
-        targets: (2P, width) int32, the next token of each position of the answers' rows as they are computed, or -100.
+        targets: (R, width) int32, the next token of each position as it is computed, or -100.
+        splits: (P, 1) int32 where both answers of a pair share a row: where in it the rejected one begins. None where
+            each has a row of its own.
 
     Returns:
-        ``answers`` (2P, 1) float32; ``shared`` (2P, width) bool, False where a target lies past the shorter answer of
-        its pair; ``reference`` (2P, 1) float32 where it is known; and the counts of the micro-batch, float32 scalars
-        that are at least 1: ``pairs``, ``tokens``, ``chosen_tokens`` and ``rejected_tokens``.
+        ``shared`` (R, width) bool, False where a target lies past the shorter answer of its pair; ``answers`` float32
+        and, where it is known, ``reference`` float32, of each row's answers, (R, 2P / R); and the counts of the
+        micro-batch, float32 scalars that are at least 1: ``pairs``, ``tokens``, ``chosen_tokens``, ``rejected_tokens``.
     """
+    rows, width = targets.shape
     scored = targets != IGNORE
-    counts = scored.sum(axis=1)
+    # (P, 2, places): of each place whether the answer has a target there.
+    if splits is None:
+        answered = scored.reshape(-1, 2, width)
+    else:
+        is_chosen = np.arange(width) < splits
+        answered = np.stack([scored & is_chosen, scored & ~is_chosen], axis=1)
+    counts = answered.sum(axis=2)
     arrays = {
-        "answers": batch.answers[:, None].astype(np.float32),
-        "pairs": len(counts) // 2,
+        "answers": batch.answers.reshape(rows, -1).astype(np.float32),
+        "pairs": len(counts),
         "tokens": counts.sum(),
-        "chosen_tokens": counts[::2].sum(),
-        "rejected_tokens": counts[1::2].sum(),
+        "chosen_tokens": counts[:, 0].sum(),
+        "rejected_tokens": counts[:, 1].sum(),
     }
     arrays = {k: np.array(max(v, 1), np.float32) if np.ndim(v) == 0 else v for k, v in arrays.items()}
     if batch.reference is not None:
-        arrays["reference"] = batch.reference[:, None]
-    shorter = np.repeat(np.minimum(counts[::2], counts[1::2]), 2)
-    return arrays | {"shared": np.cumsum(scored, axis=1) <= shorter[:, None]}
+        arrays["reference"] = batch.reference.reshape(rows, -1)
+    shared = answered & (np.cumsum(answered, axis=2) <= counts.min(axis=1)[:, None, None])
+    return arrays | {"shared": shared.reshape(targets.shape) if splits is None else shared.any(axis=1)}
 
 
 def _to_numpy(value: Any) -> np.ndarray:

@@ -18,6 +18,8 @@ from .pairs import collate_pairs
 from .plain import take_rows
 from .preference import prepare_preference
 from .prepare import Prepared, prepare, prepare_tokenizer
+from .scored_pairs import ANSWERS, ID_COLUMNS, collate_scored
+from .scored_rows import prepare_scored
 
 _TRAINED, _MASKED, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
@@ -36,10 +38,26 @@ span[title]:hover {{ outline: 1px solid #0969da }}
   .t {{ background: #12391f; color: #7ee2a0 }} .m {{ color: #8b949e }} }}
 </style></head><body>
 <h1>{title}</h1><p>{report}</p>
-<p><span class="t">trained</span> <span class="m">masked (label -100)</span>; hover for token id and position</p>
+<p><span class="t">{marked}</span> <span class="m">{other}</span>; hover for token id and position</p>
 {rows}
 </body></html>
 """
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What tells tokens apart.
+
+    Attributes:
+        marked: What those in colour are.
+        other: What the dim ones are.
+    """
+
+    marked: str = "trained"
+    other: str = "masked (label -100)"
+
+
+_TRAINS, _SCORES = Marks(), Marks("scored", "read by the model")
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,39 @@ def preview_pairs(
     return prepared
 
 
+def preview_scored(
+    dataset: Any,
+    tokenizer: Any,
+    plan: DataPlan,
+    *,
+    rows: int = 3,
+    html: str | os.PathLike[str] | None = None,
+    file: TextIO | None = None,
+) -> Prepared:
+    """The same of a reward model's rows: both texts of a pair, each with the token that its score is read at.
+
+    Args:
+        dataset: Rows with ``chosen`` and ``rejected``, maybe ``prompt`` and ``margin``.
+        tokenizer, plan, rows, html, file: As of :func:`preview`.
+
+    Raises:
+        DataError, SettingError: As the trainer does.
+    """
+    tokenizer = prepare_tokenizer(tokenizer, plan)
+    prepared = prepare_scored(dataset, tokenizer, plan, name="train")
+    shown = {}
+    for number, row in enumerate(islice(iter(prepared.dataset), rows)):
+        pair = collate_scored([row], pad_token_id=tokenizer.pad_token_id)
+        margin = "" if pair.margins is None else f", by {pair.margins[0]:g} at least"
+        for answer, column, last in zip(ANSWERS, ID_COLUMNS, pair.last.tolist(), strict=True):
+            ids = list(row[column])
+            labels = [token if place == last else IGNORE for place, token in enumerate(ids)]
+            name = f"row {number}, {answer}{margin if answer == 'chosen' else ''}"
+            shown[name] = read_row({"input_ids": ids, "labels": labels}, tokenizer)
+    _show(shown, prepared.report.describe(), html, file, _SCORES)
+    return prepared
+
+
 def preview_tokens(
     dataset: Any,
     tokenizer: Any,
@@ -148,14 +199,20 @@ def preview_tokens(
     return prepared
 
 
-def _show(shown: dict[str, list[Token]], report: str, html: str | os.PathLike[str] | None, file: TextIO | None) -> None:
+def _show(
+    shown: dict[str, list[Token]],
+    report: str,
+    html: str | os.PathLike[str] | None,
+    file: TextIO | None,
+    marks: Marks = _TRAINS,
+) -> None:
     out = sys.stdout if file is None else file
     coloured = out.isatty() and "NO_COLOR" not in os.environ
     print(report, file=out)
     for name, row in shown.items():
-        print(f"\n{_title(name, row)}\n{render_terminal(row, coloured)}", file=out)
+        print(f"\n{_title(name, row, marks)}\n{render_terminal(row, coloured)}", file=out)
     if html is not None:
-        Path(html).write_text(render_page(shown, report), encoding="utf-8")
+        Path(html).write_text(render_page(shown, report, marks), encoding="utf-8")
 
 
 def read_row(row: dict[str, Any], tokenizer: Any) -> list[Token]:
@@ -203,13 +260,14 @@ def render_terminal(row: list[Token], coloured: bool = True) -> str:
     return "".join(parts)
 
 
-def render_page(rows: dict[str, list[Token]], report: str) -> str:
+def render_page(rows: dict[str, list[Token]], report: str, marks: Marks = _TRAINS) -> str:
     """All rows, by name, as one HTML page without scripts, fonts or links."""
     blocks = []
     for name, row in rows.items():
         tokens = "".join(_mark(place, token) for place, token in enumerate(row))
-        blocks.append(f"<h2>{markup.escape(_title(name, row))}</h2>\n<pre>{tokens}</pre>")
-    return _PAGE.format(title="Training rows", report=markup.escape(report), rows="\n".join(blocks))
+        blocks.append(f"<h2>{markup.escape(_title(name, row, marks))}</h2>\n<pre>{tokens}</pre>")
+    legend = {"marked": marks.marked, "other": marks.other}
+    return _PAGE.format(title="Training rows", report=markup.escape(report), rows="\n".join(blocks), **legend)
 
 
 def _mark(place: int, token: Token) -> str:
@@ -218,9 +276,9 @@ def _mark(place: int, token: Token) -> str:
     return f'{rule}<span class="{"t" if token.trained else "m"}" title="id {token.id} at {place}">{text}</span>'
 
 
-def _title(name: str, row: list[Token]) -> str:
-    trained = sum(token.trained for token in row)
-    return f"{name}: {len(row)} tokens, {trained} trained"
+def _title(name: str, row: list[Token], marks: Marks) -> str:
+    marked = sum(token.trained for token in row)
+    return f"{name}: {len(row)} tokens, {marked} {marks.marked}"
 
 
 def _visible(text: str) -> str:

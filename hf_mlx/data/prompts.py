@@ -2,80 +2,103 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from .batch import IGNORE
+from .buckets import bucket_length
 from .pairs import PairBatch
 from .shapes import Shape, padded_widths
 
-#: Rows of their own cost less than this, or the batch stays as it is: a mask and repeated keys are not free.
-WORTH = 0.9
+#: A batch stays as it is unless this share of its positions suffices: attention pays for what is gathered.
+WORTH = 0.95
+# Counts of scored positions go up in so many steps an octave: each is a trace of its own.
+_SCORED_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class SharedPrompts:
-    """Units of rows, first to last: a prompt in runs of a row's width, the chosen answer, the rejected one.
+    """One row for each pair: the prompt, the chosen answer, the rejected answer, padding.
 
-    An answer's row begins with the last token of its prompt, which predicts the answer's first one.
+    An answer begins with the last token of its prompt, which predicts the answer's first one.
 
     Attributes:
-        input_ids: (R, W) int32, padded.
-        targets: (R, W) int32, the next token of each position that is scored, else -100.
-        prompts: (P, 1) int32, tokens of each prompt that stand in rows of their own.
-        unit: Rows of a pair.
+        input_ids: (P, T) int32.
+        targets: (P, T) int32, the next token of each position that is scored, else -100.
+        offsets: (P, T) int32, where each token stands in its own sequence, the prompt and one answer.
+        slots: (P, T) int32, where it stands in both sequences of its pair, one behind the other.
+        splits: (P, 1) int32, where in its row the rejected answer begins.
+        rejected: (P, S) int32, where in its row each token of the prompt with the rejected answer stands. The prompt
+            with the chosen answer is the beginning of the row. What lies behind the end of either is padding.
         tokens: Positions that hold a token.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
-    prompts: np.ndarray
-    unit: int
+    offsets: np.ndarray
+    slots: np.ndarray
+    splits: np.ndarray
+    rejected: np.ndarray
     tokens: int
-
-    def spread(self, values: np.ndarray) -> np.ndarray:
-        """What belongs to the answers (2P, …) as rows of the layout (R, …); 0 for the prompts' rows."""
-        rows = np.zeros((len(self.prompts), self.unit, *values.shape[1:]), values.dtype)
-        rows[:, -2:] = values.reshape(len(self.prompts), 2, *values.shape[1:])
-        return rows.reshape(-1, *values.shape[1:])
 
 
 def share_prompts(batch: PairBatch, pad_token_id: int, limit: int | None = None) -> SharedPrompts | None:
-    """``batch`` with each prompt in rows of its own, or None where that is not possible or does not pay.
+    """``batch`` with a row for each pair, or None where that is not possible or does not pay.
 
     Args:
         batch: Of :func:`~hf_mlx.data.pairs.collate_pairs` or :func:`~hf_mlx.data.pairs.convert_pairs`.
         pad_token_id: Fills what is padding.
-        limit: Positions that the model has; no row is wider.
+        limit: Positions that the model has; no sequence is longer.
     """
     starts = _starts(batch)
     if starts is None:
         return None
-    answers = int((batch.lengths - np.repeat(starts, 2)).max())
-    width = pair_width(int(batch.lengths.max()), len(batch.lengths), limit)
-    unit, shared, cost = _choose(int(starts.max()), answers, limit)
-    if cost * len(starts) > WORTH * Shape(len(batch.lengths), width, False).cost:
+    lengths = batch.lengths.reshape(-1, 2)
+    sizes = lengths - starts[:, None]
+    together = starts + sizes.sum(axis=1)
+    width = bucket_length(int(together.max()))
+    longest = int(lengths.max())
+    sequence = pair_width(longest, 2 * len(starts), limit)
+    if width > WORTH * 2 * sequence:
         return None
-    ids = np.full((len(starts), unit, shared), pad_token_id, np.int32)
+    # A sequence that is padded beyond its row would have nothing to be gathered from.
+    width = max(width, sequence)
+    ids = np.full((len(starts), width), pad_token_id, np.int32)
     targets = np.full(ids.shape, IGNORE, np.int32)
-    for pair, start in enumerate(starts):
-        ids[pair, :-2].reshape(-1)[:start] = batch.input_ids[2 * pair, :start]
-        for place in (-2, -1):
-            row = 2 * pair + 2 + place
-            end = int(batch.lengths[row])
-            ids[pair, place, : end - start] = batch.input_ids[row, start:end]
-            targets[pair, place, : max(end - start - 1, 0)] = batch.labels[row, start + 1 : end]
-    tokens = int(batch.lengths.sum() - starts.sum())
-    rows = (-1, shared)
-    return SharedPrompts(ids.reshape(rows), targets.reshape(rows), starts[:, None].astype(np.int32), unit, tokens)
+    for pair, (start, (chosen, rejected)) in enumerate(zip(starts, lengths, strict=True)):
+        ids[pair, :chosen] = batch.input_ids[2 * pair, :chosen]
+        ids[pair, chosen : chosen + rejected - start] = batch.input_ids[2 * pair + 1, start:rejected]
+        for row, at, end in ((2 * pair, start, chosen), (2 * pair + 1, chosen, rejected)):
+            scored = batch.labels[row, start + 1 : end]
+            targets[pair, at : at + len(scored)] = scored
+    splits, columns = lengths[:, :1], np.arange(width)
+    is_rejected = columns >= splits
+    offsets = columns - np.where(is_rejected, sizes[:, :1], 0)
+    slots = offsets + sequence * is_rejected
+    # A slot that is read nowhere: the second copy of the prompt, or the padding of one sequence.
+    unread = np.where(starts > 0, sequence, np.where(lengths[:, 0] < sequence, sequence - 1, 2 * sequence - 1))
+    is_padding = columns >= together[:, None]
+    offsets, slots = np.where(is_padding, 0, offsets), np.where(is_padding, unread[:, None], slots)
+    places = np.arange(sequence)
+    rejected = np.minimum(places + np.where(places < starts[:, None], 0, sizes[:, :1]), width - 1)
+    arrays = (array.astype(np.int32) for array in (offsets, slots, splits, rejected))
+    return SharedPrompts(ids, targets, *arrays, tokens=int(together.sum()))
+
+
+def scored_shape(targets: np.ndarray) -> Shape:
+    """The shape of ``targets`` (R, W), with how many positions are gathered before the vocabulary projection."""
+    count = int((targets != IGNORE).sum())
+    step = max(1, (1 << max(count - 1, 1).bit_length()) // (2 * _SCORED_STEPS))
+    count = -(-count // step) * step
+    rows, width = targets.shape
+    return Shape(rows, width, False, scored=(count,) if count < targets.size else ())
 
 
 def pair_width(longest: int, rows: int, limit: int | None = None) -> int:
     """Width of rows that hold a prompt with its answer each."""
-    return _clip(min(padded_widths(longest), key=lambda width: Shape(rows, width, False).cost), longest, limit)
+    width = min(padded_widths(longest), key=lambda width: Shape(rows, width, False).cost)
+    return width if limit is None else max(longest, min(width, limit))
 
 
 def _starts(batch: PairBatch) -> np.ndarray | None:
@@ -93,30 +116,3 @@ def _starts(batch: PairBatch) -> np.ndarray | None:
     before = np.arange(batch.input_ids.shape[1]) < first[:, :1]
     chosen, rejected = batch.input_ids.reshape(-1, 2, batch.input_ids.shape[1]).transpose(1, 0, 2)
     return None if ((chosen != rejected) & before).any() else starts
-
-
-def _choose(prompt: int, answer: int, limit: int | None) -> tuple[int, int, float]:
-    """Rows of a pair, their width, and what a pair costs, for the longest prompt and answer of a batch."""
-    widths = {_clip(width, answer, limit) for width in _widths(answer, prompt)}
-    options = []
-    for width in sorted(widths):
-        runs = max(math.ceil(prompt / width), 1)
-        options.append((_cost(runs, width), runs + 2, width))
-    cost, unit, width = min(options)
-    return unit, width, cost
-
-
-def _widths(answer: int, prompt: int) -> Iterable[int]:
-    yield from padded_widths(answer)
-    if prompt > answer:
-        yield from padded_widths(prompt)
-
-
-def _cost(runs: int, width: int) -> float:
-    # Every row looks at the keys of the whole prompt and at its own, under a mask.
-    plain = Shape(runs + 2, width, True)
-    return plain.size + (runs + 1) * (plain.cost - plain.size)
-
-
-def _clip(width: int, needed: int, limit: int | None) -> int:
-    return width if limit is None else max(needed, min(width, limit))

@@ -12,6 +12,7 @@ from ..errors import DataError
 from .batch import IGNORE, Batch
 from .custom import convert_batch
 
+ANSWERS = ("chosen", "rejected")
 ID_COLUMNS = ("chosen_ids", "rejected_ids")
 MARGIN = "margin"
 

@@ -19,13 +19,12 @@ from .preference import check_pair_columns
 from .prepare import Prepared
 from .processes import naming_processes
 from .report import Report
-from .scored_pairs import ID_COLUMNS
+from .scored_pairs import ANSWERS, ID_COLUMNS
 from .sources import read_first, read_source
 from .tokenize import Chat, check_text, parse_kwargs, parse_tools, tokenize_chats, tokenize_texts
 from .tokenizer import missing_eos, prepare_tokenizer
 
 _LEGACY = {"chosen_input_ids": "chosen_ids", "rejected_input_ids": "rejected_ids"}
-_ANSWERS = ("chosen", "rejected")
 #: Raise it when the same rows would encode differently, so that no cache of an older version is reused.
 _VERSION = 1
 
@@ -89,14 +88,14 @@ class ScoredEncoder:
             closed = [self._close(row, at) for at, row in enumerate(rows)]
             whole = [_join(row, at) for at, row in enumerate(closed)]
             kept = whole if self.joins else closed
-            made: dict[str, list[Any]] = {column: [row[column] for row in kept] for column in _ANSWERS}
-            return made | {f"{column}_ids": self._encode(whole, column) for column in _ANSWERS}
+            made: dict[str, list[Any]] = {column: [row[column] for row in kept] for column in ANSWERS}
+            return made | {f"{column}_ids": self._encode(whole, column) for column in ANSWERS}
         except RowFault as fault:
             raise name_row(fault, self.name, indices[fault.row]) from fault.__cause__
 
     def _close(self, row: Mapping[str, Any], at: int) -> dict[str, Any]:
         row = dict(row)
-        for column in _ANSWERS if self.closes else ():
+        for column in ANSWERS if self.closes else ():
             text = check_text(row[column], column, at)
             row[column] = text if text.endswith(self.tokenizer.eos_token) else text + self.tokenizer.eos_token
         return row
@@ -119,7 +118,7 @@ class ScoredEncoder:
 
 def _join(row: Mapping[str, Any], at: int) -> dict[str, Any]:
     row = dict(row)
-    for column in _ANSWERS if "prompt" in row else ():
+    for column in ANSWERS if "prompt" in row else ():
         if type(row["prompt"]) is not type(row[column]):
             kind = f"a {type(row['prompt']).__name__}, as the prompt is"
             raise RowFault(at, column, show(row[column]), kind, drop_row())
@@ -141,7 +140,7 @@ def _chat(row: Mapping[str, Any], column: str, at: int) -> Chat:
 def _encode(
     dataset: Any, first: Mapping[str, Any], tokenizer: Any, plan: DataPlan, name: str, *, streamed: bool
 ) -> Any:
-    closes = not any(is_messages(first.get(column)) for column in ("prompt", *_ANSWERS))
+    closes = not any(is_messages(first.get(column)) for column in ("prompt", *ANSWERS))
     if closes and tokenizer.eos_token is None:
         raise missing_eos(tokenizer)
     encoder = ScoredEncoder(tokenizer, name, closes, joins=not streamed)

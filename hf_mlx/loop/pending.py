@@ -72,6 +72,9 @@ class Pending:
                 loss = read_scalar(metrics.loss)
             if math.isfinite(loss):
                 continue
+            watch = self._session.world.watch
+            if watch is not None and not self._warned and watch.name_ended() is not None:
+                raise self._session.world.lost(f"step {step}")
             if not self._session.plan.nan_inf_filter:
                 if not self._warned:
                     self._warned = True

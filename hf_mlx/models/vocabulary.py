@@ -103,7 +103,8 @@ def untie_head(loaded: LoadedModel) -> Undo | None:
     args: Any = getattr(wrapper, "args", None)
     names = loaded.names
     head = nn.Linear(1, 1, bias=False)
-    head.weight = embedding.weight
+    # Its own array over the same memory: what a compiled step is called with is no constant of its trace.
+    head.weight = mx.stop_gradient(embedding.weight)
     if isinstance(embedding, CastEmbedding):
         head = CastLinear(head, embedding.compute_dtype)
     head.train(embedding.training)

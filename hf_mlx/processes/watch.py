@@ -47,28 +47,27 @@ class Watch:
         self._at: dict[int, int] = {}
         self._since: float | None = None
         self._what, self._computes = "", False
-        self._lock = threading.Lock()
+        self._unsaid: int | None = None
+        self._has_failed = False
+        self._lock = threading.RLock()
         self._lines: dict[int, socket.socket] = {}
         self._news = threading.Event()
         self._is_over = False
+        self._server: socket.socket | None = None
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+        atexit.register(self.leave)
 
-    @classmethod
-    def start(cls, world: Any, host: str | None) -> Watch:
-        """Connect every process with rank 0, and begin to watch."""
-        watch = cls(world.rank, world.size)
-        server, address = None, None
-        if world.is_main:
-            server = _listen(host)
-            address = [host or socket.gethostname(), server.getsockname()[1], secrets.token_hex(8)]
-        where, port, token = world.hand_on(address)
-        if server is not None:
-            watch._accept(server, token)
+    def listen(self, host: str | None) -> tuple[str, int, str]:
+        """On rank 0: where the others are to :meth:`connect`, as its arguments."""
+        self._server = _listen(host)
+        return host or socket.gethostname(), self._server.getsockname()[1], secrets.token_hex(8)
+
+    def connect(self, host: str, port: int, token: str) -> None:
+        """Open the line to rank 0, which waits for all of them."""
+        if self._server is not None:
+            self._accept(self._server, token)
         else:
-            watch._connect(where, port, token)
-        world.barrier()
-        threading.Thread(target=watch._look, name="watch", daemon=True).start()
-        atexit.register(watch.leave)
-        return watch
+            self._call(host, port, token)
 
     @contextmanager
     def waiting(self, what: str, *, computes: bool = False) -> Iterator[None]:
@@ -86,14 +85,23 @@ class Watch:
             self._what, self._computes, self._since = before
 
     def say(self, step: int) -> None:
-        """Let the others know which step this process is at."""
+        """Let the others know soon which step this process is at."""
         self._at[self.rank] = step
-        self._send({"rank": self.rank, "at": step})
+        if self._has_failed:
+            # The script has caught the error, and goes on.
+            self._has_failed = False
+            self._send({"rank": self.rank, "at": step})
+        else:
+            # The watching thread sends it: a step has nothing to wait for here.
+            self._unsaid = step
 
     def fail(self, error: BaseException) -> None:
         """Let the others know why this process ends."""
         line = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        self._send({"rank": self.rank, "failed": line[:500]})
+        with self._lock:
+            # Said later it would mean that the process goes on.
+            self._unsaid, self._has_failed = None, True
+            self._send({"rank": self.rank, "failed": line[:500]})
 
     def leave(self) -> None:
         """Let the others know that this process ends."""
@@ -137,7 +145,7 @@ class Watch:
         server.close()
         self._follow()
 
-    def _connect(self, host: str, port: int, token: str) -> None:
+    def _call(self, host: str, port: int, token: str) -> None:
         try:
             line = socket.create_connection((host, port), timeout=5)
         except OSError:
@@ -189,6 +197,10 @@ class Watch:
         said, heard = False, None
         while True:
             time.sleep(0.25)
+            with self._lock:
+                step, self._unsaid = self._unsaid, None
+                if step is not None:
+                    self._send({"rank": self.rank, "at": step})
             since, now = self._since, time.monotonic()
             if (ended := self._ended or self._gone) is not None:
                 heard = heard or now

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -14,11 +13,15 @@ from zlib import crc32
 import mlx.core as mx
 import numpy as np
 
+from ..device import MEGABYTES, start_depth_first
 from ..errors import SettingError, TrainingError
 from .launcher import Launched, read_launcher, read_tensor_parallel
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
+
+# In front of each table: of what kind it is, the how many-th, a check of all of it, and its length.
+_HEAD = 4
 
 
 class World:
@@ -36,11 +39,14 @@ class World:
         tensor_parallel: They hold one model together, and all read the same rows.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, local_rank: int = 0, group: Any = None, host: str | None = None
+    ) -> None:
         self.rank, self.size, self.local_rank, self.group = rank, size, local_rank, group
-        self.watch: Watch | None = None
+        self.watch = None if group is None else Watch(rank, size)
         self.width = 64
         self.tensor_parallel = False
+        self._host, self._has_met, self._tables = host, group is None, 0
 
     @property
     def is_alone(self) -> bool:
@@ -62,6 +68,31 @@ class World:
         """Whether this process is the first of its machine."""
         return self.local_rank == 0
 
+    def meet(self) -> None:
+        """Let the processes know each other's lines; the first exchange does it where nobody has called this before.
+
+        Exchanges are computed, and MLX's limits on pending work hold from its first computation on: a run that knows
+        its own sets them before.
+        """
+        if self._has_met or self.watch is None:
+            return
+        self._has_met = True
+        start_depth_first(MEGABYTES)
+        address = self.watch.listen(self._host) if self.is_main else None
+        self.watch.connect(*self.hand_on(address, "the start"))
+        self.barrier("the start")
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """A block at whose end the processes meet; one that fails in it is still able to say why."""
+        try:
+            yield
+        except BaseException:
+            with suppress(TrainingError):
+                self.meet()
+            raise
+        self.meet()
+
     def gather(self, kind: str, table: np.ndarray, what: str = "") -> np.ndarray:
         """The int32 tables of all processes, shape [size, numbers].
 
@@ -77,8 +108,11 @@ class World:
 
     def gather_later(self, kind: str, table: np.ndarray) -> mx.array:
         """Begin :meth:`gather` without waiting for it; :meth:`read` has its end."""
+        self.meet()
+        self._tables += 1
         padded = np.zeros(self.width, np.int32)
-        padded[: len(table) + 2] = [crc32(kind.encode()) & 0x7FFFFFFF, len(table), *table]
+        padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
+        padded[2] = _seal(padded)
         return self._begin(padded)
 
     def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
@@ -86,8 +120,11 @@ class World:
         with self.waiting(what or kind):
             tables = np.array(gathered)
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
-        if len(other) and (not tables[other, 0].all() or (self.watch and self.watch.name_ended())):
-            # The ring's first exchange after it has lost a process ends without an error, and with nothing in it.
+        # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
+        # what was there before.
+        is_whole = all(_seal(table) == table[2] for table in tables)
+        is_old = not len(other) and (tables[:, 1] != tables[self.rank, 1]).any()
+        if not is_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
             raise self.lost(what or kind)
         if len(other):
             raise TrainingError(
@@ -96,9 +133,10 @@ class World:
                 "prediction), the others never answer",
                 "ask for it on every rank: callbacks and scripts run on all of them, and only rank 0 writes",
             )
-        return tables[:, 2 : 2 + int(tables[self.rank, 1])]
+        return tables[:, _HEAD : _HEAD + int(tables[self.rank, 3])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
+        self.meet()
         # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
         own = mx.array(array[None])
         gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
@@ -109,14 +147,14 @@ class World:
         """The bytes of all processes, by rank."""
         if self.is_alone:
             return [data]
-        check = crc32(data) & 0x7FFFFFFF
+        check = _check(data)
         lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
         padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         with self.waiting(what):
             parts = np.array(self._begin(padded.view(np.int32)))
         made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
-        if [crc32(part) & 0x7FFFFFFF for part in made] != checks.tolist():
+        if [_check(part) for part in made] != checks.tolist():
             # What was under way when a process ended has no error of its own.
             raise self.lost(what)
         return made
@@ -193,6 +231,16 @@ class World:
         )
 
 
+def _check(data: bytes) -> int:
+    """A number of 31 bits that differs as soon as ``data`` does."""
+    return crc32(data) & 0x7FFFFFFF
+
+
+def _seal(table: np.ndarray) -> int:
+    """The check of a table, whatever stands in the place of its own."""
+    return _check(table[:2].tobytes() + table[_HEAD - 1 :].tobytes())
+
+
 def is_lost(error: BaseException) -> bool:
     """Whether MLX raised it because another process has ended."""
     text = str(error).lower()
@@ -212,7 +260,6 @@ def the_world() -> World:
         return World()
     world = _join(launched)
     world.tensor_parallel = read_tensor_parallel(world.size)
-    world.watch = Watch.start(world, launched.host)
     return world
 
 
@@ -239,23 +286,4 @@ def _join(launched: Launched) -> World:
             "all of them in one group: else each would train alone and write into the same folder",
             f"hf-mlx launch -n {promised} train.py",
         )
-    return World(group.rank(), group.size(), launched.local_rank, group)
-
-
-def digest_arrays(arrays: Mapping[str, mx.array]) -> str:
-    """A hash of all bits of the arrays, in the order of their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(np.array(array.view(mx.uint8) if array.dtype == mx.bfloat16 else array).tobytes())
-    return digest.hexdigest()
-
-
-def find_different(parts: Sequence[Mapping[str, Any]]) -> tuple[int, str, Any, Any] | None:
-    """The first rank whose description differs from rank 0's: rank, name, its value, rank 0's; None where none does."""
-    first = parts[0]
-    for rank, part in enumerate(parts):
-        for name in {**first, **part}:
-            if part.get(name) != first.get(name):
-                return rank, name, part.get(name), first.get(name)
-    return None
+    return World(group.rank(), group.size(), launched.local_rank, group, launched.host)

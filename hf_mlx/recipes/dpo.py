@@ -15,7 +15,7 @@ from ..data.order import count_tokens
 from ..data.pairs import REFERENCE_COLUMNS, PairBatch, collate_pairs, convert_pairs, pair_arrays
 from ..data.preference import ID_COLUMNS, prepare_preference
 from ..data.prepare import prepare_tokenizer
-from ..data.prompts import SharedPrompts, pair_width, share_prompts
+from ..data.prompts import SharedPrompts, pair_width, scored_shape, share_prompts
 from ..errors import SettingError
 from ..models.load import LoadedModel
 from ..settings.config_tables import DPO_TABLE
@@ -112,15 +112,15 @@ def _lay_whole(batch: PairBatch, pad_token_id: int, limit: int | None) -> HostIn
     targets = shift_labels(padded.labels)
     arrays = {"input_ids": padded.input_ids, "lengths": counted_lengths(batch)}
     arrays |= {"width": np.array(batch.input_ids.shape[1], np.float32)}
-    arrays |= gather_scored(targets) | pair_arrays(batch, targets)
+    arrays |= gather_scored(targets, scored_shape(targets)) | pair_arrays(batch, targets)
     return _host_inputs(batch, arrays, int(batch.lengths.sum()))
 
 
 def _lay_shared(batch: PairBatch, shared: SharedPrompts) -> HostInputs:
-    answers = shared.targets.reshape(-1, shared.unit, shared.targets.shape[1])[:, -2:]
-    known = pair_arrays(batch, answers.reshape(-1, shared.targets.shape[1]))
-    spread = {name: value if np.ndim(value) == 0 else shared.spread(value) for name, value in known.items()}
-    arrays = {"input_ids": shared.input_ids, "prompts": shared.prompts, **gather_scored(shared.targets), **spread}
+    arrays = {name: getattr(shared, name) for name in ("input_ids", "offsets", "slots", "splits", "rejected")}
+    arrays |= gather_scored(shared.targets, scored_shape(shared.targets)) | pair_arrays(
+        batch, shared.targets, shared.splits
+    )
     return _host_inputs(batch, arrays, shared.tokens)
 
 

@@ -16,7 +16,8 @@ from ..settings.plan import DataPlan, ScoreLossPlan, TrainPlan
 from ..training.inputs import HostInputs
 from ..training.router import Routers
 from ..training.scores import ScoreObjective
-from .dpo import TwoAnswers, by_micro_batch
+from ..training.weighting import ByScore
+from .dpo import TwoAnswers
 from .never_called import NEVER_CALLED
 from .recipe import Recipe, Row
 
@@ -50,7 +51,8 @@ class ScoredRows(TwoAnswers):
         arrays = {"input_ids": ids, "last": batch.last, "lengths": batch.lengths}
         if batch.margins is not None:
             arrays["margins"] = batch.margins
-        return HostInputs(arrays, rows, batch.num_tokens, ids.size - int(batch.lengths.sum()), rows)
+        padding = ids.size - int(batch.lengths.sum())
+        return HostInputs(arrays, rows, batch.num_tokens, padding, rows, pairs=batch.examples)
 
 
 def default_args(model: str) -> Any:
@@ -66,6 +68,11 @@ def score_objective(
     """What the chosen row scores above the rejected one."""
     assert isinstance(plan.loss, ScoreLossPlan)
     return ScoreObjective(loaded, names, plan.loss)
+
+
+def by_score(loaded: LoadedModel) -> ByScore:
+    """Each micro-batch of a window weighs the same."""
+    return ByScore()
 
 
 def no_routers(loaded: LoadedModel, plan: Any) -> None:
@@ -84,11 +91,12 @@ REWARD = Recipe(
     make_args=default_args,
     rows=ScoredRows(),
     make_objective=score_objective,
-    make_weighting=by_micro_batch,
+    make_weighting=by_score,
     make_routers=no_routers,
     log_metrics=log_rewards,
     never_called={**NEVER_CALLED, "compute_loss": _LOSS},
     tags=("generated_from_trainer", "trl", "reward-trainer", "hf-mlx"),
     method="Reward",
     writes_router_settings=False,
+    trains_together=True,
 )

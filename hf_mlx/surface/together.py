@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..errors import SettingError
-from ..processes.world import World, digest_arrays, find_different
+from ..processes.comparison import digest_arrays, find_different
+from ..processes.world import World
 from ..settings.plan import TrainPlan
 from ..settings.tensor_parallel import check_tensor_parallel
 from ..training.inputs import PEER_COLUMNS
@@ -142,7 +143,7 @@ def join_step(world: World, accumulation: int, timeout: float) -> None:
         timeout: ``ddp_timeout``, in seconds.
     """
     if world.watch is not None:
-        world.width = max(64, 8 + len(PEER_COLUMNS) * accumulation)
+        world.width = max(64, 16 + len(PEER_COLUMNS) * accumulation)
         world.watch.limit = float(timeout)
 
 

@@ -79,20 +79,24 @@ class TrainerBase(Running):
         self._memory = MemoryMeter(enabled=not self.args.skip_memory_metrics)
         self._memory.start("init")
         self._recorder = Recorder()
-        self.plan, self.ledger = base.resolve(
-            self.args,
-            peft_config,
-            max_grad_value=max_grad_value,
-            finetune_last_n_layers=finetune_last_n_layers,
-            strict=strict,
-            quantization_config=quantization_config,
-            overrides=overrides,
-            table=self.recipe.config,
-            processes=self.world.size,
-            tensor_parallel=self.world.tensor_parallel,
-        )
-        check_recipe(self.recipe, self.world)
-        check_split(self.plan, self._base, self.recipe)
+        with self.world.meeting():
+            self.plan, self.ledger = base.resolve(
+                self.args,
+                peft_config,
+                max_grad_value=max_grad_value,
+                finetune_last_n_layers=finetune_last_n_layers,
+                strict=strict,
+                quantization_config=quantization_config,
+                overrides=overrides,
+                table=self.recipe.config,
+                processes=self.world.size,
+                tensor_parallel=self.world.tensor_parallel,
+            )
+            check_recipe(self.recipe, self.world)
+            check_split(self.plan, self._base, self.recipe)
+            if self.plan.use_cpu:
+                mx.set_default_device(mx.cpu)
+            limit_pending_work(self.plan)
         tell_accelerate(self.args, self.world)
         self._asked = Asked(
             self.args,
@@ -111,9 +115,6 @@ class TrainerBase(Running):
         check_evaluation(self.args, eval_dataset, self.recipe.name)
         if self.world.is_main:
             check_output_dir(self.args.output_dir)
-        if self.plan.use_cpu:
-            mx.set_default_device(mx.cpu)
-        limit_pending_work(self.plan)
         self._clock.end("settings")
         self._read(train_dataset, eval_dataset, processing_class or tokenizer, data_collator, formatting_func)
         self._enter(peft_config)

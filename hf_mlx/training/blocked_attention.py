@@ -1,9 +1,9 @@
 """Attention whose training step never holds a matrix of length x length: a block of queries at a time.
 
-MLX has a fused backward pass of attention on CUDA alone, in half precision. Elsewhere it keeps the probabilities of
-every layer, which grow with the square of the length. Here each block of queries attends to the keys up to its end;
-the backward pass computes its scores once more. A causal mask leaves about half of the scores uncomputed, which pays
-for that.
+MLX has a fused backward pass of attention on CUDA alone, in half precision and for heads of up to 128 numbers.
+Elsewhere it keeps the probabilities of every layer, which grow with the square of the length. Here each block of
+queries attends to the keys up to its end; the backward pass computes its scores once more. A causal mask leaves about
+half of the scores uncomputed, which pays for that.
 
 Source: Rabe, Staats, "Self-attention Does Not Need O(n²) Memory" (2021); Dao et al., "FlashAttention" (2022).
 """
@@ -21,9 +21,12 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..device import on_cuda
 from ..models.masks import SegmentCache
+from .shared_rows import PromptCache
 
-# Queries of a block.
-BLOCK = 128
+# Queries of a block; more on CUDA, where starting the kernels of small ones would take longer than they do.
+BLOCK, CUDA_BLOCK = 128, 512
+# What cuDNN's attention takes (mlx 0.32.4, backend/cuda/scaled_dot_product_attention.cpp).
+FUSED_WIDTH, FUSED_STEP = 128, 8
 # Shorter rows are computed at once: what a block costs beside its products would not be won back.
 LEAST = 1024
 
@@ -76,10 +79,14 @@ def blocked_attention(
     Returns:
         (B, heads, T, Dv).
     """
+    if isinstance(cache, PromptCache):
+        return cache.attend(
+            queries, keys, values, mask, lambda q, k, v, seen: blocked_attention(q, k, v, None, scale, seen, sinks)
+        )
     length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
-    if length < LEAST or not known or added or _is_fused(queries):
+    if length < LEAST or not known or added or is_fused(queries.dtype, queries.shape[-1], values.shape[-1]):
         at_once: Any = scaled_dot_product_attention
         return at_once(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     # mlx-lm's own masks of two axes are causal, with a window or a chunk; so are those of our caches.
@@ -88,8 +95,20 @@ def blocked_attention(
     return attention(queries, keys, values, *([] if sinks is None else [sinks]))
 
 
-def _is_fused(queries: mx.array) -> bool:
-    return on_cuda() and queries.dtype != mx.float32
+def is_fused(dtype: mx.Dtype, *widths: int) -> bool:
+    """Whether MLX has a kernel for the backward pass of attention.
+
+    Args:
+        dtype: Of the queries.
+        widths: Numbers of a head's query, and of a value.
+    """
+    fitting = all(width <= FUSED_WIDTH and width % FUSED_STEP == 0 for width in widths)
+    return on_cuda() and dtype != mx.float32 and fitting
+
+
+def block_queries() -> int:
+    """Queries of a block on the device that MLX uses."""
+    return CUDA_BLOCK if on_cuda() else BLOCK
 
 
 class _Attention:
@@ -101,6 +120,7 @@ class _Attention:
 
     def __init__(self, scale: float, mask: mx.array | str | None, causal: bool, offset: int) -> None:
         self.scale, self.mask, self.causal, self.offset = scale, mask, causal, offset
+        self.block = block_queries()
 
     def __call__(self, *primals: mx.array) -> mx.array:
         attend: Any = mx.custom_function(self._forward)
@@ -109,7 +129,7 @@ class _Attention:
 
     def _forward(self, *primals: mx.array) -> mx.array:
         outputs: list[mx.array] = []
-        for start in range(0, primals[0].shape[-2], BLOCK):
+        for start in range(0, primals[0].shape[-2], self.block):
             # One after the other, or the scores of all would be alive together.
             inputs = self._inputs(mx.depends(list(primals), outputs[-1:]) if outputs else list(primals), start)
             outputs.append(self._block(start)(*inputs))
@@ -119,9 +139,11 @@ class _Attention:
         by_queries: list[mx.array] = []
         rest: list[mx.array] = []
         before = [cotangent]
-        for start in reversed(range(0, primals[0].shape[-2], BLOCK)):
+        for start in reversed(range(0, primals[0].shape[-2], self.block)):
             inputs = self._inputs(mx.depends(list(primals), before), start)
-            _, (by_query, *by_rest) = mx.vjp(self._block(start), inputs, [cotangent[..., start : start + BLOCK, :]])
+            _, (by_query, *by_rest) = mx.vjp(
+                self._block(start), inputs, [cotangent[..., start : start + self.block, :]]
+            )
             by_queries.append(by_query)
             rest = _add(rest, by_rest) if rest else [x.astype(mx.float32) for x in by_rest]
             before = [by_query, *rest]
@@ -132,16 +154,16 @@ class _Attention:
         """Queries of the block that begins at ``start``, and the keys and values that it may see."""
         queries, keys, values, *sinks = primals
         end = self._end(start, keys.shape[-2])
-        return [queries[..., start : start + BLOCK, :], keys[..., :end, :], values[..., :end, :], *sinks]
+        return [queries[..., start : start + self.block, :], keys[..., :end, :], values[..., :end, :], *sinks]
 
     def _end(self, start: int, keys: int) -> int:
-        return min(start + BLOCK + self.offset, keys) if self.causal else keys
+        return min(start + self.block + self.offset, keys) if self.causal else keys
 
     def _block(self, start: int) -> Callable[..., mx.array]:
         def attend(queries: mx.array, keys: mx.array, values: mx.array, *sinks: mx.array) -> mx.array:
             mask = self.mask
             if isinstance(mask, mx.array):
-                rows = slice(start, start + BLOCK) if mask.shape[-2] > 1 else slice(None)
+                rows = slice(start, start + self.block) if mask.shape[-2] > 1 else slice(None)
                 mask = mask[..., rows, : keys.shape[-2]]
             return mx.fast.scaled_dot_product_attention(
                 queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0] if sinks else None
@@ -181,7 +203,8 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
         inner.__kwdefaults__ = method.__kwdefaults__
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return (inner if self.training else method)(self, *args, **kwargs)
+            paired = any(isinstance(arg, PromptCache) for arg in (*args, *kwargs.values()))
+            return (inner if self.training or paired else method)(self, *args, **kwargs)
 
         return call
 

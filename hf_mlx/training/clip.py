@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .optimizers.contract import Arrays
-from .sums import blocked_sum
+from .sums import sum_of
 
 # torch 2.13, torch.nn.utils.clip_grads_with_norm_
 CLIP_EPS = 1e-6
@@ -16,7 +16,7 @@ CLIP_EPS = 1e-6
 
 def sum_squares(grads: Iterable[mx.array], start: mx.array | None = None) -> mx.array:
     """Of all elements, float32, added to ``start``."""
-    squares = (blocked_sum(mx.square(g.reshape(-1).astype(mx.float32))) for g in grads)
+    squares = (sum_of(lambda g: mx.square(g.astype(mx.float32)), g.reshape(-1)) for g in grads)
     return sum(squares, start=mx.array(0.0) if start is None else start)
 
 

@@ -7,30 +7,23 @@ memory too. Metal's own buffers are small.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
-from ..device import on_cuda
+from ..device import MEGABYTES, on_cuda, start_depth_first
 from ..settings.plan import TrainPlan
 
-WIDTH = "MLX_BFS_MAX_WIDTH"
-BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
-# MiB of arrays in a buffer, measured in docs/performance.md: for micro-batches of 8,192 tokens and more, in proportion
-# for smaller ones, and the least.
-MEGABYTES, TOKENS = 400, 8192
+# Of MEGABYTES for micro-batches of 8,192 tokens and more, in proportion for smaller ones, and the least.
+TOKENS = 8192
 LEAST_MEGABYTES = 100
 MEGABYTES_CHECKPOINTED = 20
 
 
 def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
-    """Make MLX end, and free, what it has begun before it begins more.
-
-    MLX reads the limits once, at the first evaluation of a process and when its device starts: nothing changes where
-    MLX has been used already. The environment is left as it was, and a limit that the user has set stays.
+    """Start MLX, where it has not started yet, so that it works depth-first and in buffers that suit the run.
 
     Args:
         plan: A run that recomputes its activations asked for less memory, and gets smaller buffers.
@@ -38,16 +31,7 @@ def limit_pending_work(plan: TrainPlan) -> dict[str, str]:
     Returns:
         The variables that MLX was given.
     """
-    limits = {} if WIDTH in os.environ else {WIDTH: "1"}
-    if not plan.use_cpu and mx.cuda.is_available() and not any(name in os.environ for name in BUFFERS):
-        limits[BUFFERS[1]] = str(_choose_megabytes(plan))
-    os.environ.update(limits)
-    try:
-        mx.eval(mx.zeros(1) + 1)
-    finally:
-        for name in limits:
-            del os.environ[name]
-    return limits
+    return start_depth_first(None if plan.use_cpu else _choose_megabytes(plan))
 
 
 def _choose_megabytes(plan: TrainPlan) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 from ..data.collate import Batch
 from .inputs import Counted, Inputs
 from .objective import TOKEN_METRICS, Objective
+from .scores import EXTREMES
 from .shortage import describe_evaluation, naming_shortage
 from .undefined import is_undefined
 from .weighting import Weighting
@@ -78,6 +79,9 @@ class EvalSums:
             for name in parts[0].metrics:
                 weights = weigh.shares(name, counted, kept if number == rounds - 1 else ranks)
                 values = [part.metrics[name][number] for part in parts]
+                if sign := EXTREMES.get(name):
+                    made.metrics.setdefault(name, []).append(sign * max(sign * value for value in values))
+                    continue
                 # What does not count may be NaN.
                 mean = sum(value * weight for value, weight in zip(values, weights, strict=True) if weight)
                 made.metrics.setdefault(name, []).append(mean)

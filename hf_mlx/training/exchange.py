@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from ..processes.world import World
 from .bundles import LARGEST
 from .clip import global_norm
 from .optimizers.contract import Arrays
+from .scores import EXTREMES
 
 # Each process counts its own.
 _KEPT = ("micro_batches",)
@@ -36,6 +38,10 @@ class GradientExchange(Protocol):
 
     def __call__(self, grads: Arrays, metrics: Arrays) -> tuple[Arrays, Arrays, mx.array]:
         """Gradients and metrics of all processes, and the norm of the whole gradient (float32)."""
+        ...
+
+    def extremes(self, metrics: Arrays) -> Arrays:
+        """Of one micro-batch's metrics those that do not add up, over all processes."""
         ...
 
 
@@ -76,7 +82,7 @@ class Exchange:
         for dtype, names in lines.items():
             parts = [grads[name].reshape(-1) for name in names]
             if dtype == mx.float32:
-                parts.append(mx.stack([metrics[name] for name in shared]))
+                parts.append(mx.stack([*(metrics[name] for name in shared), mx.array(1.0)]))
             whole = self._sum(mx.concatenate(parts), after)
             at = 0
             for name in names:
@@ -84,9 +90,20 @@ class Exchange:
                 at += grads[name].size
             if dtype == mx.float32:
                 kept |= {name: whole[at + place] for place, name in enumerate(shared)}
+                # A ring that has just lost a process sums without an error, over what it has: not a number to log.
+                kept["loss"] = mx.where(whole[at + len(shared)] == self.size, kept["loss"], math.nan)
         summed |= {name: self._sum(grad, after) for name, grad in grads.items() if name not in summed}
         made = {name: summed[name] for name in grads}
         return made, {name: kept[name] for name in (*metrics, OWN_LOSS)}, global_norm(made.values())
+
+    def extremes(self, metrics: Arrays) -> Arrays:
+        """:data:`~hf_mlx.training.scores.EXTREMES` over all processes: one exchange, where there are any."""
+        signs = {name: sign for name, sign in EXTREMES.items() if name in metrics}
+        if not signs:
+            return {}
+        line = mx.stack([sign * metrics[name] for name, sign in signs.items()])
+        whole = mx.distributed.all_max(line, group=self._group)
+        return {name: sign * whole[at] for at, (name, sign) in enumerate(signs.items())}
 
     def _sum(self, array: mx.array, after: list[mx.array]) -> mx.array:
         # One after the other: processes that exchange in unlike orders add up what does not belong together.

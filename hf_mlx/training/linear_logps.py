@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from ..device import on_cpu
 from .exponential import exponential
 from .linear_cross_entropy import Projection
 from .loss import IGNORED
@@ -26,7 +27,7 @@ class TokenLogps(NamedTuple):
         entropy: Of the distribution, in nats.
         mean_logit: Over the vocabulary.
         correct: 1 where the target is the likeliest token.
-        log_square_sum: Log of the sum of squared probabilities, which WPO aligns by.
+        log_square_sum: Log of the sum of squared probabilities, which WPO aligns by; 0 unless it is asked for.
     """
 
     logp: mx.array
@@ -36,12 +37,24 @@ class TokenLogps(NamedTuple):
     log_square_sum: mx.array
 
 
-def token_logps(logits: mx.array, targets: mx.array) -> TokenLogps:
+def token_logps(logits: mx.array, targets: mx.array, *, squares: bool = False) -> TokenLogps:
     """:class:`TokenLogps` of logits (N, V), any float dtype, and targets (N,) int32."""
-    logits = logits.astype(mx.float32)
-    counted, safe, normaliser, exponentials, total = _normalise(logits, targets)
-    logp = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1) - normaliser
-    return _collect(logp, mx.stop_gradient(logits), counted, safe, normaliser, exponentials, total)
+    counted, safe = _split_targets(targets)
+    logp, normaliser, p = _softmax(logits, safe)
+    return _collect(logp, logits, counted, safe, normaliser, p, squares)
+
+
+def linear_logp(
+    project: Projection, hidden: mx.array, weights: Sequence[mx.array], targets: mx.array, *, rows: int
+) -> mx.array:
+    """The ``logp`` of :func:`linear_token_logps` alone, (N,) float32, without gradients: what a reference is asked."""
+    done: list[mx.array] = []
+    for start in range(0, targets.shape[0], rows):
+        part = hidden[start : start + rows]
+        part = mx.depends([part], done[-1:])[0] if done else part
+        counted, safe = _split_targets(targets[start : start + rows])
+        done.append(mx.where(counted, _softmax(project(part, weights), safe)[0], 0.0))
+    return mx.concatenate(done)
 
 
 def linear_token_logps(
@@ -52,6 +65,7 @@ def linear_token_logps(
     *,
     rows: int,
     gradient: bool = True,
+    squares: bool = False,
 ) -> TokenLogps:
     """:func:`token_logps` of ``project(hidden, weights)``, ``rows`` tokens at a time.
 
@@ -61,23 +75,22 @@ def linear_token_logps(
         weights: The trained arrays of the projection.
         targets: (N,) int32, ``-100`` where a token does not count.
         rows: Tokens of a block.
-        gradient: False, for evaluation and the reference, leaves gradients out.
+        gradient: False, for evaluation, leaves gradients out.
+        squares: Whether ``log_square_sum`` is asked for.
     """
     starts = range(0, targets.shape[0], rows)
 
     def block(hidden: mx.array, *weights: mx.array, start: int) -> TokenLogps:
-        return token_logps(project(hidden, weights), targets[start : start + rows])
-
-    def chain(run: Any) -> list[Any]:
-        """One block after the other, so that the logits of one are gone before those of the next are made."""
-        done: list[Any] = []
-        for start in starts:
-            part = hidden[start : start + rows]
-            done.append(run(mx.depends([part], list(done[-1]))[0] if done else part, start))
-        return done
+        return token_logps(project(hidden, weights), targets[start : start + rows], squares=squares)
 
     if not gradient:
-        return _join(chain(lambda part, start: block(part, *weights, start=start)))
+        done: list[TokenLogps] = []
+        for start in starts:
+            # One block after the other, so that the logits of one are gone before those of the next are made.
+            part = hidden[start : start + rows]
+            part = mx.depends([part], list(done[-1]))[0] if done else part
+            done.append(block(part, *weights, start=start))
+        return _join(done)
     if weights:
         again: Any = mx.checkpoint(lambda part, *w, start: tuple(block(part, *w, start=start)))
         return _join([TokenLogps(*again(hidden[s : s + rows], *weights, start=s)) for s in starts])
@@ -88,7 +101,7 @@ def linear_token_logps(
             part = hidden[start : start + rows]
             if parts:
                 part = mx.depends([part], [*parts[-1], slopes[-1]])[0]
-            values, slope = _block_and_slope(project, part, targets[start : start + rows])
+            values, slope = _block_and_slope(project, part, targets[start : start + rows], squares)
             parts.append(values)
             slopes.append(slope)
         return (*_join(parts), mx.concatenate(slopes))
@@ -102,31 +115,52 @@ def linear_token_logps(
     return TokenLogps(*blocked(hidden)[:-1])
 
 
-def _block_and_slope(project: Projection, hidden: mx.array, targets: mx.array) -> tuple[TokenLogps, mx.array]:
+def _block_and_slope(
+    project: Projection, hidden: mx.array, targets: mx.array, squares: bool
+) -> tuple[TokenLogps, mx.array]:
     """The values of one block, and the gradient of each token's logp by its own hidden state, (N, H)."""
+    counted, safe = _split_targets(targets)
 
     def surrogate(hidden: mx.array) -> tuple[mx.array, TokenLogps]:
         logits = project(hidden, ())
-        fixed = mx.stop_gradient(logits).astype(mx.float32)
-        counted, safe, normaliser, exponentials, total = _normalise(fixed, targets)
-        logp = mx.take_along_axis(fixed, safe[:, None], axis=-1).squeeze(-1) - normaliser
-        is_target = (mx.arange(logits.shape[-1]) == safe[:, None]).astype(mx.float32)
-        by_logits = (is_target - exponentials * (1 / total)[:, None]) * counted[:, None].astype(mx.float32)
-        values = _collect(logp, fixed, counted, safe, normaliser, exponentials, total)
+        logp, normaliser, p = _softmax(logits, safe)
+        values = _collect(logp, logits, counted, safe, normaliser, p, squares)
         # Tokens do not depend on each other, so one product gives the gradient of each by its own hidden state.
+        if not on_cpu():
+            return values.logp.sum(), values
+        # Its gradient is the vector-Jacobian product with by_logits, of the one softmax; its value is never computed.
+        is_target = (mx.arange(logits.shape[-1]) == safe[:, None]).astype(mx.float32)
+        by_logits = mx.stop_gradient((is_target - p) * counted[:, None].astype(mx.float32))
         return (logits.astype(mx.float32) * by_logits).sum(), values
 
     (_, values), slope = mx.value_and_grad(surrogate)(hidden)
     return values, slope
 
 
-def _normalise(logits: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
+def _split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Which targets count, and an id for each."""
     counted = targets != IGNORED
-    safe = mx.where(counted, targets, 0)
-    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    exponentials = exponential(logits - top)
+    return counted, mx.where(counted, targets, 0)
+
+
+def _softmax(logits: mx.array, safe: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probability of the ids (N,), log of the sum of exponentials (N,), and all probabilities (N, V); float32.
+
+    Gradients flow through the first alone.
+    """
+    wide = logits.astype(mx.float32)
+    at = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1)
+    if not on_cpu():
+        # One kernel, and one for the gradient, which reads the logits in their own dtype.
+        logp = -mx.fast.cross_entropy(logits, safe)
+        normaliser = mx.stop_gradient(at - logp)
+        return logp, normaliser, mx.exp(mx.stop_gradient(wide) - normaliser[:, None])
+    top = mx.stop_gradient(wide.max(axis=-1, keepdims=True))
+    exponentials = exponential(wide - top)
     total = blocked_sum(exponentials)
-    return counted, safe, mx.log(total) + top.squeeze(-1), exponentials, total
+    normaliser = mx.log(total) + top.squeeze(-1)
+    p = mx.stop_gradient(exponentials) * mx.stop_gradient(1 / total)[:, None]
+    return at - normaliser, mx.stop_gradient(normaliser), p
 
 
 def _collect(
@@ -135,16 +169,17 @@ def _collect(
     counted: mx.array,
     safe: mx.array,
     normaliser: mx.array,
-    exponentials: mx.array,
-    total: mx.array,
+    p: mx.array,
+    squares: bool,
 ) -> TokenLogps:
-    normaliser, exponentials, total = map(mx.stop_gradient, (normaliser, exponentials, total))
+    logits = mx.stop_gradient(logits)
+    wide = logits.astype(mx.float32)
     values = (
         logp,
-        normaliser - blocked_sum(exponentials * logits) / total,
-        blocked_sum(logits) / logits.shape[-1],
+        normaliser - blocked_sum(p * wide),
+        blocked_sum(wide) / logits.shape[-1],
         (mx.argmax(logits, axis=-1) == safe).astype(mx.float32),
-        mx.log(blocked_sum(mx.square(exponentials))) - 2 * mx.log(total),
+        mx.log(blocked_sum(mx.square(p))) if squares else mx.zeros_like(normaliser),
     )
     return TokenLogps(*(mx.where(counted, value, 0.0) for value in values))
 

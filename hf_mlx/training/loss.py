@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..device import on_cpu
 from ..settings.plan import LossPlan
 from .exponential import exponential
-from .sums import blocked_sum
+from .sums import blocked_sum, sum_in_pieces, sum_of
 
 IGNORED = -100
 
@@ -74,11 +75,18 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
     counted = targets != IGNORED
     safe = mx.where(counted, targets, 0)
     best = mx.argmax(logits, axis=-1)
-    top = mx.take_along_axis(wide, best[:, None], axis=-1)
+    top = mx.take_along_axis(logits, best[:, None], axis=-1).astype(mx.float32)
     exponentials = exponential(wide - top)
-    total = blocked_sum(exponentials)
+    if on_cpu():
+        total, mean_sum = blocked_sum(exponentials), blocked_sum(exponentials * wide)
+    else:
+        # Computed anew for each sum, so that no float32 array of all logits is written. Of passes over one and the
+        # same array the compiler would find out what they share, and write that.
+        total = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top), logits)
+        again = mx.depends([logits], [total])[0]
+        mean_sum = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top) * x.astype(mx.float32), again)
     normaliser = mx.log(total) + top.squeeze(-1)
-    log_p = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1) - normaliser
+    log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1).astype(mx.float32) - normaliser
     p = exponentials * (1 / total)[:, None]
     is_target = (mx.arange(vocabulary) == safe[:, None]).astype(mx.float32)
     loss, scale, gradient = -log_p, counted.astype(mx.float32), p - is_target
@@ -87,9 +95,8 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
         loss, scale = loss * target_p, scale * target_p
     elif plan.label_smoothing_factor:
         eps = plan.label_smoothing_factor
-        loss = (1 - eps) * loss + eps * (normaliser - blocked_sum(wide) / vocabulary)
+        loss = (1 - eps) * loss + eps * (normaliser - sum_of(lambda x: x.astype(mx.float32), logits) / vocabulary)
         gradient = p - (1 - eps) * is_target - eps / vocabulary
-    mean_logit = blocked_sum(exponentials * wide) / total
-    entropy = mx.where(counted, normaliser - mean_logit, 0.0).sum()
+    entropy = mx.where(counted, normaliser - mean_sum / total, 0.0).sum()
     correct = mx.where(counted, best == safe, False).sum().astype(mx.float32)
     return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct), gradient * scale[:, None]

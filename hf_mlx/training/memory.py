@@ -14,21 +14,25 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
-from ..device import on_cuda
+from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
-from .blocked_attention import BLOCK, attends_in_blocks
+from .blocked_attention import attends_in_blocks, block_queries, is_fused
 from .feed_forward import recomputed_inputs
-from .linear_cross_entropy import block_rows
+from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
 from .trained import replaces
 
 # The estimate is within this factor of what MLX measures (docs/performance.md).
 ACCURACY = 1.5
-# float32 copies of a block of logits that are alive together: exponentials, their product, the gradient.
+# float32 copies of logits that are alive together: exponentials, their product, the gradient.
 LOGIT_COPIES = 3
+# Of a block on a GPU, in the dtype that they are computed in: logits and their gradient.
+GPU_LOGIT_COPIES = 2
+# Large arrays whose new values are written while the old ones wait for that.
+MOVED = 2
 # A recomputed block holds its activations, and while it goes back about as much in gradients and products.
 RECOMPUTED = 2
 # Scores and probabilities, where the backward pass of attention is not fused.
@@ -89,8 +93,8 @@ def estimate(
 
     Counts, for each block, the inputs and outputs of its linear layers, of feed-forward networks only those that
     :mod:`~hf_mlx.training.feed_forward` keeps, and the attention matrix where MLX has no fused backward pass for it
-    (everywhere but on CUDA in half precision) and :mod:`~hf_mlx.training.blocked_attention` does not avoid it. Command
-    buffers that wait on a GPU come on top.
+    (everywhere but on CUDA in half precision, and there for wide heads) and
+    :mod:`~hf_mlx.training.blocked_attention` does not avoid it. Command buffers that wait on a GPU come on top.
 
     Args:
         model: With adapters attached; its arrays may still be unread files.
@@ -107,20 +111,21 @@ def estimate(
     weights = _arrays(model)
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
-    fused = mx.cuda.is_available() and not plan.use_cpu and size == 2
-    scores = 0 if fused else ATTENTION_COPIES * size * attention_heads * positions
-    blocked = {id(block) for block in layers(model) if attends_in_blocks(block, tokens)}
+    dtype = mx.bfloat16 if size == 2 else mx.float32
+    scores = ATTENTION_COPIES * size * attention_heads * positions
+    scored = [block for block in layers(model) if plan.use_cpu or not is_fused(dtype, _head_width(block))]
+    written = {id(block) for block in scored if not attends_in_blocks(block, tokens)}
 
     def held(block: nn.Module) -> int:
         # A block that has a recurrence has no scores.
-        scored = 0 if id(block) in blocked else scores * tokens
-        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or scored)
+        matrix = scores * tokens if id(block) in written else 0
+        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or matrix)
 
     blocks = [held(block) for block in layers(model)]
-    logits = _logit_bytes(model, head, positions)
+    logits = _logit_bytes(model, head, positions, size, params)
     # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
     kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
-    recomputed = scores * BLOCK if blocked else 0
+    recomputed = scores * block_queries() if len(scored) > len(written) else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
@@ -128,12 +133,12 @@ def estimate(
         recomputed += RECOMPUTED * max(forgotten)
     gradients = _bytes(params.values())
     state = sum(_state_bytes(optimizer, param) for param in params.values())
+    largest = max((param.nbytes + _state_bytes(optimizer, param) for param in params.values()), default=0)
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=gradients,
         optimizer=state,
-        # One kind of array after the other, or all of them in one function.
-        update=gradients + (min(gradients, state) if replaces(optimizer, params.values()) else state),
+        update=MOVED * largest if replaces(optimizer, params.values()) else gradients + state,
         activations=kept,
         recomputed=recomputed,
         logits=logits,
@@ -210,6 +215,12 @@ def _features(block: nn.Module) -> list[int]:
     return found
 
 
+def _head_width(block: nn.Module) -> int:
+    """Numbers of a head's query, as mlx-lm's attention has it; 0 where it says nothing."""
+    widths = (getattr(module, "head_dim", None) for module in block.modules())
+    return max((width for width in widths if isinstance(width, int)), default=0)
+
+
 def _states(block: nn.Module, rows: int, tokens: int) -> int:
     """Bytes of the recurrent states that a block keeps, at the ends of chunks, and of its convolution's outputs."""
     return sum(kept_bytes(module, rows, tokens) for module in block.modules())
@@ -219,12 +230,16 @@ def _working(block: nn.Module, rows: int, tokens: int) -> int:
     return sum(working_bytes(module, rows, tokens) for module in block.modules())
 
 
-def _logit_bytes(model: nn.Module, head: Head | None, positions: int) -> int:
+def _logit_bytes(model: nn.Module, head: Head | None, positions: int, size: int, params: Mapping[str, mx.array]) -> int:
     if head is None:
         return 0
     module = head.module(model)
     vocabulary = module.get("base_layer", module).weight.shape[0]
-    return LOGIT_COPIES * 4 * vocabulary * block_rows(positions, vocabulary)
+    rows = block_rows(positions, vocabulary)
+    if on_cpu():
+        return LOGIT_COPIES * 4 * vocabulary * rows
+    trained = [array for name, array in params.items() if name.startswith(f"{head.path}.")]
+    return GPU_LOGIT_COPIES * size * vocabulary * trained_rows(rows, positions, size * vocabulary, trained)
 
 
 def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from ..adapters.draws import row_keys
 from ..adapters.dropout import KeyedDropout
 from ..data.batch import Batch
+from ..device import on_cpu
 from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
@@ -211,11 +212,18 @@ class TokenObjective:
         backbone, head = self._split
         hidden = _scored_rows(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
         rows = self._blocks.rows(targets.shape[0])
-        if rows == targets.shape[0]:
+        if rows == targets.shape[0] and not self._blocks.fuses:
             return token_sums(head(self.model, hidden), targets, self.plan)
         weights = [params[name] for name in self._blocks.names]
         return linear_token_sums(
-            self._blocks.project, hidden, weights, targets, self.plan, rows=rows, gradient=self.model.training
+            self._blocks.project_raw,
+            hidden,
+            weights,
+            targets,
+            self.plan,
+            rows=rows,
+            gradient=self.model.training,
+            finish=self._blocks.finish,
         )
 
     def _cache(self, arrays: dict[str, mx.array]) -> list | None:
@@ -239,6 +247,8 @@ class HeadBlocks:
 
     Attributes:
         names: Trained arrays of the head.
+        finish: What single logits go through after the projection.
+        fuses: A block's loss and gradient are faster than those of all logits even where it holds all of them.
     """
 
     def __init__(self, model: nn.Module, head: Head, slots: Slots) -> None:
@@ -248,6 +258,8 @@ class HeadBlocks:
         self._vocabulary = module.get("base_layer", module).weight.shape[0]
         # One dropout mask covers all tokens, so a head with dropout is computed at once.
         self._whole = any(isinstance(part, KeyedDropout) for part in module.modules())
+        self.finish = head.finish
+        self.fuses = not (self._whole or on_cpu())
 
     def rows(self, tokens: int) -> int:
         """Tokens of a block; ``tokens`` where the logits are computed at once."""
@@ -255,8 +267,12 @@ class HeadBlocks:
 
     def project(self, hidden: mx.array, weights: Sequence[mx.array]) -> mx.array:
         """Logits (N, V) of hidden states (N, H)."""
+        return self.finish(self.project_raw(hidden, weights))
+
+    def project_raw(self, hidden: mx.array, weights: Sequence[mx.array]) -> mx.array:
+        """The same before :meth:`finish`."""
         self._slots.bind(dict(zip(self.names, weights, strict=True)))
-        return self._head(self._model, hidden)
+        return self._head.project(self._model, hidden)
 
 
 def _named(sums: TokenSums) -> tuple[mx.array, Arrays]:

@@ -1,4 +1,4 @@
-"""Sums over the rows of pairs: what is known of single tokens, by answer and by pair."""
+"""Sums over the answers of pairs: what is known of single tokens, by answer and by pair."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from .loss import IGNORED
 from .optimizers.contract import Arrays
 
 
-def by_pair(values: mx.array, arrays: Arrays) -> mx.array:
-    """What is known of each row (R,) or (R, 1), of chosen and rejected answers alone, (P, 2)."""
-    return values.reshape(-1, rows_together(arrays))[:, -2:]
+def by_pair(values: mx.array) -> mx.array:
+    """What is known of each answer, (2P,), (2P, 1) or (P, 2), as (P, 2): chosen and rejected."""
+    return values.reshape(-1, 2)
 
 
 def rows_together(arrays: Arrays) -> int:
-    """Rows of a pair: its answers, and those of its prompt where that is computed once."""
-    return arrays["input_ids"].shape[0] // arrays["prompts"].shape[0] if "prompts" in arrays else 2
+    """Rows of a pair: one for each answer, or one for both."""
+    return 1 if "splits" in arrays else 2
 
 
-def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
-    """Log-probabilities of scored tokens (N,) summed over each row, (R,).
+def sum_answers(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array:
+    """Log-probabilities of scored tokens (N,) summed over each answer, (2P,).
 
     Args:
         logp: Of each scored token.
@@ -29,29 +29,30 @@ def sum_rows(logp: mx.array, arrays: Arrays, ld_alpha: float | None) -> mx.array
     """
     if ld_alpha is not None:
         logp = mx.where(scored(arrays["shared"][..., None], arrays)[:, 0], logp, ld_alpha * logp)
-    return sum_by_row(logp, arrays)
+    return sum_by_answer(logp, arrays)
 
 
-def sum_by_row(values: mx.array, arrays: Arrays) -> mx.array:
-    """Values of scored tokens (N,), summed over each row, (R,)."""
-    # One sum a row rather than a scatter: deterministic on every backend.
-    belongs = rows_of_tokens(arrays) == mx.arange(arrays["input_ids"].shape[0])[:, None]
+def sum_by_answer(values: mx.array, arrays: Arrays) -> mx.array:
+    """Values of scored tokens (N,), summed over each answer, (2P,): chosen and rejected of a pair are neighbours."""
+    # One sum an answer rather than a scatter: deterministic on every backend.
+    belongs = answers_of_tokens(arrays) == mx.arange(arrays["answers"].size)[:, None]
     return mx.where(belongs, values, 0.0).sum(axis=1)
 
 
-def rows_of_tokens(arrays: Arrays) -> mx.array:
-    """The row of each scored token, (N,) int32."""
+def answers_of_tokens(arrays: Arrays) -> mx.array:
+    """The answer of each scored token, (N,) int32: even numbers are chosen ones."""
     width = arrays["input_ids"].shape[1]
     positions = arrays["positions"] if "positions" in arrays else mx.arange(arrays["targets"].shape[0])
-    return positions // width
+    rows = positions // width
+    return 2 * rows + (positions % width >= arrays["splits"][rows, 0]) if "splits" in arrays else rows
 
 
 def wpo_weights(tokens: TokenLogps, arrays: Arrays) -> mx.array:
     """Eq. 2 of https://huggingface.co/papers/2406.11827, aligned, (P,); carries no gradient."""
     aligned = mx.stop_gradient(tokens.logp - tokens.log_square_sum)
     counted = (arrays["targets"] != IGNORED).astype(mx.float32)
-    counts = mx.maximum(sum_by_row(counted, arrays), 1.0)
-    weights = by_pair(mx.exp(sum_by_row(aligned, arrays) / counts), arrays)
+    counts = mx.maximum(sum_by_answer(counted, arrays), 1.0)
+    weights = by_pair(mx.exp(sum_by_answer(aligned, arrays) / counts))
     return mx.stop_gradient(weights[:, 0] * weights[:, 1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -14,15 +14,16 @@ from ..data.batch import Batch
 from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
-from ..models.prompts import prompt_cache, shares_prompts
 from ..settings.plan import PairLossPlan
 from .inputs import Inputs
-from .linear_logps import TokenLogps, linear_token_logps, token_logps
+from .linear_logps import TokenLogps, linear_logp, linear_token_logps, token_logps
 from .objective import HeadBlocks, Slots
 from .optimizers.contract import Arrays
 from .pair_losses import Pairs, pair_loss
-from .pair_rows import by_pair, rows_of_tokens, rows_together, scored, sum_by_row, sum_rows, wpo_weights
+from .pair_rows import answers_of_tokens, by_pair, rows_together, scored, sum_answers, sum_by_answer, wpo_weights
 from .router import Routers
+from .shared_rows import prompt_cache, shares_prompts
+from .token_rows import multiply_together
 
 PAIR_METRICS = (
     "entropy",
@@ -46,8 +47,8 @@ class Reference(Protocol):
         """Of arrays that the policy does not hold."""
         ...
 
-    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
-        """Log-probabilities of the scored tokens; the caller stops their gradient.
+    def __call__(self, params: Arrays, arrays: Arrays) -> mx.array:
+        """Log-probabilities of the scored tokens, (N,) float32; the caller stops their gradient.
 
         Args:
             params: The policy's arrays, outside the gradient; what the reference binds in the model, the caller
@@ -65,38 +66,61 @@ class Scorer:
         slots: What trains in it.
 
     Attributes:
-        shares_prompts: Whether its rows may see a prompt that stands in others.
+        shares_prompts: Whether two answers may share a row.
     """
 
     def __init__(self, loaded: LoadedModel, slots: Slots) -> None:
         self.model = loaded.model
         self.shares_prompts = shares_prompts(loaded)
+        if self.shares_prompts:
+            multiply_together(loaded.model)
         self._split = split_head(loaded)
         self.head: Head | None = self._split[1] if self._split is not None else None
         self._blocks = HeadBlocks(loaded.model, self.head, slots) if self.head is not None else None
 
-    def __call__(self, params: Arrays, arrays: Arrays, *, gradient: bool) -> TokenLogps:
+    def __call__(self, params: Arrays, arrays: Arrays, *, gradient: bool, squares: bool = False) -> TokenLogps:
         """Of each scored token, (N,); ``params`` are bound already."""
-        targets = arrays["targets"]
-        if self._split is None or self._blocks is None:
-            return token_logps(scored(self.model(arrays["input_ids"], cache=self._cache(arrays)), arrays), targets)
-        backbone, head = self._split
-        hidden = scored(backbone(self.model, arrays["input_ids"], self._cache(arrays)), arrays)
-        rows = self._blocks.rows(targets.shape[0])
-        if rows == targets.shape[0]:
-            return token_logps(head(self.model, hidden), targets)
-        weights = [params[name] for name in self._blocks.names]
-        return linear_token_logps(self._blocks.project, hidden, weights, targets, rows=rows, gradient=gradient)
+        found, targets = self._read(arrays), arrays["targets"]
+        blocks, rows = self._in_blocks(targets)
+        if blocks is None:
+            return token_logps(self._finish(found), targets, squares=squares)
+        weights = [params[name] for name in blocks.names]
+        options: dict[str, Any] = {"rows": rows, "gradient": gradient, "squares": squares}
+        return linear_token_logps(blocks.project, found, weights, targets, **options)
 
-    def _cache(self, arrays: Arrays) -> list | None:
-        return prompt_cache(self.model, arrays["prompts"], *arrays["input_ids"].shape) if "prompts" in arrays else None
+    def logp(self, params: Arrays, arrays: Arrays) -> mx.array:
+        """The log-probability alone of each scored token, (N,) float32, without gradients."""
+        found, targets = self._read(arrays), arrays["targets"]
+        blocks, rows = self._in_blocks(targets)
+        if blocks is None:
+            return token_logps(self._finish(found), targets).logp
+        return linear_logp(blocks.project, found, [params[name] for name in blocks.names], targets, rows=rows)
+
+    def _read(self, arrays: Arrays) -> mx.array:
+        """Hidden states (N, H) of the scored tokens; their logits where the model's code does not divide there."""
+        ids, cache = arrays["input_ids"], None
+        if "splits" in arrays:
+            # Two answers share a row: each token is a row of its own, with its position.
+            ids = ids.reshape(-1, 1)
+            cache = prompt_cache(self.model, *(arrays[name] for name in ("offsets", "slots", "rejected")))
+        found = self.model(ids, cache=cache) if self._split is None else self._split[0](self.model, ids, cache)
+        return scored(found, arrays)
+
+    def _finish(self, found: mx.array) -> mx.array:
+        return found if self._split is None else self._split[1](self.model, found)
+
+    def _in_blocks(self, targets: mx.array) -> tuple[HeadBlocks | None, int]:
+        """The head and how many tokens it takes at a time; None where it takes all at once."""
+        tokens = targets.shape[0]
+        rows = tokens if self._blocks is None else self._blocks.rows(tokens)
+        return None if rows == tokens else self._blocks, rows
 
 
 class Answers(NamedTuple):
-    """A policy's view of the answers, by row.
+    """A policy's view of the answers.
 
     Attributes:
-        logps: (R,) summed log-probabilities, LD-DPO's weights included.
+        logps: (2P,) summed log-probabilities, LD-DPO's weights included.
         tokens: What is known of each scored token.
     """
 
@@ -166,7 +190,7 @@ class PairObjective:
 
     def reference_logps(self, params: Arrays, arrays: Arrays) -> mx.array:
         """The reference's summed log-probability of each pair's answers, (P, 2) float32."""
-        return by_pair(self._reference(params, arrays), arrays)
+        return by_pair(self._reference(params, arrays))
 
     def divisor(self, inputs: Inputs) -> int:
         """1: what :meth:`__call__` returns is divided already."""
@@ -178,7 +202,7 @@ class PairObjective:
         return logits[order], batch.input_ids[order]
 
     def rows_together(self, arrays: Arrays) -> int:
-        """Rows of a pair: its answers, and those of its prompt where that is computed once."""
+        """Rows of a pair: one for each answer, or one for both where their prompt is computed once."""
         return rows_together(arrays)
 
     @property
@@ -200,7 +224,7 @@ class PairObjective:
 
     def _reference(self, params: Arrays, arrays: Arrays) -> mx.array:
         if "reference" in arrays:
-            return arrays["reference"][:, 0]
+            return arrays["reference"].reshape(-1)
         if self.reference is None:
             raise SettingError(
                 "rows without ref_chosen_logps and ref_rejected_logps, with precompute_ref_log_probs=True",
@@ -211,13 +235,13 @@ class PairObjective:
             self._bind_keys(arrays)
         frozen = {name: mx.stop_gradient(value) for name, value in params.items()}
         if self.routers is None:
-            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
+            return sum_answers(self.reference(frozen, arrays), arrays, self.plan.ld_alpha)
         with self.routers.log.recording():
-            return sum_rows(self.reference(frozen, arrays).logp, arrays, self.plan.ld_alpha)
+            return sum_answers(self.reference(frozen, arrays), arrays, self.plan.ld_alpha)
 
     def _answers(self, params: Arrays, arrays: Arrays) -> Answers:
-        tokens = self.score(params, arrays, gradient=self.model.training)
-        return Answers(sum_rows(tokens.logp, arrays, self.plan.ld_alpha), tokens)
+        tokens = self.score(params, arrays, gradient=self.model.training, squares=self.plan.use_weighting)
+        return Answers(sum_answers(tokens.logp, arrays, self.plan.ld_alpha), tokens)
 
     def _bind_keys(self, arrays: Arrays) -> None:
         if not self._dropouts:
@@ -229,13 +253,12 @@ class PairObjective:
 
     def _measure(self, answers: Answers, reference: mx.array, arrays: Arrays) -> tuple[mx.array, Arrays]:
         plan, tokens = self.plan, answers.tokens
-        logps, reference = by_pair(answers.logps, arrays), by_pair(reference, arrays)
-        unit = self.rows_together(arrays)
-        chosen = rows_of_tokens(arrays) % unit == unit - 2
+        logps, reference = by_pair(answers.logps), by_pair(reference)
+        chosen = answers_of_tokens(arrays) % 2 == 0
         # The mean over pairs of this is the mean over the micro-batch's chosen tokens.
-        summed = by_pair(sum_by_row(tokens.logp, arrays), arrays)[:, 0]
+        summed = by_pair(sum_by_answer(tokens.logp, arrays))[:, 0]
         sft = -summed * (arrays["pairs"] / arrays["chosen_tokens"])
-        pairs = Pairs(logps, reference, by_pair(arrays["answers"], arrays), sft, plan)
+        pairs = Pairs(logps, reference, by_pair(arrays["answers"]), sft, plan)
         loss = pair_loss(pairs)
         if plan.use_weighting:
             loss = loss * wpo_weights(tokens, arrays)

@@ -13,9 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.adapter import Adapter
-from ..models.heads import module_at
+from ..models.heads import layers, module_at
 from ..models.load import LoadedModel
-from .linear_logps import TokenLogps
+from .blocked_attention import attend_in_blocks
 from .objective import Slots
 from .optimizers.contract import Arrays
 from .pairs import Scorer
@@ -44,11 +44,11 @@ class AdapterOff:
         mx.eval(self._start)
         self.held_bytes = sum(value.nbytes for value in self._start.values())
 
-    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+    def __call__(self, params: Arrays, arrays: Arrays) -> mx.array:
         params = {**params, **self._start}
         self._slots.bind(params)
         with self._without_adapter():
-            return self._score(params, arrays, gradient=False)
+            return self._score.logp(params, arrays)
 
     @contextmanager
     def _without_adapter(self) -> Iterator[None]:
@@ -80,9 +80,9 @@ class StartCopy:
         mx.eval(self.arrays)
         self.held_bytes = sum(value.nbytes for value in self.arrays.values())
 
-    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+    def __call__(self, params: Arrays, arrays: Arrays) -> mx.array:
         self._slots.bind(self.arrays)
-        return self._score(self.arrays, arrays, gradient=False)
+        return self._score.logp(self.arrays, arrays)
 
 
 class OtherModel:
@@ -98,6 +98,7 @@ class OtherModel:
     """
 
     def __init__(self, loaded: LoadedModel, names: Iterable[str] = ()) -> None:
+        attend_in_blocks(layers(loaded.model))
         loaded.model.freeze()
         loaded.model.eval()
         mx.eval(loaded.model.parameters())
@@ -108,9 +109,9 @@ class OtherModel:
         weights: dict[str, mx.array] = dict(tree_flatten(loaded.model.parameters()))
         self.held_bytes = sum(value.nbytes for value in weights.values())
 
-    def __call__(self, params: Arrays, arrays: Arrays) -> TokenLogps:
+    def __call__(self, params: Arrays, arrays: Arrays) -> mx.array:
         self._slots.bind(self.arrays)
-        return self.score(self.arrays, arrays, gradient=False)
+        return self.score.logp(self.arrays, arrays)
 
 
 def move_towards(arrays: Arrays, params: Arrays, share: float) -> None:

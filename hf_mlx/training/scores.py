@@ -21,6 +21,8 @@ from .optimizers.contract import Arrays
 from .router import Routers
 
 SCORE_METRICS = ("min_reward", "mean_reward", "max_reward", "accuracy", "margin")
+#: Those that do not add up over processes, and with which sign they are the largest of all.
+EXTREMES = {"min_reward": -1.0, "max_reward": 1.0}
 
 
 class ScoreObjective:

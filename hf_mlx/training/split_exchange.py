@@ -33,6 +33,10 @@ class SplitExchange:
         self._group = split.world.group
         self.kinds = dict.fromkeys(split.axes, "divided") | dict.fromkeys(split.partial, "partial")
 
+    def extremes(self, metrics: Arrays) -> Arrays:
+        """None: all processes read the same rows."""
+        return {}
+
     def __call__(self, grads: Mapping[str, mx.array], metrics: Arrays) -> tuple[Arrays, Arrays, mx.array]:
         """The gradients of this process's arrays, the metrics, and the norm of the whole gradient (float32).
 

@@ -172,16 +172,8 @@ def split_arrays(arrays: Arrays, pieces: int, unit: int = 1) -> Sequence[Arrays]
     whole = {k: v for k, v in arrays.items() if v.ndim == 0}
     units = np.array_split(np.arange(len(targets) // unit), pieces)
     parts = [slice(unit * int(part[0]), unit * (int(part[-1]) + 1)) for part in units]
-    made = (
-        {k: _cut(v, part, len(targets), unit) for k, v in by_row.items()} | gather_scored(targets[part])
-        for part in parts
-    )
+    made = ({k: v[part] for k, v in by_row.items()} | gather_scored(targets[part]) for part in parts)
     return [{k: mx.array(v) for k, v in piece.items()} | whole for piece in made]
-
-
-def _cut(array: np.ndarray, part: slice, rows: int, unit: int) -> np.ndarray:
-    """The rows of ``part``; of what has one row for each unit, its units."""
-    return array[part] if len(array) == rows else array[part.start // unit : part.stop // unit]
 
 
 def scatter_targets(arrays: Arrays) -> np.ndarray:

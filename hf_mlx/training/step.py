@@ -149,7 +149,9 @@ class Step(Trained):
             grads, factor, sums = self._measure(self._carry)
             # What may fail for want of memory has been computed by the time that the old arrays go.
             (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
-            self._replace(grads, factor.get("scale"), hyper)
+            self._carry = grads, sums
+            del grads
+            self._replace(factor.get("scale"), hyper)
             return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
@@ -190,6 +192,8 @@ class Step(Trained):
 
         (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
+        if self.exchange is not None:
+            measured = measured | self.exchange.extremes(measured)
         weighed = {name: measured[name] * by for name, by in weights["metrics"].items() if name in measured}
         metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -182,8 +181,6 @@ class Trained:
         self._clip = self._wrap(self._clip_carried)
         self._updated = self._wrap(self._update_packed)
         self._measure = self._wrap(self._measure_carried)
-        self._move_params = self._wrap(self._params_moved)
-        self._move_slot: dict[str, Callable] = {}
 
     def _arrange(self, params: Arrays) -> Bundles:
         largest = LARGEST if self.optimizer.elementwise else 0
@@ -207,38 +204,29 @@ class Trained:
             moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
             self._params = self._bundles.pack(moved)
         elif self._replaces:
-            self._replace(grads, None, hyper)
+            self._carry = grads, sums
+            del grads
+            self._replace(None, hyper)
             return sums
         else:
             self._params, self._state = self._updated(self._params, grads, self._state, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _replace(self, grads: Arrays, scale: mx.array | None, hyper: Arrays) -> None:
-        """Update so that each old array goes as its new one comes: nobody but the pending work holds it.
+    def _replace(self, scale: mx.array | None, hyper: Arrays) -> None:
+        """Update with the gradients of the carry so that old arrays go as new ones come: only pending work holds them.
 
-        A function for each kind of array. Within one, the compiler would keep in float32 what two outputs share, and
-        round it afterwards; a kernel that has all of an update on one element reads and writes once.
+        One kernel for each array, which reads and writes once.
         """
-        for slot in self._state.keys() - self._move_slot.keys():
-            self._move_slot[slot] = self._wrap(partial(self._slot_moved, slot))
-        given = (self._params, grads, self._state, hyper, scale)
-        params = self._move_params(*given)
-        state = {slot: self._move_slot[slot](*given) for slot in self._state}
+        carried: Any = self._carry
+        params, state = self._updated(self._params, carried[0], self._state, hyper, scale)
+        del carried
         # From here on there is no way back.
         for held in list(self._holds):
             held.give_up()
         self._params, self._state, self._carry = params, state, None
-        del given
         self._bind()
-        for arrays in (params, *state.values()):
-            mx.async_eval(arrays)
-
-    def _params_moved(self, *given: Any) -> Arrays:
-        return self.optimizer.update(*given)[0]
-
-    def _slot_moved(self, slot: str, *given: Any) -> Arrays:
-        return self.optimizer.update(*given)[1][slot]
+        mx.async_eval(params, state)
 
     def _update_packed(self, *given: Any) -> tuple[Arrays, Any]:
         return self.optimizer.update(*given)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..models.precision import CastEmbedding, CastLinear
 from ..models.products import addmm, matmul
+from .take_rows import take_rows
 
 _LINEAR = (nn.Linear, CastLinear)
 _EMBEDDING = (nn.Embedding, CastEmbedding)
@@ -69,11 +70,21 @@ def _linear(base: Any) -> Any:
     return type(f"Laid{base.__name__}", (base,), {"__call__": call})
 
 
+def look_up(weight: mx.array, tokens: mx.array) -> mx.array:
+    """``weight[tokens]`` of an embedding (vocabulary, dim), whose gradient adds the tokens' up."""
+    found: Any = mx.custom_function(lambda weight: take_rows(weight, tokens))
+    found.vjp(lambda weight, by_rows, _: mx.zeros_like(weight).at[tokens].add(by_rows))
+    return found(weight)
+
+
 def _embedding(base: Any) -> Any:
+    def call(self: Any, x: mx.array) -> mx.array:
+        return look_up(self.weight, x) if self.training else base.__call__(self, x)
+
     def as_linear(self: Any, x: mx.array) -> mx.array:
         return project(*_cast(self, (x, self.weight))) if self.training else base.as_linear(self, x)
 
-    return type(f"Laid{base.__name__}", (base,), {"as_linear": as_linear})
+    return type(f"Laid{base.__name__}", (base,), {"__call__": call, "as_linear": as_linear})
 
 
 def _cast(layer: Any, arrays: Iterable[mx.array]) -> list[mx.array]:

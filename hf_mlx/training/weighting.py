@@ -12,6 +12,7 @@ from .inputs import Counted, Inputs
 from .objective import TOKEN_METRICS
 from .optimizers.contract import Arrays
 from .pairs import PAIR_METRICS
+from .scores import EXTREMES, SCORE_METRICS
 
 # {"loss": …, "aux_loss": …, "metrics": {name: …}}
 Weights = dict[str, Any]
@@ -61,6 +62,21 @@ class ByMicroBatch:
             return {}
         names = (*self.metrics, "aux_loss")
         return {name: mx.array(self.shares(name, peers.counted, peers.kept)[peers.rank]) for name in names}
+
+
+class ByScore(ByMicroBatch):
+    """The same of scored pairs (trl 1.16 ``RewardTrainer``).
+
+    The least and the greatest reward are those of all processes before they are weighed.
+    """
+
+    metrics = SCORE_METRICS
+
+    def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
+        """Rewards are gathered whole, means over pairs by process."""
+        if name == "mean_reward":
+            return _shares(counted.pairs, len(counted.pairs))
+        return _shares([1] * len(counted.pairs), len(counted.pairs) if name in EXTREMES else kept)
 
 
 @dataclass(frozen=True)

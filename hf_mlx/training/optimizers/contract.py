@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -122,7 +122,19 @@ class Optimizer(ABC):
             wide = {slot: array.astype(mx.float32) for slot, array in old.items()}
             weight_decay = self.plan.weight_decay if name in self.decay else 0.0
             updated, moved = self.apply(param.astype(mx.float32), grad, wide, hyper, weight_decay)
-            new_params[name] = updated.astype(param.dtype)
             for slot, array in moved.items():
                 new_state[slot][name] = array.astype(old[slot].dtype)
+            new_params[name] = _together(updated.astype(param.dtype), [new_state[slot][name] for slot in moved])
         return new_params, new_state
+
+
+def _together(param: mx.array, states: Iterable[mx.array]) -> mx.array:
+    """``param``, as the last result of a kernel that gives ``states`` too.
+
+    They share almost all of an update. The compiler fuses what one result is made of, and makes other results of the
+    function outputs of that kernel; alone, what they share would be written in float32 and read again.
+    """
+    for state in states:
+        if state.shape == param.shape:
+            param = mx.where(mx.array(True), param, state).astype(param.dtype)
+    return param
