@@ -36,6 +36,8 @@ learning rate of 1e-3, here and in trl {trl}; the larger difference of loss and 
 PEFT turns into `target_parameters`, latent attention that MLX holds by head, and vision towers that no text reaches are
 adapted, drawn and saved as PEFT does. Where PEFT itself cannot, what is left out stands beside the figure, and
 `all-linear` alone is refused with that line.
+An option of `config.json` that would compute something else here is refused by its key; weights that do not fit
+are refused with the options that differ from their class's defaults.
 **Adapter**: our export has exactly the keys that trl saves, and torch with PEFT {peft} gives it our eval loss, to the
 difference shown. ¹ Beside `transformers.Trainer`, because trl {trl} cannot train the type.
 

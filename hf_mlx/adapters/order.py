@@ -54,7 +54,7 @@ _EXCEPTIONS: dict[str, tuple[str, ...]] = {
         ),
         ("experts", "gate"),
     ),
-    "granitemoehybrid": ("shared_mlp", "mamba", "self_attn"),
+    "granitemoehybrid": ("block_sparse_moe", "shared_mlp", "mamba", "self_attn"),
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("in_proj", "x_proj", "dt_proj", "out_proj")),
     "nemotron_h": ("in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "experts", "gate"),
 }
