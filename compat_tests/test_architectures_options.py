@@ -64,6 +64,11 @@ CHANGES = {
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}, 24),
     "llama with its own head width": ("llama", {"head_dim": 24}, 24),
     "gemma2 without softcaps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}, 24),
+    "gemma2 with a head of its own and no cap": (
+        "gemma2",
+        {"tie_word_embeddings": False, "final_logit_softcapping": None},
+        24,
+    ),
     "gemma2 with one key-value head for each": ("gemma2", {"num_key_value_heads": 4}, 24),
     "gemma3_text shorter than its period": ("gemma3_text", {"num_hidden_layers": 3}, 24),
     "gemma4_text with shared keys": (

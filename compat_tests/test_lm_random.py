@@ -14,6 +14,9 @@ from transformers import Trainer
 
 from hf_mlx import MLXTrainer
 
+# PEFT warns of some of what is drawn.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 # The promise of the library in fp32.
 RELATIVE = 1e-4
 SEED = int(os.environ.get("HF_MLX_SEED", "20260"))

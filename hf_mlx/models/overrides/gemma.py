@@ -46,7 +46,8 @@ def attend_with_softcap(model: Any, config: Config) -> None:
     """
     for block in model.layers:
         block.self_attn.__class__ = _softcapped(type(block.self_attn))
-    if config.get("final_logit_softcapping") is None:
+    # A head of its own knows of no cap already.
+    if config.get("final_logit_softcapping") is None and "lm_head" not in model:
         model.__class__ = _uncapped(type(model))
 
 
