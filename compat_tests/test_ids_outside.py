@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from architecture_zoo import make_config
 from datasets import Dataset
 from pairs import SILENT, assert_same_log, tiny_model, tokenizer, untimed
 from peft import LoraConfig
@@ -379,3 +380,28 @@ def test_more_tokens_than_positions(settings, early, learned, tmp_path):
             assert trainer is SFTTrainer or not early
             made.train()
     assert f"at most {POSITIONS}" in str(caught.value) and f"max_length={POSITIONS}" in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_rows_of_which_sparse_attention_would_choose_keys(model_type, tmp_path):
+    folder = str(tmp_path / "model")
+    config = make_config(model_type, index_topk=POSITIONS)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+    histories = []
+    for side, trainer in (("theirs", SFTTrainer), ("ours", MLXSFTTrainer)):
+        made = trainer(
+            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            SFTConfig(output_dir=str(tmp_path / side), **{**SILENT, **SETTINGS}),
+            train_dataset=Dataset.from_list(tokens(*LINES)),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM"),
+        )
+        made.train()
+        histories.append(made.state.log_history)
+    assert_same_log(*map(untimed, histories), relative=RELATIVE)
+
+    with pytest.raises(DataError) as caught:
+        build(MLXSFTTrainer, folder, tmp_path, tokens(list(range(5, 6 + POSITIONS))), None, {}, {}, lora=False)
+    assert "index_topk" in str(caught.value) and f"max_length={POSITIONS}" in str(caught.value)

@@ -19,17 +19,23 @@ from .faults import RowFault
 _INT32 = np.iinfo(np.int32)
 
 
+LEARNED = "the model has learned that many positions (torch raises an IndexError)"
+CHOSEN = "from there on the model's sparse attention (index_topk) chooses among keys, which mlx-lm does otherwise"
+
+
 @dataclass(frozen=True)
 class Tables:
     """How many rows the tables of a model have; None is unknown, or without limit.
 
     Attributes:
         ids: Of the embedding, and of the logits.
-        positions: Of learned position embeddings.
+        positions: Of learned position embeddings, or tokens of a row from which on the numbers would be others.
+        why: What a longer row would meet, for messages.
     """
 
     ids: int | None = None
     positions: int | None = None
+    why: str = LEARNED
 
     @property
     def largest_id(self) -> int:
@@ -94,7 +100,7 @@ class Check:
         positions = self.tables.positions
         return (
             f"{length:,} tokens",
-            f"at most {positions:,}: the model has learned that many positions (torch raises an IndexError)",
+            f"at most {positions:,}: {self.tables.why}",
             f"SFTConfig(max_length={positions})",
         )
 

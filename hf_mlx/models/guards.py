@@ -22,7 +22,8 @@ _ROPE_PLAIN = """
 # Types whose code computes some rope types, but not these.
 _ROPE_UNKNOWN = {
     "deepseek_v2": ("linear", "llama3", "longrope"),
-    **dict.fromkeys(("deepseek_v3", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "longcat_flash"), ("longrope",)),
+    **dict.fromkeys(("falcon", "nanochat", "smollm3"), ("longrope",)),
     "mellum": ("linear",),
     "minicpm3": ("linear", "llama3", "yarn"),
     "ministral3": ("linear", "llama3"),
@@ -43,6 +44,9 @@ _FIXED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("gemma3_text", "attn_logit_softcapping"): (None,),
     ("gemma3_text", "final_logit_softcapping"): (None,),
     ("gemma3_text", "use_bidirectional_attention"): (None, False),
+    ("gpt2", "scale_attn_by_inverse_layer_idx"): (None, False),
+    ("gpt2", "scale_attn_weights"): (None, True),
+    ("gpt_bigcode", "scale_attn_weights"): (None, True),
     ("qwen2_moe", "norm_topk_prob"): (None, False),
     ("olmo", "clip_qkv"): (None,),
     ("olmoe", "clip_qkv"): (None,),

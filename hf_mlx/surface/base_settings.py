@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.tables import Tables
+from ..data.tables import CHOSEN, Tables
 from ..errors import SettingError
 from ..models.bridge import TorchModel
-from ..models.positions import learned_positions
+from ..models.positions import chosen_keys, learned_positions
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 def read_tables(config: Mapping[str, Any]) -> Tables:
     """Ids and positions that a model of this config can embed."""
     ids = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    return Tables(ids, learned_positions(config))
+    chosen = chosen_keys(config)
+    return Tables(ids, learned_positions(config)) if chosen is None else Tables(ids, chosen, CHOSEN)
 
 
 def drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
