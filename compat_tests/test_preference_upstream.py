@@ -15,11 +15,10 @@ from pairs import SILENT, tiny_model, tokenizer
 from peft import LoraConfig, get_peft_model
 from preference_pairs import load, preference_rows
 from test_pair_losses import LOSSES
+from test_rows_preference import TOOL
 from trl import DPOConfig, DPOTrainer
 
 from hf_mlx import MLXDPOTrainer
-
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
 
 
 @pytest.fixture(scope="module")

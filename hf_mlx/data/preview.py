@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as markup
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -20,6 +20,9 @@ from .preference import prepare_preference
 from .prepare import Prepared, prepare, prepare_tokenizer
 from .scored_pairs import ANSWERS, ID_COLUMNS, collate_scored
 from .scored_rows import prepare_scored
+
+# Name, ids and labels.
+Answer = tuple[str, list[int], list[int]]
 
 _TRAINED, _MASKED, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
@@ -125,13 +128,14 @@ def preview_pairs(
         DataError, SettingError: As the trainer does.
     """
     tokenizer = prepare_tokenizer(tokenizer, plan)
-    prepared = prepare_preference(dataset, tokenizer, plan, name="train")
-    shown = {}
-    for number, row in enumerate(islice(iter(prepared.dataset), rows)):
+
+    def answers(row: Any) -> Iterator[Answer]:
         pair = collate_pairs([row], pad_token_id=0, max_length=plan.max_length, truncation_mode=plan.truncation_mode)
-        for at, answer in enumerate(("chosen", "rejected")):
-            ids, labels = (part[at, : pair.lengths[at]].tolist() for part in (pair.input_ids, pair.labels))
-            shown[f"row {number}, {answer}"] = read_row({"input_ids": ids, "labels": labels}, tokenizer)
+        for at, answer in enumerate(ANSWERS):
+            yield answer, *(part[at, : pair.lengths[at]].tolist() for part in (pair.input_ids, pair.labels))
+
+    prepared = prepare_preference(dataset, tokenizer, plan, name="train")
+    shown = _read_answers(islice(iter(prepared.dataset), rows), answers, tokenizer)
     _show(shown, prepared.report.describe(), html, file)
     return prepared
 
@@ -155,16 +159,16 @@ def preview_scored(
         DataError, SettingError: As the trainer does.
     """
     tokenizer = prepare_tokenizer(tokenizer, plan)
-    prepared = prepare_scored(dataset, tokenizer, plan, name="train")
-    shown = {}
-    for number, row in enumerate(islice(iter(prepared.dataset), rows)):
+
+    def answers(row: Any) -> Iterator[Answer]:
         pair = collate_scored([row], pad_token_id=tokenizer.pad_token_id)
         margin = "" if pair.margins is None else f", by {pair.margins[0]:g} at least"
         for answer, column, last in zip(ANSWERS, ID_COLUMNS, pair.last.tolist(), strict=True):
-            ids = list(row[column])
-            labels = [token if place == last else IGNORE for place, token in enumerate(ids)]
-            name = f"row {number}, {answer}{margin if answer == 'chosen' else ''}"
-            shown[name] = read_row({"input_ids": ids, "labels": labels}, tokenizer)
+            labels = [token if place == last else IGNORE for place, token in enumerate(row[column])]
+            yield f"{answer}{margin if answer == 'chosen' else ''}", list(row[column]), labels
+
+    prepared = prepare_scored(dataset, tokenizer, plan, name="train")
+    shown = _read_answers(islice(iter(prepared.dataset), rows), answers, tokenizer)
     _show(shown, prepared.report.describe(), html, file, _SCORES)
     return prepared
 
@@ -197,6 +201,17 @@ def preview_tokens(
         shown[f"row {number}"] = read_row({"input_ids": ids, "labels": list(row.get("labels", ids))}, tokenizer)
     _show(shown, prepared.report.describe(), html, file)
     return prepared
+
+
+def _read_answers(
+    rows: Iterable[Any], answers: Callable[[Any], Iterable[Answer]], tokenizer: Any
+) -> dict[str, list[Token]]:
+    """By name, what ``answers`` makes of each row: (name, ids, labels) of one answer after the other."""
+    return {
+        f"row {number}, {name}": read_row({"input_ids": ids, "labels": labels}, tokenizer)
+        for number, row in enumerate(rows)
+        for name, ids, labels in answers(row)
+    }
 
 
 def _show(
