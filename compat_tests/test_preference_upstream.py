@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from architecture_zoo import make_model
 from datasets import Dataset
-from pairs import SILENT, tiny_model, tokenizer
+from pairs import SILENT, tokenizer
 from peft import LoraConfig, get_peft_model
 from preference_pairs import load, preference_rows
+from swapped_class import assert_the_same_moves, make_models
 from test_pair_losses import LOSSES
 from test_rows_preference import TOOL
 from trl import DPOConfig, DPOTrainer
@@ -23,13 +23,7 @@ from hf_mlx import MLXDPOTrainer
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    sizes = {"hidden_size": 32, "intermediate_size": 48}
-    made = {name: tiny_model(name, root / name, **sizes) for name in ("qwen2", "llama")}
-    moe = make_model("qwen3_moe", vocab_size=len(tokenizer()), pad_token_id=2, eos_token_id=1, bos_token_id=0)
-    moe.save_pretrained(root / "qwen3_moe")
-    tokenizer().save_pretrained(root / "qwen3_moe")
-    return made | {"qwen3_moe": root / "qwen3_moe"}
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def case(model: Any = "qwen2", rows: Any = None, **settings: Any) -> dict[str, Any]:
@@ -88,24 +82,7 @@ def build(cls: type, folders: dict[str, Path], folder: Path, drawn: dict[str, An
     "name", [name if name in FEW else pytest.param(name, marks=pytest.mark.wide) for name in CASES]
 )
 def test_what_trains_has_moved(folders, tmp_path, name):
-    states = {}
-    for cls in (DPOTrainer, MLXDPOTrainer):
-        with warnings.catch_warnings(action="ignore"):
-            trainer = build(cls, folders, tmp_path, CASES[name])
-            before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-            trains = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
-            trainer.train()
-        assert trainer.state.log_history[-1]["train_loss"] is not None
-        after = dict(trainer.model.named_parameters())
-        states[cls] = {
-            n: (n in trains, bool((after[n] != value).any()), str(value.dtype)) for n, value in before.items()
-        }
-    theirs, ours = states[DPOTrainer], states[MLXDPOTrainer]
-    # A stack of experts is no one parameter here; the copy of a PeftModel's start is held outside of the model.
-    shared = theirs.keys() & ours.keys()
-    assert {n for n, (trained, *_) in theirs.items() if trained and (".experts." not in n or "lora" in n)} <= shared
-    assert {n: theirs[n] for n in shared} == {n: ours[n] for n in shared}
-    assert sum(moved for _, moved, _ in ours.values()) >= 8
+    assert_the_same_moves(lambda cls: build(cls, folders, tmp_path, CASES[name]), DPOTrainer, MLXDPOTrainer)
 
 
 @pytest.mark.parametrize("cls", [DPOTrainer, MLXDPOTrainer])
