@@ -7,7 +7,7 @@ by the tokens' cotangents; where the projection trains, blocks are computed agai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -48,13 +48,12 @@ def linear_logp(
     project: Projection, hidden: mx.array, weights: Sequence[mx.array], targets: mx.array, *, rows: int
 ) -> mx.array:
     """The ``logp`` of :func:`linear_token_logps` alone, (N,) float32, without gradients: what a reference is asked."""
-    done: list[mx.array] = []
-    for start in range(0, targets.shape[0], rows):
-        part = hidden[start : start + rows]
-        part = mx.depends([part], done[-1:])[0] if done else part
+
+    def block(part: mx.array, start: int) -> tuple[mx.array]:
         counted, safe = _split_targets(targets[start : start + rows])
-        done.append(mx.where(counted, _softmax(project(part, weights), safe)[0], 0.0))
-    return mx.concatenate(done)
+        return (mx.where(counted, _softmax(project(part, weights), safe)[0], 0.0),)
+
+    return mx.concatenate([logp for (logp,) in _chain(block, hidden, rows)])
 
 
 def linear_token_logps(
@@ -78,33 +77,24 @@ def linear_token_logps(
         gradient: False, for evaluation, leaves gradients out.
         squares: Whether ``log_square_sum`` is asked for.
     """
-    starts = range(0, targets.shape[0], rows)
 
     def block(hidden: mx.array, *weights: mx.array, start: int) -> TokenLogps:
         return token_logps(project(hidden, weights), targets[start : start + rows], squares=squares)
 
     if not gradient:
-        done: list[TokenLogps] = []
-        for start in starts:
-            # One block after the other, so that the logits of one are gone before those of the next are made.
-            part = hidden[start : start + rows]
-            part = mx.depends([part], list(done[-1]))[0] if done else part
-            done.append(block(part, *weights, start=start))
-        return _join(done)
+        return _join(_chain(lambda part, start: block(part, *weights, start=start), hidden, rows))
     if weights:
         again: Any = mx.checkpoint(lambda part, *w, start: tuple(block(part, *w, start=start)))
-        return _join([TokenLogps(*again(hidden[s : s + rows], *weights, start=s)) for s in starts])
+        return _join(
+            [TokenLogps(*again(hidden[s : s + rows], *weights, start=s)) for s in range(0, targets.shape[0], rows)]
+        )
 
     def forward(hidden: mx.array) -> tuple[mx.array, ...]:
-        parts, slopes = [], []
-        for start in starts:
-            part = hidden[start : start + rows]
-            if parts:
-                part = mx.depends([part], [*parts[-1], slopes[-1]])[0]
+        def with_slope(part: mx.array, start: int) -> tuple[mx.array, ...]:
             values, slope = _block_and_slope(project, part, targets[start : start + rows], squares)
-            parts.append(values)
-            slopes.append(slope)
-        return (*_join(parts), mx.concatenate(slopes))
+            return (*values, slope)
+
+        return tuple(mx.concatenate(list(part)) for part in zip(*_chain(with_slope, hidden, rows), strict=True))
 
     def backward(primals, cotangents, outputs):
         slope = outputs[-1]
@@ -113,6 +103,15 @@ def linear_token_logps(
     blocked: Any = mx.custom_function(forward)
     blocked.vjp(backward)
     return TokenLogps(*blocked(hidden)[:-1])
+
+
+def _chain(block: Callable[[mx.array, int], Iterable[mx.array]], hidden: mx.array, rows: int) -> list[Any]:
+    """One block after the other, so that the logits of one are gone before those of the next are made."""
+    done: list[Any] = []
+    for start in range(0, hidden.shape[0], rows):
+        part = hidden[start : start + rows]
+        done.append(block(mx.depends([part], list(done[-1]))[0] if done else part, start))
+    return done
 
 
 def _block_and_slope(
