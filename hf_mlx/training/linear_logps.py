@@ -16,7 +16,7 @@ from ..device import on_cpu
 from .exponential import exponential
 from .linear_cross_entropy import Projection
 from .loss import IGNORED
-from .sums import blocked_sum
+from .sums import blocked_sum, sum_in_pieces
 
 
 class TokenLogps(NamedTuple):
@@ -147,13 +147,14 @@ def _softmax(logits: mx.array, safe: mx.array) -> tuple[mx.array, mx.array, mx.a
 
     Gradients flow through the first alone.
     """
-    wide = logits.astype(mx.float32)
-    at = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1)
     if not on_cpu():
         # One kernel, and one for the gradient, which reads the logits in their own dtype.
         logp = -mx.fast.cross_entropy(logits, safe)
+        at = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1).astype(mx.float32)
         normaliser = mx.stop_gradient(at - logp)
-        return logp, normaliser, mx.exp(mx.stop_gradient(wide) - normaliser[:, None])
+        return logp, normaliser, exponential(mx.stop_gradient(logits).astype(mx.float32) - normaliser[:, None])
+    wide = logits.astype(mx.float32)
+    at = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1)
     top = mx.stop_gradient(wide.max(axis=-1, keepdims=True))
     exponentials = exponential(wide - top)
     total = blocked_sum(exponentials)
@@ -172,15 +173,33 @@ def _collect(
     squares: bool,
 ) -> TokenLogps:
     logits = mx.stop_gradient(logits)
-    wide = logits.astype(mx.float32)
+    expected, total, square_sum = _sums(logits, normaliser, p, squares)
     values = (
         logp,
-        normaliser - blocked_sum(p * wide),
-        blocked_sum(wide) / logits.shape[-1],
+        normaliser - expected,
+        total / logits.shape[-1],
         (mx.argmax(logits, axis=-1) == safe).astype(mx.float32),
-        mx.log(blocked_sum(mx.square(p))) if squares else mx.zeros_like(normaliser),
+        mx.zeros_like(normaliser) if square_sum is None else mx.log(square_sum),
     )
     return TokenLogps(*(mx.where(counted, value, 0.0) for value in values))
+
+
+def _sums(
+    logits: mx.array, normaliser: mx.array, p: mx.array, squares: bool
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Over the vocabulary, each (N,): of ``p * logits``, of ``logits`` and, where asked for, of squared ``p``."""
+    if on_cpu():
+        wide = logits.astype(mx.float32)
+        return blocked_sum(p * wide), blocked_sum(wide), blocked_sum(mx.square(p)) if squares else None
+    # As in :func:`~hf_mlx.training.loss.sums_and_gradient`: each sum reads the logits themselves, one after the other.
+    at = normaliser[:, None]
+    expected = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - at) * x.astype(mx.float32), logits)
+    again = mx.depends([logits], [expected])[0]
+    total = sum_in_pieces(lambda x: x.astype(mx.float32), again)
+    if not squares:
+        return expected, total, None
+    again = mx.depends([logits], [total])[0]
+    return expected, total, sum_in_pieces(lambda x: exponential(2 * (x.astype(mx.float32) - at)), again)
 
 
 def _join(parts: Sequence[TokenLogps]) -> TokenLogps:
