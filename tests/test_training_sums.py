@@ -35,8 +35,9 @@ def test_pieces_add_up_to_the_whole(shape, dtype):
     "plan", [LossPlan(), LossPlan(kind="dft"), LossPlan(label_smoothing_factor=0.1)], ids=["nll", "dft", "smoothed"]
 )
 def test_the_loss_of_a_gpu_is_that_of_the_cpu(plan, monkeypatch):
-    logits = 4 * mx.random.normal((24, 3000), key=mx.random.key(2))
-    targets = mx.where(mx.arange(24) % 5 == 0, -100, mx.arange(24) * 100)
+    # Short: the CPU adds up what is left to a reduction one after the other, as no GPU does.
+    logits = 4 * mx.random.normal((24, 2100), key=mx.random.key(2))
+    targets = mx.where(mx.arange(24) % 5 == 0, -100, mx.arange(24) * 80)
     sums, gradient = sums_and_gradient(logits, targets, plan)
     mx.eval(sums, gradient)
 

@@ -40,8 +40,7 @@ class TokenLogps(NamedTuple):
 def token_logps(logits: mx.array, targets: mx.array, *, squares: bool = False) -> TokenLogps:
     """:class:`TokenLogps` of logits (N, V), any float dtype, and targets (N,) int32."""
     counted, safe = _split_targets(targets)
-    logp, normaliser, p = _softmax(logits, safe)
-    return _collect(logp, logits, counted, safe, normaliser, p, squares)
+    return _collect(_softmax(logits, safe), logits, counted, safe, squares)
 
 
 def linear_logp(
@@ -51,7 +50,7 @@ def linear_logp(
 
     def block(part: mx.array, start: int) -> tuple[mx.array]:
         counted, safe = _split_targets(targets[start : start + rows])
-        return (mx.where(counted, _softmax(project(part, weights), safe)[0], 0.0),)
+        return (mx.where(counted, _softmax(project(part, weights), safe).logp, 0.0),)
 
     return mx.concatenate([logp for (logp,) in _chain(block, hidden, rows)])
 
@@ -122,14 +121,14 @@ def _block_and_slope(
 
     def surrogate(hidden: mx.array) -> tuple[mx.array, TokenLogps]:
         logits = project(hidden, ())
-        logp, normaliser, p = _softmax(logits, safe)
-        values = _collect(logp, logits, counted, safe, normaliser, p, squares)
+        softmax = _softmax(logits, safe)
+        values = _collect(softmax, logits, counted, safe, squares)
         # Tokens do not depend on each other, so one product gives the gradient of each by its own hidden state.
         if not on_cpu():
             return values.logp.sum(), values
         # Its gradient is the vector-Jacobian product with by_logits, of the one softmax; its value is never computed.
         is_target = (mx.arange(logits.shape[-1]) == safe[:, None]).astype(mx.float32)
-        by_logits = mx.stop_gradient((is_target - p) * counted[:, None].astype(mx.float32))
+        by_logits = mx.stop_gradient((is_target - softmax.p) * counted[:, None].astype(mx.float32))
         return (logits.astype(mx.float32) * by_logits).sum(), values
 
     (_, values), slope = mx.value_and_grad(surrogate)(hidden)
@@ -142,43 +141,43 @@ def _split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
     return counted, mx.where(counted, targets, 0)
 
 
-def _softmax(logits: mx.array, safe: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Log-probability of the ids (N,), log of the sum of exponentials (N,), and all probabilities (N, V); float32.
+class _Softmax(NamedTuple):
+    """Log-probability of the ids (N,), and all log-probabilities and probabilities (N, V); float32.
 
     Gradients flow through the first alone.
     """
+
+    logp: mx.array
+    logps: mx.array
+    p: mx.array
+
+
+def _softmax(logits: mx.array, safe: mx.array) -> _Softmax:
     wide = logits.astype(mx.float32)
-    at = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1)
     if not on_cpu():
         # One kernel, and one for the gradient, which reads the logits in their own dtype.
         logp = -mx.fast.cross_entropy(logits, safe)
-        normaliser = mx.stop_gradient(at - logp)
-        return logp, normaliser, mx.exp(mx.stop_gradient(wide) - normaliser[:, None])
-    top = mx.stop_gradient(wide.max(axis=-1, keepdims=True))
-    exponentials = exponential(wide - top)
+        normaliser = mx.stop_gradient(mx.take_along_axis(wide, safe[:, None], axis=-1) - logp[:, None])
+        logps = mx.stop_gradient(wide) - normaliser
+        return _Softmax(logp, logps, mx.exp(logps))
+    # All below the largest: nothing then is a small difference of large numbers.
+    below = wide - mx.stop_gradient(wide.max(axis=-1, keepdims=True))
+    exponentials = exponential(below)
     total = blocked_sum(exponentials)
-    normaliser = mx.log(total) + top.squeeze(-1)
-    p = mx.stop_gradient(exponentials) * mx.stop_gradient(1 / total)[:, None]
-    return at - normaliser, mx.stop_gradient(normaliser), p
+    log_total = mx.log(total)
+    logp = mx.take_along_axis(below, safe[:, None], axis=-1).squeeze(-1) - log_total
+    logps = mx.stop_gradient(below) - mx.stop_gradient(log_total)[:, None]
+    return _Softmax(logp, logps, mx.stop_gradient(exponentials) * mx.stop_gradient(1 / total)[:, None])
 
 
-def _collect(
-    logp: mx.array,
-    logits: mx.array,
-    counted: mx.array,
-    safe: mx.array,
-    normaliser: mx.array,
-    p: mx.array,
-    squares: bool,
-) -> TokenLogps:
+def _collect(softmax: _Softmax, logits: mx.array, counted: mx.array, safe: mx.array, squares: bool) -> TokenLogps:
     logits = mx.stop_gradient(logits)
-    wide = logits.astype(mx.float32)
     values = (
-        logp,
-        normaliser - blocked_sum(p * wide),
-        blocked_sum(wide) / logits.shape[-1],
+        softmax.logp,
+        -blocked_sum(softmax.p * softmax.logps),
+        blocked_sum(logits.astype(mx.float32)) / logits.shape[-1],
         (mx.argmax(logits, axis=-1) == safe).astype(mx.float32),
-        mx.log(blocked_sum(mx.square(p))) if squares else mx.zeros_like(normaliser),
+        mx.log(blocked_sum(mx.square(softmax.p))) if squares else mx.zeros(safe.shape),
     )
     return TokenLogps(*(mx.where(counted, value, 0.0) for value in values))
 
