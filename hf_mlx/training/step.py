@@ -159,9 +159,11 @@ class Step(Trained):
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
-            self._carry = self._accumulate(self._params, self._carry, arrays, weights)
-            # Starts the device on this piece without waiting for it.
-            mx.async_eval(self._carry)
+            self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
+            # Starts the device on this piece without waiting for it: on the forward pass first, whose smaller graph is
+            # ordered sooner, while the device has nothing else to do.
+            mx.async_eval(sums)
+            mx.async_eval(grads)
 
     def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Weights]]:
         """Arrays and weights of each piece of the first ``count`` micro-batches; all pieces weigh as the whole."""
