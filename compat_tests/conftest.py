@@ -4,6 +4,7 @@ import gc
 import os
 
 import pytest
+from compiling import compiles_all, uncompiled_if
 
 from hf_mlx.blas import load_openblas
 
@@ -30,11 +31,5 @@ def uncompiled(request):
     On the Linux CPU each kind has kernels of its own, which g++ takes longer to compile than the test to compare. A run
     that has the wide comparisons in it compiles them.
     """
-    if "not wide" not in request.config.option.markexpr:
+    with uncompiled_if(not compiles_all(request.config)):
         yield
-        return
-    import mlx.core as mx  # not before the BLAS is loaded
-
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
