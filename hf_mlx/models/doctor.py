@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -120,18 +121,21 @@ def diagnose(path_or_id: str | Path, plan: ModelPlan | None = None) -> Diagnosis
 
 def environment() -> dict[str, str]:
     """Device, BLAS and package versions, for bug reports."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return {
         "machine": f"{_system()} {platform.machine()}, Python {platform.python_version()}",
         "device": _device(),
         "BLAS": _blas(),
-        "versions": ", ".join(f"{k} {v}" for k, v in found.items()),
+        "versions": ", ".join(f"{package} {_version(package)}" for package in _PACKAGES),
     }
+
+
+@cache
+def _version(package: str) -> str:
+    # Its metadata are parsed whole.
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _system() -> str:
