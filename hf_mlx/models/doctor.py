@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import warnings
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from ..device import on_cpu
 from ..errors import MissingDependency, ModelError
 from ..intake import describe
 from ..settings.plan import ModelPlan
+from ..version import find_version
 from .config import FILES
 from .heads import layers
 from .load import LoadedModel, load_model
@@ -125,17 +124,8 @@ def environment() -> dict[str, str]:
         "machine": f"{_system()} {platform.machine()}, Python {platform.python_version()}",
         "device": _device(),
         "BLAS": _blas(),
-        "versions": ", ".join(f"{package} {_version(package)}" for package in _PACKAGES),
+        "versions": ", ".join(f"{package} {find_version(package) or 'not installed'}" for package in _PACKAGES),
     }
-
-
-@cache
-def _version(package: str) -> str:
-    # Its metadata are parsed whole.
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _system() -> str:
