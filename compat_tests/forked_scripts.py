@@ -25,19 +25,28 @@ HF_MLX_RUN = ("-m", "hf_mlx.cli.main", "run")
 
 
 def start_forked(
-    words: Sequence[object], stdout: Path, stderr: Path, environ: Mapping[str, str | None] | None = None
+    words: Sequence[object],
+    stdout: Path,
+    stderr: Path,
+    environ: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
 ) -> Any:
     """A process that does what ``python WORDS…`` does, its libraries imported already, with its output in two files."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(_LIBRARIES))
-    arguments = ([str(word) for word in words], str(stdout), str(stderr), dict(environ or {}))
+    arguments = ([str(word) for word in words], str(stdout), str(stderr), dict(environ or {}), cwd or os.getcwd())
     process = context.Process(target=_run, args=arguments)
     process.start()
     return process
 
 
 def run_forked(
-    words: Sequence[object], *, status: int = 0, timeout: float = 600, environ: Mapping[str, str | None] | None = None
+    words: Sequence[object],
+    *,
+    status: int = 0,
+    timeout: float = 600,
+    environ: Mapping[str, str | None] | None = None,
+    cwd: Path | None = None,
 ) -> CompletedProcess:
     """What ``python WORDS…`` does, its libraries imported already.
 
@@ -46,10 +55,11 @@ def run_forked(
         status: How it is to end.
         timeout: Seconds until it is ended.
         environ: Variables of its own; None takes one away.
+        cwd: Its working folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = start_forked(words, *outputs, environ)
+        process = start_forked(words, *outputs, environ, cwd)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -59,9 +69,10 @@ def run_forked(
     return done
 
 
-def _run(words: list[str], stdout: str, stderr: str, environ: dict[str, str | None]) -> None:
+def _run(words: list[str], stdout: str, stderr: str, environ: dict[str, str | None], cwd: str | Path) -> None:
     import torch
 
+    os.chdir(cwd)
     for name, value in environ.items():
         if value is None:
             os.environ.pop(name, None)
