@@ -1,9 +1,13 @@
 """Set up before any test module is imported: a fast BLAS for MLX on one thread, and no hub."""
 
+import functools
 import gc
+import importlib.metadata
 import os
+import sys
 
 import pytest
+from compiling import compiles_all, uncompiled_if
 
 from hf_mlx.blas import load_openblas
 
@@ -21,6 +25,25 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)
     gc.enable()
+    # accelerate parses the metadata of peft in each of its steps: a tenth of a tiny run of TRL.
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+@pytest.fixture(autouse=True)
+def unhashed(request, monkeypatch):
+    """Take datasets' own random fingerprints, of rows whose functions cannot be hashed.
+
+    To hash the functions that TRL prepares rows with takes longer than they do. No cache is read by them here, since
+    rows in memory have none. A run that has the wide comparisons in it hashes them.
+    """
+    datasets = sys.modules.get("datasets")
+    if datasets is not None and not compiles_all(request.config):
+        for module in (datasets.fingerprint, datasets.arrow_dataset):
+            monkeypatch.setattr(module, "update_fingerprint", _draw_fingerprint)
+
+
+def _draw_fingerprint(fingerprint, transform, transform_args):
+    return sys.modules["datasets"].fingerprint.generate_random_fingerprint()
 
 
 @pytest.fixture
@@ -30,11 +53,5 @@ def uncompiled(request):
     On the Linux CPU each kind has kernels of its own, which g++ takes longer to compile than the test to compare. A run
     that has the wide comparisons in it compiles them.
     """
-    if "not wide" not in request.config.option.markexpr:
+    with uncompiled_if(not compiles_all(request.config)):
         yield
-        return
-    import mlx.core as mx  # not before the BLAS is loaded
-
-    mx.disable_compile()
-    yield
-    mx.enable_compile()

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -85,19 +86,26 @@ def human_eval() -> list[dict[str, str]]:
 
 def dialogues(language: str = "english") -> list[dict[str, list[dict[str, str]]]]:
     """Short dialogues in many languages (BSD) as messages rows that alternate user and assistant."""
+    rows = []
+    for texts in _conversations(language):
+        roles = ("user", "assistant") * (len(texts) // 2)
+        rows.append({"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]})
+    return rows
+
+
+@cache
+def _conversations(language: str) -> tuple[tuple[str, ...], ...]:
+    """The texts of each dialogue; two seconds of parsing YAML where it has no parser in C."""
     import yaml
 
-    rows = []
+    found, loader = [], getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with zipfile.ZipFile(wheel("chatterbot-corpus")) as archive:
         prefix = f"chatterbot_corpus/data/{language}/"
         for member in sorted(name for name in archive.namelist() if name.startswith(prefix) and name.endswith(".yml")):
-            for turns in yaml.safe_load(archive.read(member)).get("conversations") or []:
+            for turns in yaml.load(archive.read(member), loader).get("conversations") or []:
                 texts = [str(turn) for turn in turns if str(turn).strip()]
-                texts = texts[: len(texts) // 2 * 2]
-                roles = ("user", "assistant") * (len(texts) // 2)
-                if texts:
-                    rows.append({"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]})
-    return rows
+                found.append(tuple(texts[: len(texts) // 2 * 2]))
+    return tuple(texts for texts in found if texts)
 
 
 def tool_questions() -> list[dict]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from forked_scripts import start_forked
 
 HERE = Path(__file__).parent
 
@@ -27,18 +26,12 @@ def start(ranks: int, folder: Path, arguments: list[str], *, script: Path | None
     """The processes, each with its output in ``folder/rank-N.txt``."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
-    quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    common = os.environ | quiet | {"HF_HUB_OFFLINE": "1", "MLX_HOSTFILE": str(hosts), "PYTHONPATH": path} | environ
-    command = [sys.executable, str(script or HERE / "rank_worker.py"), *arguments]
-    started = []
-    for rank in range(ranks):
-        output = (folder / f"rank-{rank}.txt").open("w")
-        made = subprocess.Popen(
-            command, env=common | {"MLX_RANK": str(rank)}, stdout=output, stderr=output, stdin=subprocess.DEVNULL
-        )
-        started.append(made)
-    return started
+    common = {"HF_HUB_OFFLINE": "1", "MLX_HOSTFILE": str(hosts)} | environ
+    words = [script or HERE / "rank_worker.py", *arguments]
+    outputs = [folder / f"rank-{rank}.txt" for rank in range(ranks)]
+    return [
+        start_forked(words, output, output, common | {"MLX_RANK": str(rank)}) for rank, output in enumerate(outputs)
+    ]
 
 
 def finish(started: list[Any], timeout: float, grace: float = 60) -> list[int]:
@@ -52,16 +45,16 @@ def finish(started: list[Any], timeout: float, grace: float = 60) -> list[int]:
     deadline = time.monotonic() + timeout
     failed = False
     try:
-        while any(process.poll() is None for process in started) and time.monotonic() < deadline:
-            if not failed and any(process.poll() for process in started):
+        while any(process.is_alive() for process in started) and time.monotonic() < deadline:
+            if not failed and any(process.exitcode for process in started):
                 failed, deadline = True, min(deadline, time.monotonic() + grace)
             time.sleep(0.05)
     finally:
         for process in started:
-            if process.poll() is None:
+            if process.is_alive():
                 process.kill()
-            process.wait()
-    return [process.returncode for process in started]
+            process.join()
+    return [process.exitcode for process in started]
 
 
 def said(folder: Path, rank: int) -> str:
@@ -69,9 +62,11 @@ def said(folder: Path, rank: int) -> str:
     return (folder / f"rank-{rank}.txt").read_text()
 
 
-def run(ranks: int, folder: Path, models: Path, cases: list[str], timeout: float) -> list[dict[str, Any]]:
+def run(
+    ranks: int, folder: Path, models: Path, cases: list[str], timeout: float, **environ: str
+) -> list[dict[str, Any]]:
     """What each process says of ``cases``."""
     folder.mkdir(parents=True, exist_ok=True)
-    statuses = finish(start(ranks, folder, [str(models), str(folder / "out"), *cases]), timeout)
+    statuses = finish(start(ranks, folder, [str(models), str(folder / "out"), *cases], **environ), timeout)
     assert statuses == [0] * ranks, "\n".join(said(folder, rank)[-3000:] for rank in range(ranks))
     return [json.loads((folder / f"out.{rank}").read_text()) for rank in range(ranks)]

@@ -16,6 +16,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     # Any of its names prepares MLX, which the processes are asked of.
+    from compiling import is_uncompiled, uncompiled_if
     from tensor_cases import play
     from tensor_scenarios import perform
 
@@ -25,7 +26,8 @@ def main() -> None:
     models, out, cases = Path(sys.argv[1]), sys.argv[2], json.loads(Path(sys.argv[3]).read_text())
     made = {}
     for name, case in cases.items():
-        made[name] = perform(name, models, f"{out}-{name}") if case is None else play(case, models, f"{out}-{name}")
+        with uncompiled_if(is_uncompiled(name)):
+            made[name] = perform(name, models, f"{out}-{name}") if case is None else play(case, models, f"{out}-{name}")
         Path(f"{out}.{the_world().rank}").write_text(json.dumps(made))
 
 

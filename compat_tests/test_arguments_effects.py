@@ -126,6 +126,7 @@ def test_a_setting_decides_what_is_saved(name, case: Case, model, tmp_path):
 CHECKS = dict.fromkeys([*effect_checks.ARGUMENTS.values(), *effect_checks.ADAPTER.values()])
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.strip("_"))
 def test_what_the_log_does_not_show(check, model, tmp_path):
     check(effect_checks.Scene(model, tmp_path))

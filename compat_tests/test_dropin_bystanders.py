@@ -118,8 +118,7 @@ def write(tmp_path, text):
 def test_what_torch_trains_is_said_once_and_at_the_end(kind, folder, tmp_path):
     text, names = SCRIPTS[kind]
     words = [write(tmp_path, HEAD + text + "\nprint('done')\n"), folder, tmp_path / "out"]
-    # One from the shell, where nothing is imported before it.
-    done = _run([*HF_MLX, "run", *words]) if kind == next(iter(SCRIPTS)) else run_forked([*HF_MLX_RUN, *words])
+    done = run_forked([*HF_MLX_RUN, *words])
     said = [line for line in done.stderr.splitlines() if line.startswith("hf-mlx run:")]
     lines = [f"hf-mlx run: {name} is not trained by MLX in this version; it runs on torch" for name in names]
     assert said == [*lines, f"hf-mlx run: nothing was trained by MLX: {', '.join(names)} ran on torch"]

@@ -54,6 +54,7 @@ def _compare(theirs: Any, ours: Any) -> None:
         assert (value - wanted).abs().max() <= WEIGHT * wanted.abs().max(), name
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("kind", MODELS)
 def test_full_fine_tuning_ends_in_the_object(kind, tmp_path):
     theirs = _train(SFTTrainer, tmp_path / "trl", make_model(kind))
@@ -72,6 +73,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_peft_model_starts_from_its_own_weights(config, tmp_path):
     def wrap() -> Any:

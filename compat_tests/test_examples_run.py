@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,8 +134,7 @@ def test_the_notebook_runs_from_top_to_bottom(model, tmp_path):
     named.parent.mkdir()
     named.symlink_to(model)
     (tmp_path / "notebook.py").write_text(script)
-    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_forked(["notebook.py"], cwd=tmp_path)
     assert done.stdout.count("before:") == done.stdout.count("after:") == 2
     assert re.search(r"loss [\d.]+ at step 1 → [\d.]+ at step 40", done.stdout)
     assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "curve.html").exists()

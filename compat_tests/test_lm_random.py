@@ -38,6 +38,7 @@ def check(index: int, folder: Any) -> None:
     assert len(logs[1]) >= 2
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("index", range(SAMPLE))
 def test_sample(index, tmp_path):
     check(index, tmp_path)

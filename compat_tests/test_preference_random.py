@@ -132,6 +132,7 @@ def check(index: int, folder: Any) -> None:
     assert compared >= 14 * (settings["max_steps"] // settings["logging_steps"])
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("index", range(SAMPLE))
 def test_sample(index, tmp_path):
     check(index, tmp_path)

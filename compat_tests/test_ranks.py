@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiling import compiles_all, tell_uncompiled
 from rank_cases import CASES, DRAWN, EQUAL, NAMED, OWN, OWN_EQUAL, PAIRS, PREDICTED, REWARDS, make_model
 from rank_runs import HERE, finish, free_ports, run, said, start
 from rank_worker import build, count_exchanges, describe
@@ -26,6 +27,8 @@ COUNTED = ("num_tokens", "num_input_tokens_seen", "step", "epoch", "learning_rat
 DOUBLED = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", *COUNTED}
 SAMPLE = ["filled", "evaluated", "tail", "stream", "language_evaluated", "pairs_evaluated", "predicted_batched"]
 SAMPLE += ["own_optimizer", "own_loss", "rewards_evaluated"]
+#: Of the sample, where only it runs.
+COMPILED = {"filled", "language_evaluated"}
 #: Of ranks, at events of callbacks and at steps that each of them has in a run of four steps with others after it.
 KILLS = 20
 EVENTS = {
@@ -86,9 +89,14 @@ def run_cases(ranks: int, cases: list[str], folder: Path, models: Path, timeout:
 
 
 @pytest.fixture(scope="module")
-def sample(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def sample(
+    models: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> list[dict[str, Any]]:
     """What two ranks say of the sample, and of the case that one process is compared with."""
-    return run(2, tmp_path_factory.mktemp("sample"), models, [*SAMPLE, "plain"], 300)
+    # Both build each kernel: they come to it at the same time.
+    uncompiled = [] if compiles_all(request.config) else sorted(set(SAMPLE) - COMPILED)
+    folder = tmp_path_factory.mktemp("sample")
+    return run(2, folder, models, [*SAMPLE, "plain"], 300, **tell_uncompiled(uncompiled))
 
 
 def test_two_ranks_log_what_torchrun_logs(sample: list[dict[str, Any]]) -> None:

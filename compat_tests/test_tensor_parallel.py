@@ -15,6 +15,7 @@ import architecture_zoo
 import numpy as np
 import pytest
 import torch
+from compiling import compiles_all, tell_uncompiled, uncompiled_if
 from rank_cases import make_model
 from rank_runs import HERE, finish, said, start
 from safetensors.numpy import load_file
@@ -30,6 +31,8 @@ TOGETHER = 5e-5
 # bf16 keeps 8 bits: each part of a sum is rounded to them before it is added up.
 ROUNDED = 2**-8
 SAMPLE = ["plain", "four_bits", "dropped", "mixture", "evaluated"]
+# Without mx.compile, where only the sample runs: all three processes would build each kernel at the same time.
+UNCOMPILED = ["dropped", "mixture", "evaluated"]
 PLAYED = ["peak", "objects", "resumed", "taken_over", "interrupted", "unlike", "refused"]
 
 
@@ -59,12 +62,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def launch(models: Path, folder: Path, cases: dict[str, Any], ranks: int = 2) -> list[Any]:
+def launch(models: Path, folder: Path, cases: dict[str, Any], ranks: int = 2, **environ: str) -> list[Any]:
     """The processes that play ``cases``; of a scenario the case is None."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [str(models), str(folder / "out"), str(folder / "cases.json")]
-    return start(ranks, folder, arguments, script=HERE / "tensor_worker.py", HF_MLX_TENSOR_PARALLEL=str(ranks))
+    environ |= {"HF_MLX_TENSOR_PARALLEL": str(ranks)}
+    return start(ranks, folder, arguments, script=HERE / "tensor_worker.py", **environ)
 
 
 def told(folder: Path, statuses: list[int]) -> list[dict[str, Any]]:
@@ -105,17 +109,21 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(models: Path, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def both(models: Path, stage: Path, request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What one process says, and what two say at the same time."""
     logging.disable(logging.WARNING)
     try:
         alone = {"resumed": perform("resumed", models, str(stage / "one-resumed"))}
         # They go on from its checkpoints, among other things.
         shutil.copytree(stage / "one-resumed", stage / "out-taken_over-from")
-        started = launch(models, stage, {name: NAMED.get(name) for name in [*PLAYED, *SAMPLE]})
+        uncompiled = [] if compiles_all(request.config) else UNCOMPILED
+        cases = {name: NAMED.get(name) for name in [*PLAYED, *SAMPLE]}
+        started = launch(models, stage, cases, **tell_uncompiled(uncompiled))
         try:
             alone |= {name: perform(name, models, str(stage / f"one-{name}")) for name in ("peak", "objects")}
-            alone |= {name: play(NAMED[name], models, str(stage / f"one-{name}")) for name in SAMPLE}
+            for name in SAMPLE:
+                with uncompiled_if(name in uncompiled):
+                    alone[name] = play(NAMED[name], models, str(stage / f"one-{name}"))
         finally:
             statuses = finish(started, 400)
     finally:

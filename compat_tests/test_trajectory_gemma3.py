@@ -88,7 +88,7 @@ def run_pair(
 
 
 def test_first_steps():
-    run_pair({"max_grad_norm": 1.0, "max_steps": 2}, ask=False)
+    run_pair({"max_grad_norm": 1.0, "max_steps": 2, "gradient_accumulation_steps": 2}, ask=False)
 
 
 @pytest.mark.wide

@@ -90,6 +90,7 @@ def test_adapter_on_attention(model_type, moe):
     assert_balanced(*run_both(moe(model_type), SETTINGS, ROWS, ATTENTION, eval_dataset=held_out()))
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("model_type", MULTIMODAL)
 def test_text_of_a_model_that_sees(model_type, moe):
     settings = {**SETTINGS, "eval_strategy": "no"}

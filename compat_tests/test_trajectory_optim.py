@@ -84,6 +84,7 @@ def _difference(ours: mx.array, theirs: torch.Tensor) -> float:
     return float(np.abs(np.array(ours.astype(mx.float32)) - theirs).max() / np.abs(theirs).max())
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("case", CASES)
 def test_float32_trajectory_and_state_equal_torch(case):
     plan, make = CASES[case]

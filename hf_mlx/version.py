@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,12 @@ class _Once:
 def installed_version() -> str:
     """The distribution's version; ``0+source`` in a source tree that was never installed."""
     return _version("hf-mlx") or "0+source"
+
+
+@cache
+def find_version(name: str) -> str | None:
+    """The version of an installed package, whose metadata are parsed once; None where it is not installed."""
+    return _version(name)
 
 
 def describe_tested() -> str:

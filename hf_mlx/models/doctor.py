@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..device import on_cpu
 from ..errors import MissingDependency, ModelError
 from ..intake import describe
 from ..settings.plan import ModelPlan
+from ..version import find_version
 from .config import FILES
 from .heads import layers
 from .load import LoadedModel, load_model
@@ -120,17 +120,11 @@ def diagnose(path_or_id: str | Path, plan: ModelPlan | None = None) -> Diagnosis
 
 def environment() -> dict[str, str]:
     """Device, BLAS and package versions, for bug reports."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
     return {
         "machine": f"{_system()} {platform.machine()}, Python {platform.python_version()}",
         "device": _device(),
         "BLAS": _blas(),
-        "versions": ", ".join(f"{k} {v}" for k, v in found.items()),
+        "versions": ", ".join(f"{package} {find_version(package) or 'not installed'}" for package in _PACKAGES),
     }
 
 

@@ -10,7 +10,7 @@ from .config_tables import SFT_TABLE, ConfigTable, choose_table
 from .entries import Ledger
 from .entry import Entry
 from .lora_config import LORA_CONFIG
-from .reading import owner, read_defaults, read_values
+from .reading import owner, read_defaults, read_names, read_values
 from .verdicts import PROCESS_COUNT, SCORES, Rule, Ruling, Values, Verdict, is_default, no_op, refused
 
 __all__ = ["Entry", "Ledger", "complete_adapter", "complete_arguments", "explain"]
@@ -85,7 +85,7 @@ def _merge_arguments(settings: Any, overrides: Values | None, table: ConfigTable
 def _argument_defaults(settings: Any, table: ConfigTable) -> dict[str, Any]:
     defaults = {field: rule.default for field, rule in table.all_rules.items()}
     own = {rule.field for rule in table.rules}
-    if isinstance(settings, Mapping) or not own.isdisjoint(read_values(settings)):
+    if isinstance(settings, Mapping) or not own.isdisjoint(read_names(settings)):
         defaults |= table.defaults
     return defaults
 

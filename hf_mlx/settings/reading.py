@@ -38,6 +38,9 @@ _DICTS = frozenset(
 )
 
 
+# Most values are of these, and are what they are.
+_SIMPLE = frozenset({type(None), bool, int, float})
+
 # Configuration objects that upstream itself fills in; at their defaults they ask for nothing.
 _UNSET_AT_DEFAULTS = ("accelerator_config", "runtime_config")
 
@@ -50,20 +53,33 @@ def read_values(settings: Any) -> dict[str, Any]:
     Raises:
         SettingError: ``settings`` is a class, or has no fields.
     """
+    return {name: _plain(name, value) for name, value in _read_raw(settings).items()}
+
+
+def read_names(settings: Any) -> set[str]:
+    """The names of what :func:`read_values` reads.
+
+    Raises:
+        SettingError: As there.
+    """
+    return set(_read_raw(settings))
+
+
+def _read_raw(settings: Any) -> dict[str, Any]:
     if isinstance(settings, Mapping):
         raw = dict(settings)
     elif dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         names = [field.name for field in dataclasses.fields(settings)]
         raw = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     elif hasattr(settings, "__dict__") and not isinstance(settings, type):
-        raw = dict(vars(settings))
+        raw = vars(settings)
     else:
         raise SettingError(
             f"{settings!r}",
             "is an instance of TrainingArguments, SFTConfig or LoraConfig, or a dict of its fields",
             'SFTConfig(output_dir="out"), with the parentheses',
         )
-    return {name: _plain(name, value) for name, value in raw.items() if not name.startswith("_")}
+    return {name: value for name, value in raw.items() if not name.startswith("_")}
 
 
 def read_defaults(settings: Any) -> dict[str, Any]:
@@ -90,6 +106,8 @@ def owner(settings: Any, field: str) -> str | None:
 def _plain(name: str, value: Any) -> Any:
     if name == "quantization_config" and value is not None:
         return read_quantization(value)
+    if type(value) in _SIMPLE:
+        return value
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, str):

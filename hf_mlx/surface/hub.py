@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..atomic import disk_errors, replaced
 from ..errors import CheckpointError
 from ..recipes.recipe import Paper
+from ..version import find_version
 
 # What transformers 5.23 ``Trainer._push_from_checkpoint`` leaves on the machine, and the report, which shows rows.
 _IGNORED = ["_*", "checkpoint-*", ".hf_mlx*", "report.html"]
@@ -222,13 +222,8 @@ _USE = {
 
 
 def _versions() -> str:
-    found = []
-    for name in _LIBRARIES:
-        try:
-            found.append(f"- {name}: {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return "\n".join(found)
+    found = {name: find_version(name) for name in _LIBRARIES}
+    return "\n".join(f"- {name}: {version}" for name, version in found.items() if version is not None)
 
 
 def _api(token: str | None) -> Any:

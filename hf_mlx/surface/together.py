@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from ..errors import SettingError
@@ -17,6 +16,7 @@ from ..processes.world import World
 from ..settings.plan import TrainPlan
 from ..settings.tensor_parallel import check_tensor_parallel
 from ..training.inputs import PEER_COLUMNS
+from ..version import find_version
 
 _LIBRARIES = ("hf-mlx", "mlx", "mlx-lm", "transformers", "datasets", "tokenizers", "numpy")
 _ROWS_AT_ONCE = 10_000
@@ -150,7 +150,7 @@ def join_step(world: World, accumulation: int, timeout: float) -> None:
 def describe(trainer: Any) -> dict[str, Any]:
     """What has to be equal on all processes, as JSON."""
     step = trainer.session.step
-    made = {f"version of {name}": _version(name) for name in _LIBRARIES}
+    made = {f"version of {name}": find_version(name) or "not installed" for name in _LIBRARIES}
     made |= _plain("", trainer.plan)
     made |= _rows("train_dataset", trainer.train_dataset)
     sets = trainer.eval_dataset
@@ -163,13 +163,6 @@ def describe(trainer: Any) -> dict[str, Any]:
         made[f"the start of {name}"] = f"{array.dtype} {array.shape} {digest}"
     made["what decays"] = repr(sorted(step.optimizer.decay))
     return made
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _plain(prefix: str, plan: Any) -> dict[str, str]:

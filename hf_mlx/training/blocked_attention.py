@@ -10,7 +10,6 @@ Source: Rabe, Staats, "Self-attention Does Not Need O(n²) Memory" (2021); Dao e
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
@@ -186,10 +185,10 @@ def _add(sums: list[mx.array], parts: list[mx.array]) -> list[mx.array]:
 
 def _calling(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods of a class that call mlx-lm's attention."""
-    methods = ((name, inspect.getattr_static(kind, name)) for name in dir(kind))
+    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
     return {
         name: method
-        for name, method in methods
+        for name, method in members.items()
         if isinstance(method, FunctionType)
         and _CALLED in method.__code__.co_names
         and method.__globals__.get(_CALLED) is scaled_dot_product_attention
