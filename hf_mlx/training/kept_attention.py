@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..adapters.layers import layer_dims
 from .blocked_attention import attending, blocked_attention, is_fused
 from .shared_rows import PromptCache
 
@@ -34,6 +35,13 @@ def keeps_attention(block: nn.Module, place: int, blocks: int, tokens: int) -> b
     """
     recognised = sum(getattr(module, "in_blocks", False) for module in block.modules()) == 1
     return recognised and tokens >= LEAST and place >= blocks - blocks // SHARE
+
+
+def kept_features(block: nn.Module) -> int:
+    """Numbers of a token in what is kept: about as many as the linear layers of attention give."""
+    attention = [module for module in block.modules() if getattr(module, "in_blocks", False)]
+    linear = (nn.Linear, nn.QuantizedLinear)
+    return sum(layer_dims(part)[1] for module in attention for part in module.modules() if isinstance(part, linear))
 
 
 def checkpoint_around_attention(run: Callable[..., Any], params: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
