@@ -44,7 +44,6 @@ from .training.padding_row import hold_padding_row
 from .training.routed_experts import route_experts
 from .training.split_exchange import SplitExchange
 from .training.step import Step
-from .training.weighed_experts import weigh_first
 from .training.weight_gradients import lay_out_gradients
 from .training.weighting import ByTokens
 
@@ -99,7 +98,6 @@ class Session:
         _check_routers(self.routers, plan)
         checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
         route_experts(layers(loaded.model))
-        weigh_first(layers(loaded.model))
         attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))
         order_backward(layers(loaded.model))

@@ -176,11 +176,6 @@ class LoRASwitchLinear(nn.Module):
         """The layer that has the pair: itself."""
         return self
 
-    @property
-    def held(self) -> Rows:
-        """The rows of B that the first part has."""
-        return self._rows
-
     def factors(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """A and the rows of B by expert: (experts, r, in) and (experts, rows, r)."""
         b = rows(self.lora_B)

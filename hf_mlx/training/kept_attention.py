@@ -1,4 +1,4 @@
-"""Checkpointed blocks that keep attention, in rows so long that it is most of a block.
+"""Checkpointed blocks that keep their attention's inputs and output, for rows so long that attention is most of a block.
 
 A recomputed block computes attention once more to go back through it, and attention grows with the square of the
 length. Here a block is recomputed in two parts, before and after its attention, which stands between them with what
@@ -107,7 +107,7 @@ class _Call:
         return blocked_attention(queries, keys, values, self.cache, self.scale, self.mask, *sinks)
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818
     """A block has come to its attention."""
 
     def __init__(self, call: _Call) -> None:

@@ -260,7 +260,7 @@ def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:
 
 
 def _update_bytes(optimizer: Optimizer, params: Iterable[mx.array]) -> int:
-    """What an update, from small arrays to large ones, writes beyond the gradients that it has let go."""
+    """What an update of one array after the other writes beyond the gradients that it has let go, from small to large."""
     most = freed = 0
     for param in sorted(params, key=lambda param: param.size):
         most = max(most, MOVED * (param.nbytes + _state_bytes(optimizer, param)) - freed)

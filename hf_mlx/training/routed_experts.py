@@ -19,11 +19,12 @@ from ..device import on_cuda
 from ..models.precision import CastSwitchLinear
 from ..models.products import gather_mm
 from .take_rows import take_rows
-from .weighed_experts import Outputs, Sorted, add_choices, close, is_linear, is_narrow
 from .weight_gradients import project
 
 #: Fewer choices are not sorted (mlx-lm 0.32 ``SwitchGLU``).
 LEAST = 64
+#: Columns for each choice of a token, up to which all experts' A are one product.
+TOKEN_COLUMNS = 512
 
 
 def route_experts(blocks: Iterable[nn.Module]) -> None:
@@ -41,54 +42,54 @@ def route_experts(blocks: Iterable[nn.Module]) -> None:
 
 
 def _routed(base: Any) -> Any:
-    def call(self: Any, x: mx.array, indices: mx.array) -> Any:
+    def call(self: Any, x: mx.array, indices: mx.array) -> mx.array:
         if not self.training or indices.size < LEAST:
             return base.__call__(self, x, indices)
         chosen, tokens = mx.stop_gradient(indices).flatten(), x.reshape(-1, x.shape[-1])
         order = mx.argsort(chosen)
         places = mx.arange(order.size, dtype=order.dtype)
         inverse = mx.put_along_axis(mx.zeros_like(order), order, places, axis=0)
-        places = Sorted(order, inverse, chosen[order], indices.shape[-1])
-        rows = _spread(tokens, places)[:, None]
-        low = _lower({name: self[name] for name in first}, tokens, places)
-        inner = [self[name](rows, places.chosen, sorted_indices=True, **low[name]) for name in first]
-        shape = (*indices.shape[:-1], -1)
-        if on_cuda() and getattr(self, "weighed", False) and is_linear(self[last]):
-
-            def total(weights: mx.array) -> mx.array:
-                def between(weights: mx.array, *inner: mx.array) -> mx.array:
-                    return (self.activation(*inner) * weights).astype(inner[0].dtype)
-
-                hidden = mx.checkpoint(between)(places.weights(weights), *inner)
-                return close(self[last], hidden, places).reshape(shape)
-
-            return Outputs(inner[0].dtype, total)
+        rows = _spread(tokens, order, inverse, indices.shape[-1])[:, None]
+        sorted_choice = chosen[order]
+        low = _lower({name: self[name] for name in first}, tokens, order, sorted_choice)
+        inner = [self[name](rows, sorted_choice, sorted_indices=True, **low[name]) for name in first]
         # Between products, what is cheap to compute again is not kept.
-        done = self[last](mx.checkpoint(self.activation)(*inner), places.chosen, sorted_indices=True)
+        done = self[last](mx.checkpoint(self.activation)(*inner), sorted_choice, sorted_indices=True)
         return _permute(done.squeeze(-2), inverse, order).reshape(*indices.shape, -1)
 
     first, last = (("up_proj", "gate_proj"), "down_proj") if base is SwitchGLU else (("fc1",), "fc2")
     return type(f"Routed{base.__name__}", (base,), {"__call__": call})
 
 
-def _lower(layers: Mapping[str, Any], tokens: mx.array, places: Sorted) -> dict[str, dict[str, mx.array]]:
+def _lower(
+    layers: Mapping[str, Any], tokens: mx.array, order: mx.array, chosen: mx.array
+) -> dict[str, dict[str, mx.array]]:
     """``low`` for the call of each layer, where it is faster to multiply each token by the A of all experts."""
     made: dict[int, mx.array] = {}
     found: dict[str, dict[str, mx.array]] = {}
     for name, layer in layers.items():
         owner = getattr(layer, "owner", None)
-        if isinstance(owner, LoRASwitchLinear) and is_narrow(owner, places.times):
+        if isinstance(owner, LoRASwitchLinear) and _is_narrow(owner, order.size // tokens.shape[0]):
             if id(owner) not in made:
-                made[id(owner)] = _pick(owner, tokens, places)
+                made[id(owner)] = _pick(owner, tokens, order, chosen)
             found[name] = {"low": made[id(owner)]}
     return {name: found.get(name, {}) for name in layers}
 
 
-def _pick(owner: LoRASwitchLinear, tokens: mx.array, places: Sorted) -> mx.array:
+def _is_narrow(owner: LoRASwitchLinear, times: int) -> bool:
+    """Whether a product of every token with all experts' A takes less than gathered products of its ``times`` rows.
+
+    CUDA's gathered products compute 128 columns, whatever the rank, at a third of the speed of a plain one.
+    """
+    return on_cuda() and owner.experts * owner.r <= TOKEN_COLUMNS * times
+
+
+def _pick(owner: LoRASwitchLinear, tokens: mx.array, order: mx.array, chosen: mx.array) -> mx.array:
     """``owner``'s A of the chosen expert times each row, (T · times, 1, r); (T, experts · r) exists for it."""
     dtype = owner.compute_dtype
     low = project(tokens.astype(dtype), owner.lora_A.astype(dtype)).reshape(-1, owner.r)
-    return places.pick(low, owner.experts)[:, None]
+    token = order // (order.size // tokens.shape[0])
+    return low[token * owner.experts + chosen][:, None]
 
 
 def _product(base: Any) -> Any:
@@ -129,10 +130,21 @@ def _turned(layer: Any, by_out: mx.array, indices: mx.array) -> mx.array:
     )
 
 
-def _spread(x: mx.array, places: Sorted) -> mx.array:
-    """The row of each place's token in ``x`` (T, D), (T · times, D)."""
-    spread: Any = mx.custom_function(lambda x: take_rows(x, places.token))
-    spread.vjp(lambda x, by_out, _: add_choices(take_rows(by_out, places.inverse), places.times).astype(x.dtype))
+def _spread(x: mx.array, order: mx.array, inverse: mx.array, times: int) -> mx.array:
+    """Row ``order[i] // times`` of ``x`` (T, D) at each i, (T · times, D)."""
+
+    def forward(x: mx.array) -> mx.array:
+        return take_rows(x, order // times)
+
+    spread: Any = mx.custom_function(forward)
+
+    @spread.vjp
+    def backward(x: mx.array, by_out: mx.array, _: Any) -> mx.array:
+        by_choice = take_rows(by_out, inverse).reshape(-1, times, by_out.shape[-1])
+        # Written out, the sum is one kernel with a float32 accumulator.
+        total = sum((by_choice[:, choice].astype(mx.float32) for choice in range(1, times)), by_choice[:, 0])
+        return total.astype(x.dtype)
+
     return spread(x)
 
 
