@@ -74,8 +74,14 @@ class MemoryEstimate:
 
     @property
     def checkpointed(self) -> int:
-        """The least that steps with checkpointing need: a block's saved input is gone when its gradients come."""
-        backward = max(self.activations + self.logits, max(self.activations, self.gradients) + self.recomputed)
+        """The least that a step with checkpointing needs.
+
+        Where gradients outgrow the blocks' saved inputs, those are gone when the last gradients come; a block that goes
+        back takes about three quarters of what is counted for it then (1.5 times its activations).
+        """
+        if self.gradients <= self.activations:
+            return self.total
+        backward = max(self.activations + self.logits, self.gradients + self.recomputed * 3 // 4)
         held = self.weights + self.reference + self.optimizer
         return held + max(backward, self.gradients + self.update, self.activations + self.reference_pass)
 
@@ -260,7 +266,7 @@ def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:
 
 
 def _update_bytes(optimizer: Optimizer, params: Iterable[mx.array]) -> int:
-    """What an update of one array after the other writes beyond the gradients that it has let go, from small to large."""
+    """What an update, from small arrays to large ones, writes beyond the gradients that it has let go."""
     most = freed = 0
     for param in sorted(params, key=lambda param: param.size):
         most = max(most, MOVED * (param.nbytes + _state_bytes(optimizer, param)) - freed)
