@@ -10,7 +10,8 @@ Source: Rabe, Staats, "Self-attention Does Not Need O(n²) Memory" (2021); Dao e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -30,6 +31,8 @@ FUSED_WIDTH, FUSED_STEP = 128, 8
 LEAST = 1024
 
 _CALLED = scaled_dot_product_attention.__name__
+# What stands in for attention at the moment, the last one first.
+_STAND_INS: list[Callable[..., mx.array]] = []
 
 
 def attend_in_blocks(blocks: Iterable[nn.Module]) -> None:
@@ -78,6 +81,8 @@ def blocked_attention(
     Returns:
         (B, heads, T, Dv).
     """
+    if _STAND_INS:
+        return _STAND_INS[-1](queries, keys, values, cache, scale, mask, sinks)
     if isinstance(cache, PromptCache):
         return cache.attend(
             queries, keys, values, mask, lambda q, k, v, seen: blocked_attention(q, k, v, None, scale, seen, sinks)
@@ -92,6 +97,16 @@ def blocked_attention(
     causal = cache is not None or (mask is not None and (array is None or array.ndim == 2))
     attention = _Attention(scale, mask, causal, keys.shape[-2] - length)
     return attention(queries, keys, values, *([] if sinks is None else [sinks]))
+
+
+@contextmanager
+def attending(stand_in: Callable[..., mx.array]) -> Iterator[None]:
+    """A block in which :func:`blocked_attention` is ``stand_in``, called with all its arguments in their order."""
+    _STAND_INS.append(stand_in)
+    try:
+        yield
+    finally:
+        _STAND_INS.pop()
 
 
 def is_fused(dtype: mx.Dtype, *widths: int) -> bool:

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ..models.heads import layers
 from ..settings.plan import CheckpointingPlan
+from .kept_attention import checkpoint_around_attention, keeps_attention
 from .router import RouterLog
 
 
@@ -23,11 +24,12 @@ def checkpoint_layers(model: nn.Module, plan: CheckpointingPlan, log: RouterLog 
     if not plan.enabled:
         return
     log = log or RouterLog()
-    for layer in layers(model)[:: plan.every_n_layers]:
-        layer.__class__ = _checkpointed(type(layer), log)
+    checkpointed = layers(model)[:: plan.every_n_layers]
+    for place, layer in enumerate(checkpointed):
+        layer.__class__ = _checkpointed(type(layer), log, place, len(checkpointed))
 
 
-def _checkpointed(base: type[nn.Module], log: RouterLog) -> type[nn.Module]:
+def _checkpointed(base: type[nn.Module], log: RouterLog, place: int, blocks: int) -> type[nn.Module]:
     def call(self: nn.Module, *args, **kwargs):
         def run(params, *args, **kwargs):
             self.update(params)
@@ -37,7 +39,12 @@ def _checkpointed(base: type[nn.Module], log: RouterLog) -> type[nn.Module]:
 
         # Gradients flow only through explicit arguments, so the parameters must be among them; and only through
         # outputs, so what the routers recorded must be one.
-        output, logits = mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+        params = self.trainable_parameters()
+        tokens = args[0].shape[-2] if args and isinstance(args[0], mx.array) else 0
+        if self.training and keeps_attention(self, place, blocks, tokens):
+            output, logits = checkpoint_around_attention(run, params, args, kwargs)
+        else:
+            output, logits = mx.checkpoint(run)(params, *args, **kwargs)
         log.add(*logits)
         return output
 

@@ -110,9 +110,10 @@ def linear_token_sums(
 def trained_rows(rows: int, tokens: int, logit_bytes: int, weights: Sequence[mx.array]) -> int:
     """Tokens of a block where the projection trains.
 
-    On a GPU, where no float32 array of a block's logits is written, so many that the logits take what float32 sums of
-    the weights' gradients over the blocks would: thousands for a whole projection, whose gradient then is one product
-    or a few. An adapter's blocks stay as they are.
+    On a GPU, where no float32 array of a block's logits is written, so many that the logits take half of what float32
+    sums of the weights' gradients over the blocks do: thousands for a whole projection, whose gradient then is a few
+    products. About eight arrays as large as a block's logits wait or are alive at once: with twice as many tokens they
+    were the peak of a step with checkpointing. An adapter's blocks stay as they are.
 
     Args:
         rows: Tokens of a block of a frozen projection.
@@ -120,7 +121,7 @@ def trained_rows(rows: int, tokens: int, logit_bytes: int, weights: Sequence[mx.
         logit_bytes: Logits of one token.
         weights: The trained arrays.
     """
-    fitting = 4 * sum(weight.size for weight in weights) // logit_bytes
+    fitting = 2 * sum(weight.size for weight in weights) // logit_bytes
     return rows if on_cpu() else min(max(fitting // rows, 1) * rows, tokens)
 
 

@@ -20,6 +20,7 @@ from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .blocked_attention import attends_in_blocks, block_queries, is_fused
 from .feed_forward import recomputed_inputs
+from .kept_attention import keeps_attention, kept_features
 from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
@@ -128,17 +129,22 @@ def estimate(
     recomputed = scores * block_queries() if len(scored) > len(written) else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
+        again = layers(model)[:: plan.checkpointing.every_n_layers]
+        kept += sum(
+            positions * size * kept_features(block)
+            for place, block in enumerate(again)
+            if keeps_attention(block, place, len(again), tokens) and is_fused(dtype, _head_width(block))
+        )
         hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
         kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
         recomputed += RECOMPUTED * max(forgotten)
     gradients = _bytes(params.values())
     state = sum(_state_bytes(optimizer, param) for param in params.values())
-    largest = max((param.nbytes + _state_bytes(optimizer, param) for param in params.values()), default=0)
     return MemoryEstimate(
         weights=_bytes(weights),
         gradients=gradients,
         optimizer=state,
-        update=MOVED * largest if replaces(optimizer, params.values()) else gradients + state,
+        update=_update_bytes(optimizer, params.values()) if replaces(optimizer, params.values()) else gradients + state,
         activations=kept,
         recomputed=recomputed,
         logits=logits,
@@ -244,6 +250,15 @@ def _logit_bytes(model: nn.Module, head: Head | None, positions: int, size: int,
 
 def _state_bytes(optimizer: Optimizer, param: mx.array) -> int:
     return sum(math.prod(shape) for shape in optimizer.slots(param).values()) * optimizer.state_dtype(param).size
+
+
+def _update_bytes(optimizer: Optimizer, params: Iterable[mx.array]) -> int:
+    """What an update, from small arrays to large ones, writes beyond the gradients that it has let go."""
+    most = freed = 0
+    for param in sorted(params, key=lambda param: param.size):
+        most = max(most, MOVED * (param.nbytes + _state_bytes(optimizer, param)) - freed)
+        freed += param.nbytes
+    return most
 
 
 def _arrays(model: nn.Module) -> list[mx.array]:
