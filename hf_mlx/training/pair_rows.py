@@ -7,6 +7,10 @@ import mlx.core as mx
 from .linear_logps import TokenLogps
 from .loss import IGNORED
 from .optimizers.contract import Arrays
+from .sums import blocked_sum
+
+# Log-ratios are small differences of these sums: so few terms one after the other round as torch's do.
+_FEW = 16
 
 
 def by_pair(values: mx.array) -> mx.array:
@@ -36,7 +40,7 @@ def sum_by_answer(values: mx.array, arrays: Arrays) -> mx.array:
     """Values of scored tokens (N,), summed over each answer, (2P,): chosen and rejected of a pair are neighbours."""
     # One sum an answer rather than a scatter: deterministic on every backend.
     belongs = answers_of_tokens(arrays) == mx.arange(arrays["answers"].size)[:, None]
-    return mx.where(belongs, values, 0.0).sum(axis=1)
+    return blocked_sum(mx.where(belongs, values, 0.0), _FEW)
 
 
 def answers_of_tokens(arrays: Arrays) -> mx.array:
