@@ -142,13 +142,20 @@ def drawn_case(seed: int) -> dict[str, Any]:
     return case
 
 
+def default_case(seed: int) -> dict[str, Any]:
+    """The same with AdamW as upstream has it by default, at a learning rate that people use."""
+    return drawn_case(seed) | {"learning_rate": random.Random(f"rate-{seed}").choice([2e-5, 2e-4, 1e-3, 1e-2])}
+
+
 def doubled_case(seed: int) -> dict[str, Any]:
     """A run of two processes that one process of twice the rows equals, drawn at random.
 
     Nothing is filled and nothing depends on which rows share a micro-batch.
     """
     draw = random.Random(f"doubled-{seed}")
-    case: dict[str, Any] = {"trainer": draw.choice(["sft", "sft", "lm", "dpo"])}
+    # With the padding it would be counted how wide a micro-batch is.
+    case: dict[str, Any] = {"include_num_input_tokens_seen": "non_padding"}
+    case["trainer"] = draw.choice(["sft", "sft", "lm", "dpo"])
     size = case["per_device_train_batch_size"] = draw.choice([1, 2, 3])
     case["gradient_accumulation_steps"] = draw.choice([1, 2, 3])
     case["dataloader_drop_last"] = draw.random() < 0.3
@@ -180,7 +187,8 @@ class Cases(dict[str, dict[str, Any]]):
 
     def __missing__(self, name: str) -> dict[str, Any]:
         kind, _, seed = name.rpartition("_")
-        self[name] = {"drawn": drawn_case, "doubled": doubled_case}[kind](int(seed)) | STEADY
+        made = {"drawn": drawn_case, "default": default_case, "doubled": doubled_case}[kind](int(seed))
+        self[name] = made if kind == "default" else made | STEADY
         return self[name]
 
 

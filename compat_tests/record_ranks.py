@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 compat_tests/record_ranks.py rank_records.json [case ...]
 
-on the CPU with gloo; writes ``{"<case>/<ranks>": …}`` into the file, beside what is there.
+on the CPU with gloo; writes ``{"<case>/<ranks>": …}`` into the file, beside what is there. With ``RECORD_DOUBLE=1`` in
+the environment everything is computed in float64, from the same float32 weights: what both sides' rounding is seen by.
 """
 
 from __future__ import annotations
@@ -29,8 +30,20 @@ from rank_cases import (
     settings_of,
     summed,
 )
+from torch.overrides import TorchFunctionMode
 
 TIMED = ("runtime", "per_second", "total_flos")
+
+
+class Doubled(TorchFunctionMode):
+    """What asks for float32 gets float64: norms, softmaxes and losses of transformers do."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        double = {torch.float32: torch.float64}
+        swap = lambda value: double.get(value, value) if isinstance(value, torch.dtype) else value  # noqa: E731
+        return function(*map(swap, args), **{key: swap(value) for key, value in (kwargs or {}).items()})
 
 
 def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = None) -> Any:
@@ -60,7 +73,18 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         kinds = {"dpo": (DPOConfig, DPOTrainer), "reward": (RewardConfig, RewardTrainer)}
         config, made = kinds.get(case.get("trainer", ""), (SFTConfig, SFTTrainer))
         trainer = derive(made, case)(model=base, args=config(**settings), peft_config=lora, **keywords)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if not os.environ.get("RECORD_DOUBLE"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        if model is not None:
+            model.double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Doubled():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        torch.set_default_dtype(torch.float32)
     return trainer
 
 

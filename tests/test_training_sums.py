@@ -32,17 +32,16 @@ def test_pieces_add_up_to_the_whole(shape, dtype):
 
 
 @pytest.mark.parametrize("length", [5, 64, 300, 4096, 50_257])
-@pytest.mark.parametrize("block, units", [(16, 3), (64, 6)])
-def test_blocks_round_nearly_as_a_tree_does(length, block, units):
+def test_blocks_round_nearly_as_a_tree_does(length):
     """A few units in the last place, where one term after the other is tens off; gradients are exact."""
     x = mx.random.uniform(4, 8, (40, length), key=mx.random.key(3))
     weights = mx.arange(40).astype(mx.float32)
     exact = np.array(x, dtype=np.float64).sum(axis=-1)
 
-    found = blocked_sum(x, block)
-    slope = mx.compile(mx.grad(lambda x: (blocked_sum(x, block) * weights).sum()))(x)
+    found = blocked_sum(x)
+    slope = mx.compile(mx.grad(lambda x: (blocked_sum(x) * weights).sum()))(x)
 
-    assert np.abs(np.array(found, np.float64) - exact).max() <= units * np.spacing(exact.max().astype(np.float32))
+    assert np.abs(np.array(found, np.float64) - exact).max() <= 4 * np.spacing(exact.max().astype(np.float32))
     np.testing.assert_array_equal(np.array(slope), np.broadcast_to(np.arange(40)[:, None], x.shape))
 
 

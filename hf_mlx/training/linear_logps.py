@@ -40,8 +40,7 @@ class TokenLogps(NamedTuple):
 def token_logps(logits: mx.array, targets: mx.array, *, squares: bool = False) -> TokenLogps:
     """:class:`TokenLogps` of logits (N, V), any float dtype, and targets (N,) int32."""
     counted, safe = _split_targets(targets)
-    logp, normaliser, p = _softmax(logits, safe)
-    return _collect(logp, logits, counted, safe, normaliser, p, squares)
+    return _collect(_softmax(logits, safe), logits, counted, safe, squares)
 
 
 def linear_logp(
@@ -51,7 +50,7 @@ def linear_logp(
 
     def block(part: mx.array, start: int) -> tuple[mx.array]:
         counted, safe = _split_targets(targets[start : start + rows])
-        return (mx.where(counted, _softmax(project(part, weights), safe)[0], 0.0),)
+        return (mx.where(counted, _softmax(project(part, weights), safe).logp, 0.0),)
 
     return mx.concatenate([logp for (logp,) in _chain(block, hidden, rows)])
 
@@ -122,14 +121,14 @@ def _block_and_slope(
 
     def surrogate(hidden: mx.array) -> tuple[mx.array, TokenLogps]:
         logits = project(hidden, ())
-        logp, normaliser, p = _softmax(logits, safe)
-        values = _collect(logp, logits, counted, safe, normaliser, p, squares)
+        softmax = _softmax(logits, safe)
+        values = _collect(softmax, logits, counted, safe, squares)
         # Tokens do not depend on each other, so one product gives the gradient of each by its own hidden state.
         if not on_cpu():
             return values.logp.sum(), values
         # Its gradient is the vector-Jacobian product with by_logits, of the one softmax; its value is never computed.
         is_target = (mx.arange(logits.shape[-1]) == safe[:, None]).astype(mx.float32)
-        by_logits = mx.stop_gradient((is_target - p) * counted[:, None].astype(mx.float32))
+        by_logits = mx.stop_gradient((is_target - softmax.p) * counted[:, None].astype(mx.float32))
         return (logits.astype(mx.float32) * by_logits).sum(), values
 
     (_, values), slope = mx.value_and_grad(surrogate)(hidden)
@@ -142,64 +141,64 @@ def _split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
     return counted, mx.where(counted, targets, 0)
 
 
-def _softmax(logits: mx.array, safe: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Log-probability of the ids (N,), log of the sum of exponentials (N,), and all probabilities (N, V); float32.
-
-    Gradients flow through the first alone.
+class _Softmax(NamedTuple):
+    """Of the ids (N,) the log-probability; the log of the sum of exponentials (N, 1); of all logits (N, V) the
+    log-probabilities and probabilities. float32; gradients flow through the first alone.
     """
+
+    logp: mx.array
+    normaliser: mx.array
+    logps: mx.array
+    p: mx.array
+
+
+def _softmax(logits: mx.array, safe: mx.array) -> _Softmax:
     if not on_cpu():
         # One kernel, and one for the gradient, which reads the logits in their own dtype.
         logp = -mx.fast.cross_entropy(logits, safe)
-        at = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1).astype(mx.float32)
-        normaliser = mx.stop_gradient(at - logp)
-        return logp, normaliser, exponential(mx.stop_gradient(logits).astype(mx.float32) - normaliser[:, None])
+        own = mx.take_along_axis(logits, safe[:, None], axis=-1).astype(mx.float32)
+        normaliser = mx.stop_gradient(own - logp[:, None])
+        logps = mx.stop_gradient(logits).astype(mx.float32) - normaliser
+        return _Softmax(logp, normaliser, logps, exponential(logps))
     wide = logits.astype(mx.float32)
-    at = mx.take_along_axis(wide, safe[:, None], axis=-1).squeeze(-1)
+    # All below the largest: nothing then is a small difference of large numbers.
     top = mx.stop_gradient(wide.max(axis=-1, keepdims=True))
-    exponentials = exponential(wide - top)
-    total = blocked_sum(exponentials)
-    normaliser = mx.log(total) + top.squeeze(-1)
-    p = mx.stop_gradient(exponentials) * mx.stop_gradient(1 / total)[:, None]
-    return at - normaliser, mx.stop_gradient(normaliser), p
+    below = wide - top
+    exponentials = exponential(below)
+    total = blocked_sum(exponentials)[:, None]
+    log_total = mx.log(total)
+    logp = (mx.take_along_axis(below, safe[:, None], axis=-1) - log_total).squeeze(-1)
+    fixed = (log_total + top, below - log_total, exponentials * (1 / total))
+    return _Softmax(logp, *map(mx.stop_gradient, fixed))
 
 
-def _collect(
-    logp: mx.array,
-    logits: mx.array,
-    counted: mx.array,
-    safe: mx.array,
-    normaliser: mx.array,
-    p: mx.array,
-    squares: bool,
-) -> TokenLogps:
+def _collect(softmax: _Softmax, logits: mx.array, counted: mx.array, safe: mx.array, squares: bool) -> TokenLogps:
     logits = mx.stop_gradient(logits)
-    expected, total, square_sum = _sums(logits, normaliser, p, squares)
+    entropy, total, square_sum = _sums(softmax, logits, squares)
     values = (
-        logp,
-        normaliser - expected,
+        softmax.logp,
+        entropy,
         total / logits.shape[-1],
         (mx.argmax(logits, axis=-1) == safe).astype(mx.float32),
-        mx.zeros_like(normaliser) if square_sum is None else mx.log(square_sum),
+        mx.zeros_like(total) if square_sum is None else mx.log(square_sum),
     )
     return TokenLogps(*(mx.where(counted, value, 0.0) for value in values))
 
 
-def _sums(
-    logits: mx.array, normaliser: mx.array, p: mx.array, squares: bool
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Over the vocabulary, each (N,): of ``p * logits``, of ``logits`` and, where asked for, of squared ``p``."""
+def _sums(softmax: _Softmax, logits: mx.array, squares: bool) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Over the vocabulary, each (N,): of ``-p * logps``, of ``logits`` and, where asked for, of squared ``p``."""
     if on_cpu():
-        wide = logits.astype(mx.float32)
-        return blocked_sum(p * wide), blocked_sum(wide), blocked_sum(mx.square(p)) if squares else None
+        square_sum = blocked_sum(mx.square(softmax.p)) if squares else None
+        return -blocked_sum(softmax.p * softmax.logps), blocked_sum(logits.astype(mx.float32)), square_sum
     # As in :func:`~hf_mlx.training.loss.sums_and_gradient`: each sum reads the logits themselves, one after the other.
-    at = normaliser[:, None]
-    expected = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - at) * x.astype(mx.float32), logits)
-    again = mx.depends([logits], [expected])[0]
+    logps = lambda x: x.astype(mx.float32) - softmax.normaliser  # noqa: E731
+    entropy = -sum_in_pieces(lambda x: exponential(logps(x)) * logps(x), logits)
+    again = mx.depends([logits], [entropy])[0]
     total = sum_in_pieces(lambda x: x.astype(mx.float32), again)
     if not squares:
-        return expected, total, None
+        return entropy, total, None
     again = mx.depends([logits], [total])[0]
-    return expected, total, sum_in_pieces(lambda x: exponential(2 * (x.astype(mx.float32) - at)), again)
+    return entropy, total, sum_in_pieces(lambda x: exponential(2 * logps(x)), again)
 
 
 def _join(parts: Sequence[TokenLogps]) -> TokenLogps:

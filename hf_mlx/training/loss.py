@@ -38,24 +38,25 @@ def token_sums(logits: mx.array, targets: mx.array, plan: LossPlan, *, metrics: 
     logits = logits.astype(mx.float32)
     counted = targets != IGNORED
     safe = mx.where(counted, targets, 0)
-    top = mx.stop_gradient(logits.max(axis=-1, keepdims=True))
-    exponentials = exponential(logits - top)
+    # All below the largest: nothing then is a small difference of large numbers.
+    below = logits - mx.stop_gradient(logits.max(axis=-1, keepdims=True))
+    exponentials = exponential(below)
     total = blocked_sum(exponentials)
-    normaliser = mx.log(total) + top.squeeze(-1)
-    log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1) - normaliser
+    log_total = mx.log(total)
+    log_p = mx.take_along_axis(below, safe[:, None], axis=-1).squeeze(-1) - log_total
     loss = -log_p
     if plan.kind == "dft":
         loss = loss * mx.stop_gradient(mx.exp(log_p))
     elif plan.label_smoothing_factor:
         eps = plan.label_smoothing_factor
-        loss = (1 - eps) * loss + eps * (normaliser - blocked_sum(logits) / logits.shape[-1])
+        loss = (1 - eps) * loss + eps * (log_total - blocked_sum(below) / logits.shape[-1])
     entropy = correct = mx.array(0.0)
     if metrics:
-        fixed = mx.stop_gradient(logits)
-        mean_logit = blocked_sum(mx.stop_gradient(exponentials) * fixed) / mx.stop_gradient(total)
-        entropy = mx.where(counted, mx.stop_gradient(normaliser) - mean_logit, 0.0).sum()
-        correct = mx.where(counted, mx.argmax(fixed, axis=-1) == safe, False).sum().astype(mx.float32)
-    return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct)
+        mean = blocked_sum(mx.stop_gradient(exponentials) * mx.stop_gradient(below)) / mx.stop_gradient(total)
+        entropy = blocked_sum(mx.where(counted, mx.stop_gradient(log_total) - mean, 0.0))
+        correct = mx.where(counted, mx.argmax(mx.stop_gradient(logits), axis=-1) == safe, False).sum()
+        correct = correct.astype(mx.float32)
+    return TokenSums(blocked_sum(mx.where(counted, loss, 0.0)), entropy, correct)
 
 
 def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tuple[TokenSums, mx.array]:
@@ -76,17 +77,22 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
     safe = mx.where(counted, targets, 0)
     best = mx.argmax(logits, axis=-1)
     top = mx.take_along_axis(logits, best[:, None], axis=-1).astype(mx.float32)
-    exponentials = exponential(wide - top)
+    # All below the largest: nothing then is a small difference of large numbers.
+    below = wide - top
+    exponentials = exponential(below)
     if on_cpu():
-        total, mean_sum = blocked_sum(exponentials), blocked_sum(exponentials * wide)
+        total, mean_sum = blocked_sum(exponentials), blocked_sum(exponentials * below)
     else:
         # Computed anew for each sum, so that no float32 array of all logits is written. Of passes over one and the
         # same array the compiler would find out what they share, and write that.
         total = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top), logits)
         again = mx.depends([logits], [total])[0]
-        mean_sum = sum_in_pieces(lambda x: exponential(x.astype(mx.float32) - top) * x.astype(mx.float32), again)
-    normaliser = mx.log(total) + top.squeeze(-1)
-    log_p = mx.take_along_axis(logits, safe[:, None], axis=-1).squeeze(-1).astype(mx.float32) - normaliser
+        mean_sum = sum_in_pieces(
+            lambda x: exponential(x.astype(mx.float32) - top) * (x.astype(mx.float32) - top), again
+        )
+    log_total = mx.log(total)
+    own = mx.take_along_axis(logits, safe[:, None], axis=-1).astype(mx.float32) - top
+    log_p = own.squeeze(-1) - log_total
     p = exponentials * (1 / total)[:, None]
     is_target = (mx.arange(vocabulary) == safe[:, None]).astype(mx.float32)
     loss, scale, gradient = -log_p, counted.astype(mx.float32), p - is_target
@@ -95,8 +101,8 @@ def sums_and_gradient(logits: mx.array, targets: mx.array, plan: LossPlan) -> tu
         loss, scale = loss * target_p, scale * target_p
     elif plan.label_smoothing_factor:
         eps = plan.label_smoothing_factor
-        loss = (1 - eps) * loss + eps * (normaliser - sum_of(lambda x: x.astype(mx.float32), logits) / vocabulary)
+        loss = (1 - eps) * loss + eps * (log_total - sum_of(lambda x: x.astype(mx.float32) - top, logits) / vocabulary)
         gradient = p - (1 - eps) * is_target - eps / vocabulary
-    entropy = mx.where(counted, normaliser - mean_sum / total, 0.0).sum()
+    entropy = blocked_sum(mx.where(counted, log_total - mean_sum / total, 0.0))
     correct = mx.where(counted, best == safe, False).sum().astype(mx.float32)
-    return TokenSums(mx.where(counted, loss, 0.0).sum(), entropy, correct), gradient * scale[:, None]
+    return TokenSums(blocked_sum(mx.where(counted, loss, 0.0)), entropy, correct), gradient * scale[:, None]

@@ -10,6 +10,7 @@ from ..errors import SettingError
 from ..settings.plan import LossPlan
 from .loss import IGNORED, TokenSums, token_sums
 from .optimizers.contract import Arrays
+from .sums import blocked_sum
 
 # logits (R, W, V) float32, labels (R, W) int32, mask (R, W) bool -> losses (R, W).
 NativeLoss = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -39,7 +40,7 @@ def native_sums(loss: NativeLoss, logits: mx.array, arrays: Arrays, plan: LossPl
             'mlx.nn.losses.cross_entropy(logits, labels, reduction="none")',
         )
     sums = token_sums(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), plan)
-    return sums._replace(loss=mx.where(mask, made, 0).astype(mx.float32).sum())
+    return sums._replace(loss=blocked_sum(mx.where(mask, made, 0).astype(mx.float32).reshape(-1)))
 
 
 def _spread(arrays: Arrays) -> mx.array:

@@ -9,9 +9,6 @@ from .loss import IGNORED
 from .optimizers.contract import Arrays
 from .sums import blocked_sum
 
-# Log-ratios are small differences of these sums: so few terms one after the other round as torch's do.
-_FEW = 16
-
 
 def by_pair(values: mx.array) -> mx.array:
     """What is known of each answer, (2P,), (2P, 1) or (P, 2), as (P, 2): chosen and rejected."""
@@ -40,7 +37,7 @@ def sum_by_answer(values: mx.array, arrays: Arrays) -> mx.array:
     """Values of scored tokens (N,), summed over each answer, (2P,): chosen and rejected of a pair are neighbours."""
     # One sum an answer rather than a scatter: deterministic on every backend.
     belongs = answers_of_tokens(arrays) == mx.arange(arrays["answers"].size)[:, None]
-    return blocked_sum(mx.where(belongs, values, 0.0), _FEW)
+    return blocked_sum(mx.where(belongs, values, 0.0))
 
 
 def answers_of_tokens(arrays: Arrays) -> mx.array:

@@ -23,6 +23,7 @@ from .pair_losses import Pairs, pair_loss
 from .pair_rows import answers_of_tokens, by_pair, rows_together, scored, sum_answers, sum_by_answer, wpo_weights
 from .router import Routers
 from .shared_rows import prompt_cache, shares_prompts
+from .sums import blocked_sum
 from .token_rows import multiply_together
 
 PAIR_METRICS = (
@@ -265,9 +266,9 @@ class PairObjective:
         fixed = mx.stop_gradient(logps)
         rewards = plan.beta * (fixed - reference)
         metrics = {
-            "entropy": tokens.entropy.sum() / arrays["tokens"],
-            "logits/chosen": mx.where(chosen, tokens.mean_logit, 0.0).sum() / arrays["chosen_tokens"],
-            "logits/rejected": mx.where(chosen, 0.0, tokens.mean_logit).sum() / arrays["rejected_tokens"],
+            "entropy": blocked_sum(tokens.entropy) / arrays["tokens"],
+            "logits/chosen": blocked_sum(mx.where(chosen, tokens.mean_logit, 0.0)) / arrays["chosen_tokens"],
+            "logits/rejected": blocked_sum(mx.where(chosen, 0.0, tokens.mean_logit)) / arrays["rejected_tokens"],
             "mean_token_accuracy": mx.where(chosen, tokens.correct, 0.0).sum() / arrays["chosen_tokens"],
             "rewards/chosen": rewards[:, 0].sum() / arrays["pairs"],
             "rewards/rejected": rewards[:, 1].sum() / arrays["pairs"],
