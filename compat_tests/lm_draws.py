@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
+from draws import FAMILIES
 from pairs import tokenizer
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -19,7 +20,6 @@ from transformers import (
     default_data_collator,
 )
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "smollm3", "gemma3_text")
 WIDTH = 20
 
 

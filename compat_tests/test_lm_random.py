@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import pytest
+from draws import numbered
 from lm_draws import draw, with_own_loss
 from lm_pairs import load, run
 from pairs import assert_same_log, tiny_model, untimed
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # The promise of the library in fp32.
 RELATIVE = 1e-4
 SEED = int(os.environ.get("HF_MLX_SEED", "20260"))
-# `make test` runs the first few of the same sequence that `make compat` runs in full.
 SAMPLE, ALL = 2, 64
 
 
@@ -39,12 +39,6 @@ def check(index: int, folder: Any) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("index", range(SAMPLE))
-def test_sample(index, tmp_path):
-    check(index, tmp_path)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("index", range(SAMPLE, ALL))
-def test_all(index, tmp_path):
+@pytest.mark.parametrize("index", numbered(SAMPLE, ALL))
+def test_a_drawn_script_logs_what_transformers_logs(index, tmp_path):
     check(index, tmp_path)

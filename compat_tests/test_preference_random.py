@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from draws import FAMILIES, draw_adapter, draw_evaluation, draw_training, numbered
 from pairs import tiny_model
 from preference_pairs import FORMATS, REFERENCES, assert_same_log, preference_rows, run_both
 
@@ -17,10 +18,7 @@ from hf_mlx.settings.dpo_config import DIVERGENCES, LOSS_TYPES, WITH_DIVERGENCE
 # The promise of the library in fp32.
 RELATIVE = 1e-4
 SEED = int(os.environ.get("HF_MLX_SEED", "20260"))
-# `make test` runs the first few of the same sequence that `make compat` runs in full.
 SAMPLE, ALL = 2, 102
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "smollm3", "gemma3_text"]
-SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 # With rates at which pairs come apart by more than the rounding of their log-probabilities: the sign of less is noise.
 # They are far above what preference training uses, and some losses explode at them.
 OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.1, "adagrad": 2e-3, "rmsprop": 3e-4, "adafactor": 2e-3}
@@ -51,12 +49,8 @@ def draw_loss(pick: random.Random) -> dict[str, Any]:
 
 
 def draw_lora(pick: random.Random) -> dict[str, Any]:
-    lora: dict[str, Any] = {
-        "r": pick.choice([2, 4]),
-        "lora_alpha": pick.choice([4, 8]),
-        "lora_dropout": pick.choice([0.0, 0.1]),
-        "use_rslora": pick.random() < 0.3,
-        "use_dora": pick.random() < 0.15,
+    lora = {
+        **draw_adapter(pick),
         "target_modules": pick.choice(["all-linear", ["o_proj"], ["down_proj", "o_proj"]]),
         "task_type": "CAUSAL_LM",
     }
@@ -75,24 +69,8 @@ def draw(index: int) -> dict[str, Any]:
     loss = draw_loss(pick)
     rate *= min(STEEP.get(name, 1) for name in (loss["f_divergence_type"], *loss["loss_type"]))
     settings = {
-        "per_device_train_batch_size": pick.choice([1, 2, 3, 5]),
-        "gradient_accumulation_steps": pick.choice([1, 2, 3]),
-        "max_steps": pick.choice([4, 6]),
-        "learning_rate": rate * pick.choice([0.3, 1, 2]),
-        "lr_scheduler_type": pick.choice(SCHEDULES),
-        "warmup_steps": pick.choice([0, 1, 0.3]),
-        "optim": optimizer,
-        "weight_decay": pick.choice([0.0, 0.05]),
-        "max_grad_norm": pick.choice([0.0, 0.1, 1.0]),
-        "seed": pick.randrange(1000),
-        "data_seed": pick.choice([None, 5]),
         # What rounding decides where the reference is precomputed is looked at step by step.
-        "logging_steps": 1 if "precomputed" in reference else pick.choice([1, 2, 3]),
-        "logging_first_step": pick.random() < 0.5,
-        # Some rates are more than a loss bears: NaN is then compared with NaN.
-        "logging_nan_inf_filter": False,
-        "gradient_checkpointing": pick.random() < 0.3,
-        "dataloader_drop_last": pick.random() < 0.3,
+        **draw_training(pick, optimizer, rate, log_each="precomputed" in reference),
         # A template's own tokens come on top; some prompts of either kind fill the row.
         "max_length": pick.choice([44 if "chat" in kind else 20, 56, 512, None]),
         "truncation_mode": pick.choice(["keep_start", "keep_end"]),
@@ -101,13 +79,7 @@ def draw(index: int) -> dict[str, Any]:
         "precompute_ref_batch_size": pick.choice([None, 2, 7]),
         **loss,
     }
-    if pick.random() < 0.5:
-        settings |= {
-            "eval_strategy": pick.choice(["steps", "epoch"]),
-            "eval_steps": pick.choice([1, 2, 3]),
-            "eval_on_start": pick.random() < 0.3,
-            "per_device_eval_batch_size": pick.choice([1, 3, 4]),
-        }
+    settings |= draw_evaluation(pick)
     return {
         "family": pick.choice(FAMILIES),
         "kind": kind,
@@ -133,12 +105,6 @@ def check(index: int, folder: Any) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("index", range(SAMPLE))
-def test_sample(index, tmp_path):
-    check(index, tmp_path)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("index", range(SAMPLE, ALL))
-def test_all(index, tmp_path):
+@pytest.mark.parametrize("index", numbered(SAMPLE, ALL))
+def test_a_drawn_script_logs_what_trl_logs(index, tmp_path):
     check(index, tmp_path)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from pair_rows import TOOL
 from pairs import SILENT, tokenizer
 from peft import LoraConfig, get_peft_model
 from preference_pairs import load, preference_rows
 from swapped_class import assert_the_same_moves, make_models
 from test_pair_losses import LOSSES
-from test_rows_preference import TOOL
 from trl import DPOConfig, DPOTrainer
 
 from hf_mlx import MLXDPOTrainer

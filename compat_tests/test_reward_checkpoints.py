@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,34 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import Dataset
-from huggingface_hub import ModelCard
-from pairs import SILENT, tiny_model
+from pair_checkpoints import (
+    LORA,
+    ROWS,
+    SETTINGS,
+    assert_cards_agree,
+    assert_same_arrays,
+    assert_same_files,
+    entries_after,
+)
+from pair_checkpoints import model as model
+from pair_checkpoints import quiet as quiet
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from reward_pairs import arguments, assert_same_entries, reward_rows
+from reward_pairs import arguments, assert_same_entries
 from safetensors.torch import load_file
 from trl import RewardConfig, RewardTrainer
 
 from hf_mlx import MLXRewardTrainer
 
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "SEQ_CLS"}
-# 10 rows in micro-batches of 2, windows of 2: an epoch is 3 steps, the last of one micro-batch.
-SETTINGS = {**SILENT, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 6,
-            "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}  # fmt: skip
-ROWS = reward_rows("text", 10)
+ADAPTER = {**LORA, "task_type": "SEQ_CLS"}
 WIDE = pytest.mark.wide
-OWN = {"hf_mlx_manifest.json", "hf_mlx_state.json"}
 IDS = [[5, 9, 30, 71, 100, 7], [40, 8, 21, 2, 2, 2]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return tiny_model("llama", tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    # The functions are the same; compiled they are compared in test_reward_training.
-    mx.disable_compile()
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    mx.enable_compile()
-    logging.disable(logging.NOTSET)
 
 
 def make(cls: type, model: Path, folder: Path, how: str, **settings: Any) -> Any:
     return cls(
-        **arguments(model, how, dict(LORA)),
+        **arguments(model, how, dict(ADAPTER)),
         args=RewardConfig(output_dir=str(folder), **{**SETTINGS, **settings}),
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=ROWS,
     )
 
 
@@ -69,13 +53,10 @@ def test_each_goes_on_from_the_other(model, tmp_path, how):
     theirs = make(RewardTrainer, model, tmp_path / "RewardTrainer", how)
     theirs.train()
     make(MLXRewardTrainer, model, tmp_path / "MLXRewardTrainer", how).train()
-    files, tensors = {}, []
-    for name in ("RewardTrainer", "MLXRewardTrainer"):
-        folder = tmp_path / name / "checkpoint-4"
-        files[name] = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-        assert (tmp_path / name / "README.md").is_file()
-        tensors.append(load_file(folder / ("model.safetensors" if "full" in how else "adapter_model.safetensors")))
-    assert files["MLXRewardTrainer"] == files["RewardTrainer"] | OWN
+    outputs = [tmp_path / name for name in ("RewardTrainer", "MLXRewardTrainer")]
+    assert_same_files(*outputs)
+    name = "model.safetensors" if "full" in how else "adapter_model.safetensors"
+    tensors = [load_file(output / "checkpoint-4" / name) for output in outputs]
     assert tensors[0].keys() == tensors[1].keys() and any(name.endswith("score.weight") for name in tensors[0])
     for name, value in tensors[0].items():
         torch.testing.assert_close(tensors[1][name], value, atol=2e-4, rtol=1e-3)
@@ -83,12 +64,10 @@ def test_each_goes_on_from_the_other(model, tmp_path, how):
     for cls, other in ((RewardTrainer, "MLXRewardTrainer"), (MLXRewardTrainer, "RewardTrainer")):
         again = make(cls, model, tmp_path / f"again {cls.__name__}", how)
         again.train(resume_from_checkpoint=str(tmp_path / other / "checkpoint-4"))
+        # Upstream's counter of tokens begins again where it resumes; here it goes on.
         expected, went_on = (
-            # Upstream's counter of tokens begins again where it resumes; here it goes on.
-            [{**entry, "num_tokens": 0} for entry in log if "loss" in entry and entry["step"] > 4]
-            for log in (whole, again.state.log_history)
+            [{**entry, "num_tokens": 0} for entry in entries_after(log)] for log in (whole, again.state.log_history)
         )
-        assert len(went_on) == 2
         assert assert_same_entries(expected, went_on, relative=1e-4, loss=1e-5) >= 20
 
 
@@ -98,9 +77,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_not_stopped(model, tmp_p
     whole.train()
     again = make(MLXRewardTrainer, model, tmp_path / "again", how)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    first, second = (trainer.session.step.params for trainer in (whole, again))
-    assert first.keys() == second.keys() and len(first) > 8
-    assert all(np.array_equal(np.array(value), np.array(second[name])) for name, value in first.items())
+    assert_same_arrays(whole, again)
 
 
 def test_the_adapter_scores_in_peft_as_here(model, tmp_path):
@@ -146,7 +123,7 @@ def test_the_whole_model_scores_in_transformers_as_here(model, tmp_path, how):
     again = MLXRewardTrainer(
         str(tmp_path / "saved"),
         RewardConfig(str(tmp_path / "again"), **SETTINGS),
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=ROWS,
     )
     np.testing.assert_array_equal(rewards(again), rewards(trainer))
 
@@ -163,12 +140,7 @@ def test_the_whole_models_config_is_transformers(model, tmp_path):
 
 
 def test_the_model_card_says_what_trls_says(model, tmp_path):
-    cards = []
     for cls in (RewardTrainer, MLXRewardTrainer):
         make(cls, model, tmp_path / cls.__name__ / "run", "name", max_steps=2).train()
-        cards.append(ModelCard.load(tmp_path / cls.__name__ / "run" / "README.md"))
-    theirs, ours = (card.data.to_dict() for card in cards)
-    assert set(theirs["tags"]) <= set(ours["tags"])
-    # Of an adapter TRL's card says "transformers", which does not load it alone.
-    assert ours["model_name"] == theirs["model_name"] and ours["library_name"] == "peft"
-    assert "AutoModelForSequenceClassification" in cards[1].text and "text-generation" not in cards[1].text
+    card = assert_cards_agree(*(tmp_path / name / "run" for name in ("RewardTrainer", "MLXRewardTrainer")))[1]
+    assert "AutoModelForSequenceClassification" in card and "text-generation" not in card

@@ -9,26 +9,20 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from draws import FAMILIES, draw_adapter, draw_evaluation, draw_training, numbered
 from pairs import tiny_model
 from reward_pairs import FORMATS, MODELS, assert_same_log, reward_rows, run_both
 
 # The promise of the library in fp32.
 RELATIVE, LOSS = 1e-4, 1e-5
 SEED = int(os.environ.get("HF_MLX_SEED", "20261"))
-# `make test` runs the first few of the same sequence that `make compat` runs in full.
 SAMPLE, ALL = 4, 46
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "olmo2", "smollm3", "gemma3_text"]
-SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
 OPTIMIZERS = {"adamw_torch": 2e-3, "sgd": 0.03, "adagrad": 2e-3, "rmsprop": 1e-4, "adafactor": 2e-3}
 
 
 def draw_lora(pick: random.Random) -> dict[str, Any]:
-    lora: dict[str, Any] = {
-        "r": pick.choice([2, 4]),
-        "lora_alpha": pick.choice([4, 8]),
-        "lora_dropout": pick.choice([0.0, 0.1]),
-        "use_rslora": pick.random() < 0.3,
-        "use_dora": pick.random() < 0.15,
+    lora = {
+        **draw_adapter(pick),
         "init_lora_weights": pick.choice([True, True, "gaussian", "pissa"]),
         "target_modules": pick.choice(["all-linear", ["o_proj"], ["down_proj", "o_proj"]]),
         "task_type": pick.choice(["SEQ_CLS", "SEQ_CLS", "SEQ_CLS", None]),
@@ -49,21 +43,7 @@ def draw(index: int) -> dict[str, Any]:
     kind = pick.choice(FORMATS)
     optimizer, rate = pick.choice(list(OPTIMIZERS.items()))
     settings = {
-        "per_device_train_batch_size": pick.choice([1, 2, 3, 5]),
-        "gradient_accumulation_steps": pick.choice([1, 2, 3]),
-        "max_steps": pick.choice([4, 6]),
-        "learning_rate": rate * pick.choice([0.3, 1, 2]),
-        "lr_scheduler_type": pick.choice(SCHEDULES),
-        "warmup_steps": pick.choice([0, 1, 0.3]),
-        "optim": optimizer,
-        "weight_decay": pick.choice([0.0, 0.05]),
-        "max_grad_norm": pick.choice([0.0, 0.1, 1.0]),
-        "seed": pick.randrange(1000),
-        "data_seed": pick.choice([None, 5]),
-        "logging_steps": pick.choice([1, 2, 3]),
-        "logging_first_step": pick.random() < 0.5,
-        "gradient_checkpointing": pick.random() < 0.3,
-        "dataloader_drop_last": pick.random() < 0.3,
+        **draw_training(pick, optimizer, rate),
         # A template's own tokens come on top; some rows are left out.
         "max_length": pick.choice([88 if "chat" in kind else 56, 512, None]),
         "pad_to_multiple_of": pick.choice(["auto", None, 8]),
@@ -72,13 +52,7 @@ def draw(index: int) -> dict[str, Any]:
         "train_sampling_strategy": pick.choice(["random", "random", "sequential"]),
         "center_rewards_coefficient": pick.choice([None, 0.01, 0.3]),
     }
-    if pick.random() < 0.5:
-        settings |= {
-            "eval_strategy": pick.choice(["steps", "epoch"]),
-            "eval_steps": pick.choice([1, 2, 3]),
-            "eval_on_start": pick.random() < 0.3,
-            "per_device_eval_batch_size": pick.choice([1, 3, 4]),
-        }
+    settings |= draw_evaluation(pick)
     return {
         "family": pick.choice(FAMILIES),
         "kind": kind,
@@ -106,12 +80,6 @@ def check(index: int, folder: Any) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("index", range(SAMPLE))
-def test_sample(index, tmp_path):
-    check(index, tmp_path)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("index", range(SAMPLE, ALL))
-def test_all(index, tmp_path):
+@pytest.mark.parametrize("index", numbered(SAMPLE, ALL))
+def test_a_drawn_script_logs_what_trl_logs(index, tmp_path):
     check(index, tmp_path)

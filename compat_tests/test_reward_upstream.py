@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from pair_rows import CHAT, TOOL
 from pairs import SILENT, tokenizer
 from peft import LoraConfig, get_peft_model
 from reward_pairs import load, reward_rows, with_score
 from swapped_class import assert_the_same_moves, make_models
-from test_rows_preference import CHAT, TOOL
 from trl import RewardConfig, RewardTrainer
 
 from hf_mlx import HFMLXError, MLXRewardTrainer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import json
 import random
 import re
 import warnings
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
-from row_tokenizers import ALTERNATING, CHATML, STYLED, bpe, trl_template
-from test_rows_preference import CHAT, IMPLICIT_CHAT, MANY_TURNS, TEXT, TOOL, answer, user
+from datasets import Dataset
+from pair_rows import CASES, CHAT, REFUSED, TEXT, Case, answer, assert_same_rows, source
+from row_tokenizers import CHATML, bpe
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -30,31 +29,24 @@ from hf_mlx.settings.plan import DataPlan
 
 WHOLE = [{"chosen": f"{row['prompt']}{row['chosen']}", "rejected": f"{row['prompt']}{row['rejected']}"} for row in TEXT]
 TOKENS = [{"chosen_ids": [3, 4, 5], "rejected_ids": [6]}, {"chosen_ids": [7], "rejected_ids": list(range(3, 12))}]
-CASES: dict[str, tuple[list[dict[str, Any]], Any, dict[str, Any]]] = {
-    "text": (TEXT, {}, {}),
-    "text with bos": (TEXT, {"bos": True}, {}),
+ALL_CASES: dict[str, Case] = {
+    **CASES,
     "text without a prompt": (WHOLE, {}, {}),
-    "conversation": (CHAT, {"template": CHATML}, {}),
-    "conversation, another template": (CHAT, {"template": ALTERNATING}, {}),
-    "template that drops its thoughts": (CHAT, {"template": trl_template("qwen3")}, {}),
-    "conversation without a prompt": (IMPLICIT_CHAT, {"template": CHATML}, {}),
-    "conversation of several turns": (MANY_TURNS, {"template": CHATML}, {}),
-    "tools": ([{**row, "tools": [TOOL]} for row in CHAT], {"template": STYLED}, {}),
-    "tools as JSON": ([{**row, "tools": json.dumps([TOOL])} for row in CHAT], {"template": STYLED}, {}),
-    "template variables": (
-        [{**row, "chat_template_kwargs": {"style": f"terse {i}"}} for i, row in enumerate(CHAT)],
-        {"template": STYLED},
-        {},
-    ),
-    "other columns stay": ([{**row, "margin": i / 2, "source": "web"} for i, row in enumerate(TEXT)], {}, {}),
     "long rows are left out": (CHAT, {"template": CHATML}, {"max_length": 24}),
     "long tokens are left out": (TOKENS, {}, {"max_length": 5}),
-    "no limit": (TEXT, {}, {"max_length": None}),
     "tokens": (TOKENS, {}, {}),
     "tokens under their older names": (
         [{f"{name[:-4]}_input_ids": ids for name, ids in row.items()} for row in TOKENS],
         {},
         {},
+    ),
+}
+ALL_REFUSED = {
+    **REFUSED,
+    "conversations after texts": ([TEXT[0], {"prompt": "a", "chosen": "b", "rejected": None}], "row 1 .*'rejected'"),
+    "an empty conversation": (
+        [{"chosen": answer("b"), "rejected": answer("c")}, {"chosen": answer("b"), "rejected": []}],
+        "row 1 .*'rejected'",
     ),
 }
 
@@ -69,33 +61,24 @@ def ours(rows: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
     return prepare_scored(rows, copy.deepcopy(tokenizer), DataPlan(**settings), name="train").dataset
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 @pytest.mark.parametrize("streamed", [False, True])
 def test_rows_equal_trls(case, streamed):
-    rows, options, settings = CASES[case]
+    rows, options, settings = ALL_CASES[case]
     tokenizer = bpe(**options)
-
-    def source() -> Any:
-        return (
-            IterableDataset.from_generator(lambda: iter(copy.deepcopy(rows))) if streamed else Dataset.from_list(rows)
-        )
-
     older = "older" in case and not streamed
     with pytest.warns(FutureWarning, match="chosen_ids") if older else contextlib.nullcontext():
-        got = list(ours(source(), tokenizer, settings))
+        got = list(ours(source(rows, streamed=streamed), tokenizer, settings))
     with warnings.catch_warnings(action="ignore"):
-        want = list(theirs(source(), tokenizer, settings))
-    assert len(want) == len(got) > 0
-    for a, b in zip(want, got, strict=True):
-        assert a == b
-        assert all(isinstance(b[column], list) for column in ID_COLUMNS)
+        want = list(theirs(source(rows, streamed=streamed), tokenizer, settings))
+    assert_same_rows(want, got, ID_COLUMNS)
     assert (len(got) < len(rows)) == ("left out" in case)
 
 
 def test_the_preview_shows_trls_rows_and_the_token_that_transformers_scores(tmp_path):
     shown, page = 0, tmp_path / "rows.html"
     for case in ("text", "text with bos", "conversation", "tokens", "other columns stay", "long rows are left out"):
-        rows, options, settings = CASES[case]
+        rows, options, settings = ALL_CASES[case]
         tokenizer = bpe(**options)
         want = list(theirs(Dataset.from_list(rows), tokenizer, settings))
         preview_scored(Dataset.from_list(rows), tokenizer, DataPlan(**settings), rows=99, html=page, file=io.StringIO())
@@ -167,22 +150,9 @@ def test_the_position_that_is_scored_is_transformers():
     assert len(set(last_tokens(ids, 2).tolist())) == 6
 
 
-REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "an image": ([{**TEXT[0], "image": "x.png"}], "'image'"),
-    "no rejected": ([{"prompt": "a", "chosen": "b"}], "'rejected'"),
-    "None in a row": ([TEXT[0], {"prompt": "a", "chosen": None, "rejected": "b"}], "row 1 .*'chosen'"),
-    "a text among conversations": ([{"prompt": user("a"), "chosen": "b", "rejected": "c"}], "row 0 .*'chosen'"),
-    "conversations after texts": ([TEXT[0], {"prompt": "a", "chosen": "b", "rejected": None}], "row 1 .*'rejected'"),
-    "an empty conversation": (
-        [{"chosen": answer("b"), "rejected": answer("c")}, {"chosen": answer("b"), "rejected": []}],
-        "row 1 .*'rejected'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("case", ALL_REFUSED)
 def test_bad_rows_are_named(case):
-    rows, words = REFUSED[case]
+    rows, words = ALL_REFUSED[case]
     with pytest.raises(DataError, match=words):
         ours(rows, bpe(template=CHATML), {})
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from draws import numbered
 from pairs import FAMILIES, assert_same_curve, rows_of, run_both, tiny_model
 
 # As in test_trajectory_families: the promise of the library in fp32.
@@ -16,7 +17,6 @@ RELATIVE = 1e-4
 WEIGHTS = 1e-3
 
 SEED = int(os.environ.get("HF_MLX_SEED", "20260"))
-# `make test` runs the first few of the same sequence that `make compat` runs in full.
 SAMPLE, ALL = 5, 208
 
 SCHEDULES: list[tuple[str, dict[str, Any] | None]] = [
@@ -111,12 +111,6 @@ def check(index: int, folder: Any) -> None:
     assert assert_same_curve(theirs, ours, relative=RELATIVE, weights=WEIGHTS) >= 8
 
 
-@pytest.mark.parametrize("index", range(SAMPLE))
-def test_sample(index, tmp_path):
-    check(index, tmp_path)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("index", range(SAMPLE, ALL))
-def test_all(index, tmp_path):
+@pytest.mark.parametrize("index", numbered(SAMPLE, ALL))
+def test_a_drawn_run_has_trls_curve(index, tmp_path):
     check(index, tmp_path)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from draws import numbered
 from pairs import SILENT, rows_of, tiny_model, untimed
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 RELATIVE = 1e-4
 
 SEED = int(os.environ.get("HF_MLX_SEED", "20261"))
-# `make test` runs the first few of the same sequence that `make compat` runs in full.
 SAMPLE, ALL = 5, 150
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -114,12 +114,6 @@ def check(index: int, folder: Any) -> None:
                 assert abs(value - b[key]) <= RELATIVE * max(abs(value), 1e-3), (key, a, b)
 
 
-@pytest.mark.parametrize("index", range(SAMPLE))
-def test_sample(index, tmp_path):
-    check(index, tmp_path)
-
-
-@pytest.mark.wide
-@pytest.mark.parametrize("index", range(SAMPLE, ALL))
-def test_all(index, tmp_path):
+@pytest.mark.parametrize("index", numbered(SAMPLE, ALL))
+def test_drawn_data_have_trls_log(index, tmp_path):
     check(index, tmp_path)

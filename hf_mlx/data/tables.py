@@ -19,10 +19,6 @@ from .faults import RowFault
 _INT32 = np.iinfo(np.int32)
 
 
-LEARNED = "the model has learned that many positions (torch raises an IndexError)"
-CHOSEN = "from there on the model's sparse attention (index_topk) chooses among keys, which mlx-lm does otherwise"
-
-
 @dataclass(frozen=True)
 class Tables:
     """How many rows the tables of a model have; None is unknown, or without limit.
@@ -35,7 +31,7 @@ class Tables:
 
     ids: int | None = None
     positions: int | None = None
-    why: str = LEARNED
+    why: str = ""
 
     @property
     def largest_id(self) -> int:

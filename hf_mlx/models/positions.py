@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-# HF model type → the key of its config that says how many rows the table has, and its default in transformers 5.23.
-_LEARNED = {
-    "gpt2": ("n_positions", 1024),
-    "gpt_bigcode": ("n_positions", 1024),
-    "opt": ("max_position_embeddings", 2048),
+LEARNED = "the model has learned that many positions (torch raises an IndexError)"
+# Up to there mlx-lm attends to all keys, as transformers does; of more, mlx-lm 0.32 chooses others.
+CHOSEN = "from there on the model's sparse attention (index_topk) chooses among keys, which mlx-lm does otherwise"
+
+
+class RowLimit(NamedTuple):
+    """How long a row may be.
+
+    Attributes:
+        tokens: None is any length.
+        why: What a longer row would meet, for messages.
+    """
+
+    tokens: int | None = None
+    why: str = ""
+
+
+# HF model type → the key of its config that says how many, its default in transformers 5.23, and why.
+_LIMITS = {
+    "gpt2": ("n_positions", 1024, LEARNED),
+    "gpt_bigcode": ("n_positions", 1024, LEARNED),
+    "opt": ("max_position_embeddings", 2048, LEARNED),
+    "deepseek_v32": ("index_topk", 2048, CHOSEN),
+    "glm_moe_dsa": ("index_topk", 2048, CHOSEN),
 }
 
 
-def learned_positions(config: Mapping[str, Any]) -> int | None:
-    """Positions that the model of an HF config can embed; None where it computes them."""
-    if config.get("model_type") not in _LEARNED:
-        return None
-    key, default = _LEARNED[config["model_type"]]
-    return config.get(key) or config.get("max_position_embeddings") or default
-
-
-# HF model type → the key of its config that says how many keys a query attends to, and its default (transformers 5.23).
-# Up to there mlx-lm attends to all of them, as transformers does; of more, mlx-lm 0.32 chooses others.
-_CHOSEN = {
-    "deepseek_v32": ("index_topk", 2048),
-    "glm_moe_dsa": ("index_topk", 2048),
-}
-
-
-def chosen_keys(config: Mapping[str, Any]) -> int | None:
-    """Tokens of a row of which each attends to all before it; None where there is no choice."""
-    if config.get("model_type") not in _CHOSEN:
-        return None
-    key, default = _CHOSEN[config["model_type"]]
-    return config.get(key) or default
+def row_limit(config: Mapping[str, Any]) -> RowLimit:
+    """Of the model of an HF config."""
+    if config.get("model_type") not in _LIMITS:
+        return RowLimit()
+    key, default, why = _LIMITS[config["model_type"]]
+    named = config.get(key) or (config.get("max_position_embeddings") if why == LEARNED else None)
+    return RowLimit(named or default, why)

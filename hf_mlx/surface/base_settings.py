@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ..data.tables import CHOSEN, Tables
+from ..data.tables import Tables
 from ..errors import SettingError
 from ..models.bridge import TorchModel
-from ..models.positions import chosen_keys, learned_positions
+from ..models.positions import row_limit
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +18,7 @@ logger = logging.getLogger(__name__)
 def read_tables(config: Mapping[str, Any]) -> Tables:
     """Ids and positions that a model of this config can embed."""
     ids = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-    chosen = chosen_keys(config)
-    return Tables(ids, learned_positions(config)) if chosen is None else Tables(ids, chosen, CHOSEN)
+    return Tables(ids, *row_limit(config))
 
 
 def drop_init_kwargs(args: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:

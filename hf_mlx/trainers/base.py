@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +34,17 @@ from ..version import warn_untested
 from .running import Running
 
 logger = logging.getLogger(__name__)
+
+
+def handed_over(arguments: Mapping[str, Any], *left_out: str) -> dict[str, Any]:
+    """What a trainer's constructor gives to :class:`TrainerBase`'s: its own arguments, by name.
+
+    Args:
+        arguments: Its ``locals()``, ``**keywords`` among them.
+        left_out: Names that it deals with itself.
+    """
+    own = {"self", "__class__", "keywords", *left_out}
+    return {name: value for name, value in arguments.items() if name not in own} | arguments["keywords"]
 
 
 class TrainerBase(Running):

@@ -16,6 +16,7 @@ from ..surface.references import check_moving, check_reference, check_rows, choo
 from ..surface.sync import sync_callback
 from ..training.pairs import PairObjective, Reference
 from ..training.reference import StartCopy, move_towards
+from .base import handed_over
 from .pair_names import PairNames
 from .refused import refuse
 
@@ -89,23 +90,7 @@ class MLXDPOTrainer(PairNames):
     ) -> None:
         check_reference(model, ref_model)
         self.ref_model = ref_model
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            max_grad_value=max_grad_value,
-            finetune_last_n_layers=finetune_last_n_layers,
-            strict=strict,
-            **keywords,
-        )
+        super().__init__(**handed_over(locals(), "ref_model"))
 
     @refuse("DPOConfig(precompute_ref_log_probs=True): trainer.train_dataset then has the reference's columns")
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:

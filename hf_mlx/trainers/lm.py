@@ -11,7 +11,7 @@ from ..data.process_generator import ProcessGenerator
 from ..errors import SettingError
 from ..recipes.lm import LM, default_args, default_collator
 from ..surface.signature import is_causal_lm
-from .base import TrainerBase
+from .base import TrainerBase, handed_over
 from .refused import refuse
 
 
@@ -91,26 +91,9 @@ class MLXTrainer(TrainerBase):
                 "a causal language model (AutoModelForCausalLM): MLX trains no other here",
                 "transformers.Trainer(model=model, ...) on torch",
             )
-        super().__init__(
-            model,
-            args,
-            data_collator
-            if data_collator is not None
-            else default_collator(processing_class or keywords.get("tokenizer")),
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            preprocess_logits_for_metrics,
-            max_grad_value=max_grad_value,
-            finetune_last_n_layers=finetune_last_n_layers,
-            strict=strict,
-            compute_loss_func=compute_loss_func,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            **keywords,
-        )
+        if data_collator is None:
+            data_collator = default_collator(processing_class or keywords.get("tokenizer"))
+        super().__init__(**handed_over(locals(), "model_init", "made"))
         if getattr(getattr(model, "config", None), "_attn_implementation", None) == "eager":
             self.data.refuse_blind_targets()
         if made is not None:

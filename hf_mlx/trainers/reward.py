@@ -11,7 +11,7 @@ from ..recipes.reward import REWARD
 from ..settings.plan import ScoreLossPlan
 from ..surface.references import check_rows
 from ..surface.scored import check_scored_object, is_scored
-from .base import TrainerBase
+from .base import TrainerBase, handed_over
 from .refused import refuse
 
 
@@ -89,25 +89,7 @@ class MLXRewardTrainer(TrainerBase):
         **keywords: Any,
     ) -> None:
         check_scored_object(model)
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            preprocess_logits_for_metrics,
-            peft_config=peft_config,
-            quantization_config=quantization_config,
-            max_grad_value=max_grad_value,
-            finetune_last_n_layers=finetune_last_n_layers,
-            strict=strict,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            **keywords,
-        )
+        super().__init__(**handed_over(locals()))
 
     @refuse("trainer.evaluate(rows), or trainer.predict(rows)")
     def compute_loss(

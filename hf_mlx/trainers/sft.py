@@ -7,7 +7,7 @@ from typing import Any
 
 from ..recipes.sft import SFT
 from ..surface.upstream_losses import trl_loss
-from .base import TrainerBase
+from .base import TrainerBase, handed_over
 
 
 class MLXSFTTrainer(TrainerBase):
@@ -82,28 +82,7 @@ class MLXSFTTrainer(TrainerBase):
         loss: Callable | None = None,
         **keywords: Any,
     ) -> None:
-        super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            preprocess_logits_for_metrics,
-            compute_loss_func=compute_loss_func,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            formatting_func=formatting_func,
-            max_grad_value=max_grad_value,
-            finetune_last_n_layers=finetune_last_n_layers,
-            strict=strict,
-            loss=loss,
-            **keywords,
-        )
+        super().__init__(**handed_over(locals()))
 
     counts_in_evaluation = False
 

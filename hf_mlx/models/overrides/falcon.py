@@ -15,6 +15,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_
 from mlx_lm.models.rope_utils import initialize_rope
 
 from .activations import ACTIVATIONS
+from .with_head import WithHead
 
 
 @dataclass
@@ -161,27 +162,13 @@ def alibi_slopes(heads: int) -> mx.array:
     return mx.array([*first, *rest])
 
 
-class Model(nn.Module):
-    """Falcon with its head, which is the embedding where tied."""
+class Model(WithHead):
+    """Falcon with its head."""
+
+    decoder_name, embedding, blocks = "transformer", "word_embeddings", "h"
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.transformer = FalconModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        hidden = self.transformer(inputs, cache, input_embeddings)
-        if self.args.tie_word_embeddings:
-            return self.transformer.word_embeddings.as_linear(hidden)
-        return self.lm_head(hidden)
-
-    @property
-    def layers(self) -> list[Block]:
-        """The blocks."""
-        return self.transformer.h
+        super().__init__(args, FalconModel(args))
 
 
 def classes() -> tuple[type[Any], type]:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 
 from .activations import ACTIVATIONS
+from .with_head import WithHead
 
 _FIRST_POSITION = 2
 
@@ -122,27 +123,11 @@ class OPTModel(nn.Module):
         return self.project_out(x) if "project_out" in self else x
 
 
-class Model(nn.Module):
-    """OPT with its head, which is the embedding where tied."""
+class Model(WithHead):
+    """OPT with its head."""
 
     def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.args = args
-        self.model_type = args.model_type
-        self.model = OPTModel(args)
-        if not args.tie_word_embeddings:
-            self.lm_head = nn.Linear(args.word_embed_proj_dim, args.vocab_size, bias=False)
-
-    def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
-        hidden = self.model(inputs, cache, input_embeddings)
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden)
-        return self.lm_head(hidden)
-
-    @property
-    def layers(self) -> list[Block]:
-        """The blocks."""
-        return self.model.layers
+        super().__init__(args, OPTModel(args))
 
 
 def classes() -> tuple[type[Any], type]:
