@@ -481,7 +481,7 @@ def test_folders_of_torchrun_resume_here_and_ours_there(models: Path, tmp_path: 
     assert scenario(2, ["foreign"], ours, models, FOREIGN_DIR=str(ours / "run")) == [0, 0]
     unbroken = told(2, ours)[0]["foreign"]
     run_saved(models, theirs / "run", None)
-    environ = {"FOREIGN_DIR": str(again / "run"), "FOREIGN_CHECKPOINT": str(theirs / "run" / "checkpoint-2")}
+    environ: Any = {"FOREIGN_DIR": str(again / "run"), "FOREIGN_CHECKPOINT": str(theirs / "run" / "checkpoint-2")}
     assert scenario(2, ["foreign"], again, models, **environ) == [0, 0], said(again, 0)[-3000:]
     resumed = told(2, again)[0]["foreign"]
     _assert_close(unbroken["log"], resumed["log"], *VALUES, "num_tokens")
@@ -504,7 +504,7 @@ def _assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], *
 def test_another_number_of_ranks_goes_on_with_one_warning(models: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     assert scenario(2, ["foreign"], ours, models, FOREIGN_DIR=str(ours / "run")) == [0, 0]
-    environ = {"FOREIGN_CHECKPOINT": str(ours / "run" / "checkpoint-2")}
+    environ: Any = {"FOREIGN_CHECKPOINT": str(ours / "run" / "checkpoint-2")}
     for ranks in (1, 3):
         folder = tmp_path / str(ranks)
         assert scenario(ranks, ["foreign"], folder, models, FOREIGN_DIR=str(folder / "run"), **environ) == [0] * ranks
