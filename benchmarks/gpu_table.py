@@ -77,19 +77,31 @@ def main() -> None:
     if missing:
         report["versions"] = versions()
         report.setdefault("speed", product_speed(64 if options.tiny else 8192))
+    with tempfile.TemporaryDirectory() as folder:
+        run(missing, report, kept, options, folder)
+    text = table(report, wanted)
+    print(text)
+    if options.write:
+        write(options.write, text)
+
+
+def run(
+    missing: list[tuple[Work, str]], report: dict[str, Any], kept: Path, options: argparse.Namespace, folder: str
+) -> None:
+    """Measure each peer on each work that is missing, and keep each figure as it comes."""
+    made = ""
     for work, peer in missing:
+        if work.preset != made:
+            run_peer({**job_of(work, options, folder), "peer": "make-model"}, folder)
+            made = work.preset
         began = time.monotonic()
-        found = measure(work, peer, options)
+        found = run_peer({**job_of(work, options, folder), "peer": peer}, folder, limit=options.limit)
         for entry in found:
             report["works"].setdefault(work.name, {})[peer] = entry
             took = time.monotonic() - began
             figures = f"{1e3 * entry['seconds']:8.1f} ms {entry['peak'] / 2**30:7.2f} GiB, {took:.0f} s"
             print(f"{work.name:38} {peer:8} {figures}", flush=True)
         kept.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    text = table(report, wanted)
-    print(text)
-    if options.write:
-        write(options.write, text)
 
 
 def parse() -> argparse.Namespace:
@@ -104,20 +116,14 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(work: Work, peer: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one peer needs for one work, in a process of its own; nothing when it stopped."""
-    with tempfile.TemporaryDirectory() as folder:
-        job = COMMON | work.job | {"folder": folder, **model_of(work.preset)}
-        if options.tiny:
-            job |= {"shapes": [f"{work.shape.split('x')[0]}x16"], "dtype": "float32", "steps": 2, "warm_up": 1}
-            if "moe_intermediate_size" in job["config"]:
-                job["config"] = job["config"] | {
-                    "num_experts": 8,
-                    "num_experts_per_tok": 2,
-                    "moe_intermediate_size": 32,
-                }
-        run_peer({**job, "peer": "make-model"}, folder)
-        return run_peer({**job, "peer": peer}, folder, limit=options.limit)
+def job_of(work: Work, options: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What a peer is told of one work; its model lies in ``folder``."""
+    job = COMMON | work.job | {"folder": folder, **model_of(work.preset)}
+    if options.tiny:
+        job |= {"shapes": [f"{work.shape.split('x')[0]}x16"], "dtype": "float32", "steps": 2, "warm_up": 1}
+        if "moe_intermediate_size" in job["config"]:
+            job["config"] = job["config"] | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return job
 
 
 def product_speed(size: int) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from hf_mlx.training import linear_logps
+from hf_mlx.training import exponential, linear_logps, sums
 from hf_mlx.training.linear_logps import linear_logp, linear_token_logps, token_logps
 from hf_mlx.training.loss import IGNORED
+from hf_mlx.training.sums import sum_in_pieces
 
 TOKENS, WIDTH, VOCABULARY = 37, 12, 300
 
@@ -25,8 +28,11 @@ def problem():
 
 @pytest.fixture(params=["cpu", "gpu"])
 def device(request, monkeypatch):
-    """The way of a GPU goes through MLX's fused cross-entropy, which the CPU computes too."""
+    """The way of a GPU goes through MLX's fused cross-entropy and sums in pieces, which the CPU computes too."""
     monkeypatch.setattr(linear_logps, "on_cpu", lambda: request.param == "cpu")
+    # Pieces of 16 and a rest.
+    monkeypatch.setattr(linear_logps, "sum_in_pieces", partial(sum_in_pieces, least=1))
+    monkeypatch.setattr(sums, "ALIGNMENT", 8)
 
 
 @pytest.mark.parametrize("trains_head", [False, True])
@@ -72,3 +78,23 @@ def test_values_against_float64(problem, device):
     assert np.array_equal(np.array(alone), np.array(got.logp))
     for name, value in want.items():
         np.testing.assert_allclose(np.array(getattr(got, name))[scored], value, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_metrics_of_a_gpu_hold_no_array_of_all_logits(monkeypatch):
+    """What a fused cross-entropy leaves to be computed beside it: less than the logits' own 2 bytes each."""
+    logits = mx.random.normal((64, 1 << 15), key=mx.random.key(1)).astype(mx.bfloat16)
+    targets = mx.arange(64)
+    mx.eval(logits, targets)
+    for module in (linear_logps, exponential):
+        monkeypatch.setattr(module, "on_cpu", lambda: False)
+    monkeypatch.setattr(linear_logps, "sum_in_pieces", partial(sum_in_pieces, least=1))
+    monkeypatch.setattr(mx.fast, "cross_entropy", lambda logits, targets: targets.astype(mx.float32))
+    of_logits = mx.compile(partial(token_logps, squares=True))
+    mx.eval(of_logits(logits, targets))
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+
+    mx.eval(of_logits(logits, targets))
+
+    assert (mx.get_peak_memory() - before) / logits.size <= 1

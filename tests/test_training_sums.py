@@ -12,7 +12,7 @@ from hf_mlx.settings.plan import LossPlan, OptimPlan
 from hf_mlx.training import loss
 from hf_mlx.training.loss import sums_and_gradient
 from hf_mlx.training.optim import make_optimizer
-from hf_mlx.training.sums import sum_in_pieces
+from hf_mlx.training.sums import blocked_sum, sum_in_pieces
 
 # float32 sums of the same numbers in another order.
 CLOSE = 1e-6
@@ -31,13 +31,27 @@ def test_pieces_add_up_to_the_whole(shape, dtype):
     np.testing.assert_allclose(np.array(found), exact, rtol=CLOSE)
 
 
+@pytest.mark.parametrize("length", [5, 64, 300, 4096, 50_257])
+def test_blocks_round_nearly_as_a_tree_does(length):
+    """A few units in the last place, where one term after the other is tens off; gradients are exact."""
+    x = mx.random.uniform(4, 8, (40, length), key=mx.random.key(3))
+    weights = mx.arange(40).astype(mx.float32)
+    exact = np.array(x, dtype=np.float64).sum(axis=-1)
+
+    found = blocked_sum(x)
+    slope = mx.compile(mx.grad(lambda x: (blocked_sum(x) * weights).sum()))(x)
+
+    assert np.abs(np.array(found, np.float64) - exact).max() <= 4 * np.spacing(exact.max().astype(np.float32))
+    np.testing.assert_array_equal(np.array(slope), np.broadcast_to(np.arange(40)[:, None], x.shape))
+
+
 @pytest.mark.parametrize(
     "plan", [LossPlan(), LossPlan(kind="dft"), LossPlan(label_smoothing_factor=0.1)], ids=["nll", "dft", "smoothed"]
 )
 def test_the_loss_of_a_gpu_is_that_of_the_cpu(plan, monkeypatch):
-    # Short: the CPU adds up what is left to a reduction one after the other, as no GPU does.
-    logits = 4 * mx.random.normal((24, 2100), key=mx.random.key(2))
-    targets = mx.where(mx.arange(24) % 5 == 0, -100, mx.arange(24) * 80)
+    # A short rest: this CPU adds it one after the other, as no GPU does.
+    logits = 4 * mx.random.normal((24, 3100), key=mx.random.key(2))
+    targets = mx.where(mx.arange(24) % 5 == 0, -100, mx.arange(24) * 100)
     sums, gradient = sums_and_gradient(logits, targets, plan)
     mx.eval(sums, gradient)
 

@@ -16,7 +16,7 @@ from ..device import on_cpu
 from .exponential import exponential
 from .linear_cross_entropy import Projection
 from .loss import IGNORED
-from .sums import blocked_sum
+from .sums import blocked_sum, sum_in_pieces
 
 
 class TokenLogps(NamedTuple):
@@ -142,44 +142,63 @@ def _split_targets(targets: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class _Softmax(NamedTuple):
-    """Log-probability of the ids (N,), and all log-probabilities and probabilities (N, V); float32.
-
-    Gradients flow through the first alone.
+    """Of the ids (N,) the log-probability; the log of the sum of exponentials (N, 1); of all logits (N, V) the
+    log-probabilities and probabilities. float32; gradients flow through the first alone.
     """
 
     logp: mx.array
+    normaliser: mx.array
     logps: mx.array
     p: mx.array
 
 
 def _softmax(logits: mx.array, safe: mx.array) -> _Softmax:
-    wide = logits.astype(mx.float32)
     if not on_cpu():
         # One kernel, and one for the gradient, which reads the logits in their own dtype.
         logp = -mx.fast.cross_entropy(logits, safe)
-        normaliser = mx.stop_gradient(mx.take_along_axis(wide, safe[:, None], axis=-1) - logp[:, None])
-        logps = mx.stop_gradient(wide) - normaliser
-        return _Softmax(logp, logps, mx.exp(logps))
+        own = mx.take_along_axis(logits, safe[:, None], axis=-1).astype(mx.float32)
+        normaliser = mx.stop_gradient(own - logp[:, None])
+        logps = mx.stop_gradient(logits).astype(mx.float32) - normaliser
+        return _Softmax(logp, normaliser, logps, exponential(logps))
+    wide = logits.astype(mx.float32)
     # All below the largest: nothing then is a small difference of large numbers.
-    below = wide - mx.stop_gradient(wide.max(axis=-1, keepdims=True))
+    top = mx.stop_gradient(wide.max(axis=-1, keepdims=True))
+    below = wide - top
     exponentials = exponential(below)
-    total = blocked_sum(exponentials)
+    total = blocked_sum(exponentials)[:, None]
     log_total = mx.log(total)
-    logp = mx.take_along_axis(below, safe[:, None], axis=-1).squeeze(-1) - log_total
-    logps = mx.stop_gradient(below) - mx.stop_gradient(log_total)[:, None]
-    return _Softmax(logp, logps, mx.stop_gradient(exponentials) * mx.stop_gradient(1 / total)[:, None])
+    logp = (mx.take_along_axis(below, safe[:, None], axis=-1) - log_total).squeeze(-1)
+    fixed = (log_total + top, below - log_total, exponentials * (1 / total))
+    return _Softmax(logp, *map(mx.stop_gradient, fixed))
 
 
 def _collect(softmax: _Softmax, logits: mx.array, counted: mx.array, safe: mx.array, squares: bool) -> TokenLogps:
     logits = mx.stop_gradient(logits)
+    entropy, total, square_sum = _sums(softmax, logits, squares)
     values = (
         softmax.logp,
-        -blocked_sum(softmax.p * softmax.logps),
-        blocked_sum(logits.astype(mx.float32)) / logits.shape[-1],
+        entropy,
+        total / logits.shape[-1],
         (mx.argmax(logits, axis=-1) == safe).astype(mx.float32),
-        mx.log(blocked_sum(mx.square(softmax.p))) if squares else mx.zeros(safe.shape),
+        mx.zeros_like(total) if square_sum is None else mx.log(square_sum),
     )
     return TokenLogps(*(mx.where(counted, value, 0.0) for value in values))
+
+
+def _sums(softmax: _Softmax, logits: mx.array, squares: bool) -> tuple[mx.array, mx.array, mx.array | None]:
+    """Over the vocabulary, each (N,): of ``-p * logps``, of ``logits`` and, where asked for, of squared ``p``."""
+    if on_cpu():
+        square_sum = blocked_sum(mx.square(softmax.p)) if squares else None
+        return -blocked_sum(softmax.p * softmax.logps), blocked_sum(logits.astype(mx.float32)), square_sum
+    # As in :func:`~hf_mlx.training.loss.sums_and_gradient`: each sum reads the logits themselves, one after the other.
+    logps = lambda x: x.astype(mx.float32) - softmax.normaliser  # noqa: E731
+    entropy = -sum_in_pieces(lambda x: exponential(logps(x)) * logps(x), logits)
+    again = mx.depends([logits], [entropy])[0]
+    total = sum_in_pieces(lambda x: x.astype(mx.float32), again)
+    if not squares:
+        return entropy, total, None
+    again = mx.depends([logits], [total])[0]
+    return entropy, total, sum_in_pieces(lambda x: exponential(2 * logps(x)), again)
 
 
 def _join(parts: Sequence[TokenLogps]) -> TokenLogps:
