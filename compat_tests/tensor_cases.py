@@ -128,7 +128,7 @@ def play_upstream(described: dict[str, Any], models: Path, out: str, *, doubled:
     from trl import SFTConfig, SFTTrainer
 
     held = described["eval_rows"]
-    trainer = SFTTrainer(
+    trainer: Any = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(models / described["model"], dtype=torch.float32),
         SFTConfig(output_dir=out, **BASE | described["settings"]),
         train_dataset=Dataset.from_list(token_rows(described["rows"], 5)),
