@@ -179,16 +179,15 @@ def doubled_case(seed: int) -> dict[str, Any]:
         case |= {"eval_rows": draw.randint(2, 7), "eval_strategy": "epoch", "per_device_eval_batch_size": 1}
     if case["trainer"] == "lm":
         case["adapter"] = True
-    return case
+    return case | STEADY
 
 
 class Cases(dict[str, dict[str, Any]]):
-    """Cases by name; ``drawn_N`` and ``doubled_N`` are drawn from any N."""
+    """Cases by name; ``default_N`` and ``doubled_N`` are drawn from any N."""
 
     def __missing__(self, name: str) -> dict[str, Any]:
         kind, _, seed = name.rpartition("_")
-        made = {"drawn": drawn_case, "default": default_case, "doubled": doubled_case}[kind](int(seed))
-        self[name] = made if kind == "default" else made | STEADY
+        self[name] = {"default": default_case, "doubled": doubled_case}[kind](int(seed))
         return self[name]
 
 

@@ -73,19 +73,25 @@ def train(case: dict[str, Any], model: Path, out: str, checkpoint: str | None = 
         kinds = {"dpo": (DPOConfig, DPOTrainer), "reward": (RewardConfig, RewardTrainer)}
         config, made = kinds.get(case.get("trainer", ""), (SFTConfig, SFTTrainer))
         trainer = derive(made, case)(model=base, args=config(**settings), peft_config=lora, **keywords)
-    if not os.environ.get("RECORD_DOUBLE"):
+    if os.environ.get("RECORD_DOUBLE"):
+        train_doubled(trainer)
+    else:
         trainer.train(resume_from_checkpoint=checkpoint)
-        return trainer
-    for model in (trainer.model, getattr(trainer, "ref_model", None)):
-        if model is not None:
-            model.double()
+    return trainer
+
+
+def train_doubled(trainer: Any) -> None:
+    """Train in float64, from the float32 weights that the trainer has."""
+    for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+        model.double()
+        # Grouped products know no float64.
+        model.config._experts_implementation = "eager"
     torch.set_default_dtype(torch.float64)
     try:
         with Doubled():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train()
     finally:
         torch.set_default_dtype(torch.float32)
-    return trainer
 
 
 def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -118,6 +118,29 @@ def untimed(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if not any(part in k for part in timed)} for entry in history]
 
 
+def play_upstream(described: dict[str, Any], models: Path, out: str, *, doubled: bool) -> dict[str, Any]:
+    """What trl's trainer logs and leaves in one process, of float64 or of float32: ``log`` and ``adapter``."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from record_ranks import train_doubled
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    held = described["eval_rows"]
+    trainer: Any = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(models / described["model"], dtype=torch.float32),
+        SFTConfig(output_dir=out, **BASE | described["settings"]),
+        train_dataset=Dataset.from_list(token_rows(described["rows"], 5)),
+        eval_dataset=Dataset.from_list(token_rows(held, 99)) if held else None,
+        peft_config=LoraConfig(**LORA | described["lora"]),
+    )
+    train_doubled(trainer) if doubled else trainer.train()
+    named = {name: p.detach().numpy() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    adapter = {name.replace(".default", ""): array for name, array in named.items()}
+    return {"log": untimed(trainer.state.log_history), "adapter": adapter}
+
+
 def play(described: dict[str, Any], models: Path, out: str) -> dict[str, Any]:
     """Train a case and save its adapter into ``out``-adapter; what it logged."""
     trainer = build(described, models, out)

@@ -46,43 +46,85 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def compare(name: str, ranks: int, made: list[dict[str, Any]], records: dict[str, Any] | None = None) -> int:
-    """Assert that a case has upstream's log and weights; how many values were compared."""
-    theirs, ours = (RECORDS if records is None else records)[f"{(EQUAL | OWN_EQUAL).get(name, name)}/{ranks}"], made[0]
+def recorded(name: str, ranks: int) -> str:
+    """Under which name upstream's numbers of a case stand."""
+    return f"{(EQUAL | OWN_EQUAL).get(name, name)}/{ranks}"
+
+
+def compare(
+    name: str,
+    ranks: int,
+    made: list[dict[str, Any]],
+    records: dict[str, Any] | None = None,
+    doubled: dict[str, Any] | None = None,
+) -> int:
+    """Assert that a case has upstream's log and weights; how many values were compared.
+
+    Args:
+        name, ranks: Which.
+        made: What each rank says.
+        records: Upstream's numbers; None for the recorded ones.
+        doubled: The same in float64: a value that is further from upstream's may be as far from them as that is.
+    """
+    theirs, ours = (RECORDS if records is None else records)[recorded(name, ranks)], made[0]
+    exact = doubled[recorded(name, ranks)] if doubled is not None else theirs
     compared = 0
     assert ours["max_steps"] == theirs["max_steps"], name
     assert len(ours["log"]) == len(theirs["log"]), name
-    for a, b in zip(theirs["log"], ours["log"], strict=True):
-        assert a.keys() == b.keys(), (name, a, b)
+    for a, b, c in zip(theirs["log"], ours["log"], exact["log"], strict=True):
+        assert a.keys() == b.keys() == c.keys(), (name, a, b)
         for key, value in a.items():
-            exact, near = key in COUNTED, 1e-9
+            near = 1e-9
             if "rewards/" in key:
                 # Differences of sums over the tokens of an answer, times beta.
                 near = CLOSE * max(abs(v) for name, v in a.items() if "logps/" in name)
             elif key.endswith(("_reward", "margin")):
-                # A score adds up 64 products of either sign, about 8 times as large together; means and differences.
-                near = 8 * CLOSE * max(abs(v) for name, v in a.items() if name.endswith("_reward"))
+                # Means and differences of scores, which lie on both sides of 0.
+                near = CLOSE * max(abs(v) for name, v in a.items() if name.endswith("_reward"))
             elif "logits/" in key:
                 # Means of what lies on both sides of 0.
                 near = CLOSE / 10
-            assert b[key] == (value if exact else pytest.approx(value, rel=CLOSE, abs=near, nan_ok=True)), (
-                name,
-                key,
-                a,
-                b,
-            )
+            if key in COUNTED:
+                assert b[key] == value, (name, key, a, b)
+            else:
+                assert is_close(b[key], value, c[key], CLOSE, near), (name, key, a, b, c)
             compared += 1
     assert ours["weights"].keys() == theirs["weights"].keys()
     for key, (_, magnitude) in theirs["weights"].items():
-        assert ours["weights"][key][1] == pytest.approx(magnitude, rel=WEIGHTS, abs=1e-7), (name, key)
+        found, double = ours["weights"][key][1], exact["weights"][key][1]
+        assert is_close(found, magnitude, double, WEIGHTS, 1e-7), (name, key, found, magnitude, double)
     assert len({one["exact"] for one in made}) == 1, f"{name}: the ranks' weights differ"
     assert [one["world"] for one in made] == [[ranks, rank, ranks] for rank in range(ranks)]
     return compared
 
 
-def run_cases(ranks: int, cases: list[str], folder: Path, models: Path, timeout: float) -> None:
+def is_close(found: float, theirs: float, exact: float, close: float, near: float) -> bool:
+    """Whether a value is upstream's, or no further than ``close`` beyond upstream's own rounding from float64's."""
+    if found == pytest.approx(theirs, rel=close, abs=near, nan_ok=True):
+        return True
+    return theirs != exact and abs(found - exact) <= abs(theirs - exact) + max(close * abs(exact), near)
+
+
+def run_cases(
+    ranks: int, cases: list[str], folder: Path, models: Path, timeout: float, records: dict[str, Any] | None = None
+) -> None:
+    """Assert that ``cases`` are upstream's: one of them at most by float64's help, which rounding turned."""
     made = run(ranks, folder, models, cases, timeout)
-    compared = {name: compare(name, ranks, [one[name] for one in made]) for name in cases}
+    compared: dict[str, int] = {}
+    missed = []
+    for name in cases:
+        try:
+            compared[name] = compare(name, ranks, [one[name] for one in made], records)
+        except AssertionError as error:
+            missed.append(name)
+            print(f"{name}, {ranks} ranks: {str(error).splitlines()[0][:300]}")
+    assert len(missed) <= 1
+    if missed:
+        names = [recorded(name, ranks).partition("/")[0] for name in missed]
+        torchrun(ranks, str(folder / "doubled.json"), *names, RECORD_DOUBLE="1")
+        doubled = json.loads((folder / "doubled.json").read_text())
+        for name in missed:
+            compared[name] = compare(name, ranks, [one[name] for one in made], records, doubled)
     # A drawn run may be too short for its first log, and has its summary and its weights alone then.
     assert len(compared) == len(cases) and min(compared.values()) >= 4
     assert sum(compared.values()) >= 10 * len(cases)
@@ -147,17 +189,14 @@ def test_every_case_logs_what_torchrun_logs(ranks: int, kind: str, count: int, m
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_fresh_cases_log_what_torchrun_logs(ranks: int, models: Path, tmp_path: Path) -> None:
     seed, records = fresh_seed(), tmp_path / "records.json"
-    cases = [f"drawn_{seed + number}" for number in range(30)]
+    cases = [f"default_{seed + number}" for number in range(30)]
     torchrun(ranks, str(records), *cases, timeout=800)
     found = json.loads(records.read_text())
     # What upstream itself cannot do is no case.
     cases = [name for name in cases if f"{name}/{ranks}" in found]
     assert len(cases) >= 28
     for part in range(0, len(cases), 10):
-        names = cases[part : part + 10]
-        made = run(ranks, tmp_path / str(part), models, names, 800)
-        for name in names:
-            assert compare(name, ranks, [one[name] for one in made], found) >= 4
+        run_cases(ranks, cases[part : part + 10], tmp_path / str(part), models, 800, found)
 
 
 @pytest.mark.wide
@@ -450,7 +489,7 @@ def test_folders_of_torchrun_resume_here_and_ours_there(models: Path, tmp_path: 
     assert scenario(2, ["foreign"], ours, models, FOREIGN_DIR=str(ours / "run")) == [0, 0]
     unbroken = told(2, ours)[0]["foreign"]
     run_saved(models, theirs / "run", None)
-    environ = {"FOREIGN_DIR": str(again / "run"), "FOREIGN_CHECKPOINT": str(theirs / "run" / "checkpoint-2")}
+    environ: Any = {"FOREIGN_DIR": str(again / "run"), "FOREIGN_CHECKPOINT": str(theirs / "run" / "checkpoint-2")}
     assert scenario(2, ["foreign"], again, models, **environ) == [0, 0], said(again, 0)[-3000:]
     resumed = told(2, again)[0]["foreign"]
     _assert_close(unbroken["log"], resumed["log"], *VALUES, "num_tokens")
@@ -473,7 +512,7 @@ def _assert_close(expected: list[dict[str, Any]], found: list[dict[str, Any]], *
 def test_another_number_of_ranks_goes_on_with_one_warning(models: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     assert scenario(2, ["foreign"], ours, models, FOREIGN_DIR=str(ours / "run")) == [0, 0]
-    environ = {"FOREIGN_CHECKPOINT": str(ours / "run" / "checkpoint-2")}
+    environ: Any = {"FOREIGN_CHECKPOINT": str(ours / "run" / "checkpoint-2")}
     for ranks in (1, 3):
         folder = tmp_path / str(ranks)
         assert scenario(ranks, ["foreign"], folder, models, FOREIGN_DIR=str(folder / "run"), **environ) == [0] * ranks
@@ -483,14 +522,14 @@ def test_another_number_of_ranks_goes_on_with_one_warning(models: Path, tmp_path
         assert log[0]["step"] == 1 and log[-1]["step"] > 2
 
 
-def torchrun(ranks: int, *arguments: str, timeout: float = 400) -> None:
+def torchrun(ranks: int, *arguments: str, timeout: float = 400, **environ: str) -> None:
     """Run ``record_ranks.py`` on several processes."""
-    environ = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environ = {"GLOO_SOCKET_IFNAME": "lo", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | environ
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     # Its own choice of a port, 0, leaves the processes waiting for each other.
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_ports(1)[0])]
     command += [str(HERE / "record_ranks.py"), *arguments]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from compiling import compiles_all, tell_uncompiled, uncompiled_if
 from rank_cases import make_model
 from rank_runs import HERE, finish, said, start
 from safetensors.numpy import load_file
-from tensor_cases import BASE, DRAWN, NAMED, case, play
+from tensor_cases import BASE, DRAWN, NAMED, case, play, play_upstream
 from tensor_scenarios import LARGE, perform
 
 from hf_mlx.models.tensor_parallel import SPLIT_TYPES
@@ -327,8 +328,39 @@ def test_every_type_logs_what_one_process_logs(models: Path, tmp_path: Path) -> 
 
 def compare_all(names: list[str], cases: dict[str, Any], models: Path, folder: Path, ranks: int = 2) -> None:
     made = told(folder, finish(launch(models, folder, {name: cases[name] for name in names}, ranks), 900))
+    turned = []
     for name in names:
         one = play(cases[name], models, str(folder / f"one-{name}"))
         assert made[0][name]["log"] == made[1][name]["log"]
-        assert compare_logs(name, one["log"], made[0][name]["log"]) >= 15
-        assert compare_adapters(name, folder / f"one-{name}-adapter", folder / f"out-{name}-adapter") >= 4
+        adapters = [folder / f"{kind}-{name}-adapter" for kind in ("one", "out")]
+        try:
+            assert compare_logs(name, one["log"], made[0][name]["log"]) >= 15
+            assert compare_adapters(name, adapters[0], adapters[1]) >= 4
+        except AssertionError as error:
+            turned.append(name)
+            print(f"{name}: {str(error).splitlines()[0][:300]}")
+            judge(cases[name], made[0][name]["log"], adapters[1], models, folder / f"judged-{name}")
+    assert len(turned) <= 1, turned
+
+
+def judge(described: dict[str, Any], log: list[dict[str, Any]], adapter: Path, models: Path, folder: Path) -> None:
+    """Assert that a run which rounding turns is as close to upstream's in float64 as upstream's in float32 is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, exact = (play_upstream(described, models, str(folder), doubled=doubled) for doubled in (False, True))
+    # Upstream's summary has counts that are no values of a step.
+    assert len(log) == len(theirs["log"]) >= 4
+    compared = 0
+    for ours, a, b in zip(log[:-1], theirs["log"], exact["log"], strict=False):
+        assert ours.keys() == a.keys()
+        for key, value in b.items():
+            assert abs(ours[key] - value) <= abs(a[key] - value) + CLOSE * abs(value), (key, ours, a, b)
+            compared += 1
+    ours = load_file(adapter / "adapter_model.safetensors")
+    assert ours.keys() == exact["adapter"].keys()
+    # All together: which elements are turned is anyone's.
+    adapters = (exact["adapter"], theirs["adapter"], ours)
+    whole, *others = (np.concatenate([held[name].ravel() for name in exact["adapter"]]) for held in adapters)
+    far = [np.linalg.norm(other - whole) for other in others]
+    assert far[1] <= far[0] + CLOSE * np.linalg.norm(whole), far
+    assert compared >= 20

@@ -24,8 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Seconds of waiting after which it is said who is waited for.
 PATIENCE = 30.0
-#: Seconds after another process has ended in which MLX's own error is given the chance to be raised.
-GRACE = 5.0
+#: Seconds after another process has ended in which MLX's own error is given the chance to be raised, and of a wait that
+#: is begun after them.
+GRACE, BRIEF = 5.0, 1.0
 
 
 class Watch:
@@ -204,9 +205,12 @@ class Watch:
             since, now = self._since, time.monotonic()
             if (ended := self._ended or self._gone) is not None:
                 heard = heard or now
-                # The ring raises by itself; what does not would wait for ever.
-                if since is not None and now - max(heard, since) > GRACE:
+                # The ring raises by itself; what does not would wait for ever. A ring that sums what is left of it goes
+                # from one wait to the next.
+                if since is not None and now - heard > GRACE and now - since > (BRIEF if self._ended else GRACE):
                     self._end(f"{ended}; rank {self.rank} waited for it at {self._what}")
+            else:
+                heard = None
             if since is None:
                 said = False
                 continue
