@@ -25,7 +25,6 @@ from .scored_rows import prepare_scored
 Answer = tuple[str, list[int], list[int]]
 
 _TRAINED, _MASKED, _RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
-
 _PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= {code: f"\\x{code:02x}" for code in range(0x7F, 0xA0)}
 
