@@ -87,6 +87,7 @@ def run_pair(
     return run, asked[1].answers
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_first_steps():
     run_pair({"max_grad_norm": 1.0, "max_steps": 2, "gradient_accumulation_steps": 2}, ask=False)
 
