@@ -144,6 +144,7 @@ def test_callbacks_and_metrics_see_trained_weights(tmp_path):
     assert sum(not torch.equal(a, b) for a, b in itertools.pairwise(seen)) == 5
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_bfloat16_objects_train_in_bfloat16(tmp_path):
     ours = _train(MLXSFTTrainer, tmp_path / "mlx", make_model(dtype=torch.bfloat16))
     theirs = _train(SFTTrainer, tmp_path / "trl", make_model(dtype=torch.bfloat16))

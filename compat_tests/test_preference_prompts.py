@@ -46,6 +46,7 @@ def laid(monkeypatch) -> list[bool]:
     return seen
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     ("family", "reference", "settings"),
     [

@@ -33,7 +33,7 @@ TOGETHER = 5e-5
 ROUNDED = 2**-8
 SAMPLE = ["plain", "four_bits", "dropped", "mixture", "evaluated"]
 # Without mx.compile, where only the sample runs: all three processes would build each kernel at the same time.
-UNCOMPILED = ["dropped", "mixture", "evaluated"]
+UNCOMPILED = ["four_bits", "dropped", "mixture", "evaluated"]
 PLAYED = ["peak", "objects", "resumed", "taken_over", "interrupted", "unlike", "refused"]
 
 

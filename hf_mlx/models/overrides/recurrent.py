@@ -52,6 +52,9 @@ def kept_bytes(module: Any, rows: int, tokens: int) -> int:
     heads, keys, values = _state_shape(module)
     # Queries, keys, values and outputs; padded, convolved and activated inputs; outputs gated and normed.
     by_token = 2 * (keys + values) + 3 * (2 * keys + values) + 5 * values
+    # A decay for each channel of a key goes through as many steps, and into queries and keys.
+    channels = module.dt_bias.size // heads if "dt_bias" in module else 1
+    by_token += 8 * channels if channels > 1 else 0
     return 4 * rows * heads * (tokens * by_token + -(-tokens // CHUNK) * keys * values)
 
 
