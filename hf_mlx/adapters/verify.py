@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import warnings
@@ -16,6 +15,7 @@ import numpy as np
 from ..errors import AdapterError, MissingDependency
 from ..intake import lies
 from ..settings.plan import ModelPlan
+from ..version import find_version
 from .files import write_files, write_text
 from .source import CONFIG, FILES, read_config_file
 
@@ -239,7 +239,5 @@ def _need_peft() -> None:
 
 def _versions() -> Iterator[tuple[str, str]]:
     for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        if (version := find_version(package)) is not None:
+            yield package, version
