@@ -14,8 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..adapters.dropout import KeyedDropout
 from ..adapters.layers import LoRALinear, layer_dims
 from ..device import on_cpu
+from ..models.products import in_rows, in_shape_of
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, LoRALinear)
 
@@ -94,6 +96,12 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
         if not self.training or kwargs or len(args) != 1:
             return base.__call__(self, *args, **kwargs)
         (x,) = args
+        rows = _rows(self, x)
+        if rows is not x and _works(lambda: in_shape_of(x, base.__call__(self, rows))):
+            return in_shape_of(x, run(self, rows))
+        return run(self, x)
+
+    def run(self: nn.Module, x: mx.array) -> mx.array:
         observed = {name: _Observed(child) for name, child in self.children().items() if isinstance(child, _LINEAR)}
         output = run_with(self, x, observed)
         first = {name: layer.output for name, layer in observed.items() if layer.is_called_once_with(x)}
@@ -125,6 +133,12 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
             self.update(params)
 
     return type(f"Recomputing{base.__name__}", (base,), {"__call__": call})
+
+
+def _rows(module: nn.Module, x: mx.array) -> mx.array:
+    """``x`` in rows of one token, which MLX would make of it for each product; dropout draws by rows of a batch."""
+    drops = any(isinstance(part, KeyedDropout) for part in module.modules())
+    return x if x.ndim < 3 or drops else in_rows(x)
 
 
 def _works(call: Callable[[], Any]) -> bool:

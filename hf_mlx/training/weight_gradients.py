@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.precision import CastEmbedding, CastLinear
-from ..models.products import addmm, matmul
+from ..models.products import addmm, in_rows, in_shape_of, matmul
 from .take_rows import take_rows
 
 _LINEAR = (nn.Linear, CastLinear)
@@ -53,12 +53,11 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
     def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, weight, *bias = primals
-        by_rows = _rows(by_out)
-        return (matmul(by_out, weight), matmul(by_rows.T, _rows(x)), *(by_rows.sum(axis=0) for _ in bias))
+        return (matmul(by_out, weight), matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias))
 
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
-    return product(x, weight, *([] if bias is None else [bias]))
+    return in_shape_of(x, product(in_rows(x), weight, *([] if bias is None else [bias])))
 
 
 def _linear(base: Any) -> Any:
@@ -92,7 +91,3 @@ def _cast(layer: Any, arrays: Iterable[mx.array]) -> list[mx.array]:
     arrays = list(arrays)
     dtype = getattr(layer, "compute_dtype", None) or mx.result_type(*arrays)
     return [array.astype(dtype) for array in arrays]
-
-
-def _rows(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
