@@ -37,7 +37,8 @@ def add_low_rank(
         scale: Factor of the product.
 
     Returns:
-        (..., out), differentiable in ``x``, ``a`` and ``b``.
+        (..., out), differentiable in ``x``, ``a`` and ``b``; the gradient of ``x`` is there once the others are, see
+        :mod:`hf_mlx.training.backward_order`.
     """
 
     # In rows: MLX would flatten each product of more axes by itself, and multiply a batch of them where one adds.
@@ -54,7 +55,7 @@ def add_low_rank(
         by_inner = matmul(by_out, b)
         by_x = addmm(_multiply_back(layer, x, by_out), by_inner, a, scale)
         by_a, by_b = scaled_matmul(by_inner.T, x, scale), scaled_matmul(by_out.T, inner, scale)
-        return by_x, by_a, by_b, mx.zeros_like(inner)
+        return mx.depends([by_x], [by_a, by_b])[0], by_a, by_b, mx.zeros_like(inner)
 
     added: Any = mx.custom_function(forward)
     added.vjp(backward)

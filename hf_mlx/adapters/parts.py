@@ -112,6 +112,8 @@ class LoRALatent(SplitLoRALinear):
     Both map the latent to keys or values; one token at a time, ``embed_q`` maps queries to the latent instead.
     """
 
+    orders_backward = False
+
     def adapted(self, base_layer: Any, rows: Rows, x: mx.array, transpose: bool = True) -> mx.array:
         dtype = self.compute_dtype
         base = base_layer(x, transpose=transpose)

@@ -36,13 +36,14 @@ def lay_out_gradients(model: nn.Module) -> None:
             module.__class__ = _embedding(type(module))
 
 
-def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, ordered: bool = False) -> mx.array:
     """``x @ weight.T + bias``, whose gradient by ``weight`` is contiguous.
 
     Args:
         x: (..., in).
         weight: (out, in), in the dtype of ``x``.
         bias: (out,), in the dtype of ``x``.
+        ordered: The gradient of ``x`` waits for the others, see :mod:`~hf_mlx.training.backward_order`.
 
     Returns:
         (..., out), differentiable in all three.
@@ -53,7 +54,9 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
     def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, weight, *bias = primals
-        return (matmul(by_out, weight), matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias))
+        by_params = [matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias)]
+        by_x = matmul(by_out, weight)
+        return (mx.depends([by_x], by_params)[0] if ordered else by_x, *by_params)
 
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
@@ -64,9 +67,10 @@ def _linear(base: Any) -> Any:
     def call(self: Any, x: mx.array) -> mx.array:
         if not self.training:
             return base.__call__(self, x)
-        return project(*_cast(self, (x, self.weight, *([self.bias] if "bias" in self else []))))
+        arrays = _cast(self, (x, self.weight, *([self.bias] if "bias" in self else [])))
+        return project(*arrays, ordered=self.orders_backward)
 
-    return type(f"Laid{base.__name__}", (base,), {"__call__": call})
+    return type(f"Laid{base.__name__}", (base,), {"__call__": call, "orders_backward": False})
 
 
 def look_up(weight: mx.array, tokens: mx.array) -> mx.array:
