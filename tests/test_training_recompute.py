@@ -5,6 +5,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
+from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
 from hf_mlx.training.feed_forward import recompute_activations
 
@@ -153,3 +154,25 @@ def test_a_backward_pass_holds_less():
         peaks.append(mx.get_peak_memory() - before)
 
     assert peaks[1] < 0.75 * peaks[0]
+
+
+def test_the_gradient_of_an_adapted_layer_s_input_waits_for_the_adapter_s(tmp_path):
+    block = nn.Module()
+    block.layer = LoRALinear(nn.Linear(WIDTH, WIDE, bias=False), 4, 2.0, compute_dtype=mx.bfloat16)
+    block.layer.base_layer.freeze()
+    block.layer.base_layer.weight = block.layer.base_layer.weight.astype(mx.bfloat16)
+    x = mx.ones((3, WIDTH), mx.bfloat16)
+    mx.eval(block.parameters(), x)
+    order_backward([block])
+
+    def loss(x, a, b):
+        block.layer.update({"lora_A": a, "lora_B": b})
+        return block.layer(x).astype(mx.float32).sum()
+
+    by_x, by_a, by_b = mx.grad(loss, argnums=(0, 1, 2))(x, block.layer.lora_A, block.layer.lora_B)
+    # What only one of the arrays needs would not have been computed with the other.
+    mx.export_to_dot(str(tmp_path / "alone.dot"), by_x)
+    mx.export_to_dot(str(tmp_path / "all.dot"), by_x, by_a, by_b)
+    graphs = [(tmp_path / name).read_text(encoding="utf-8") for name in ("alone.dot", "all.dot")]
+    alone, everything = (graph.count("Matmul") + graph.count("AddMM") for graph in graphs)
+    assert alone == everything == 6

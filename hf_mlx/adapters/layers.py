@@ -142,7 +142,10 @@ class DoRALinear(LoRALinear):
         lora_magnitude_vector: (out,), fp32.
     """
 
-    orders_backward = False
+    @property
+    def orders_backward(self) -> bool:
+        """False: its gradients come in MLX's order."""
+        return False
 
     def __init__(self, base_layer: Any, r: int, scale: float, **options) -> None:
         super().__init__(base_layer, r, scale, **options)
