@@ -101,7 +101,7 @@ class Step(Trained):
         try:
             sums = self._train(self._pieces(window, len(window)), self._hyper(step, lr))
         finally:
-            self._bind()
+            self._bind_what_moved()
         self._carry = None
         return StepMetrics.split(sums)
 
@@ -110,7 +110,7 @@ class Step(Trained):
         try:
             self._accumulate_all(self._pieces(window, count))
         finally:
-            self._bind()
+            self._bind_what_moved()
 
     def retrace(self) -> None:
         """Forget what was traced, once frozen weights of the model are others."""
