@@ -204,6 +204,11 @@ class Trained:
         if self._bound[0] is not self._params or self._bound[1] != self.traces:
             self._bind()
 
+    def _begin_exchange(self) -> None:
+        # Before any exchange of the step itself, on every process.
+        if self.exchange is not None:
+            self.exchange.begin()
+
     def _update_clipped(self, grads: Arrays, sums: Arrays, hyper: Arrays) -> Arrays:
         """Update with gradients as they are kept, in the compiled function or by the script's own optimizer."""
         if self.optimizer.on_host:
