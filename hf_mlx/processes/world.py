@@ -221,6 +221,15 @@ class World:
                     raise
                 raise self.lost(what) from error
 
+    def check(self, what: str = "") -> None:
+        """Look between two pieces of own work whether the others are still there, without waiting.
+
+        Raises:
+            TrainingError: Another process has failed and is gone.
+        """
+        if self.watch is not None and self.watch.is_left:
+            raise self.lost(what)
+
     def lost(self, what: str = "") -> TrainingError:
         """The error of a process that others have left."""
         who = self.watch.name_ended() if self.watch is not None else None
