@@ -1,6 +1,7 @@
 """``hf-mlx launch``: what mlx.launch is told, and what each process runs."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -94,6 +95,21 @@ def test_the_launcher_ends_as_its_processes_do(failing, status):
     )
     # One that fails may end the other before it has read.
     assert done.returncode == status and "heard a line" in done.stdout, done.stdout + done.stderr
+
+
+def test_ctrl_c_is_the_processes_to_answer():
+    code = "import time\nprint('ready', flush=True)\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('saved')"
+    started = subprocess.Popen(
+        [*START, sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    assert [started.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.stdout.read().splitlines() == ["saved"] * 2 and started.wait(20) == 0
 
 
 def test_the_launcher_rests_while_its_processes_work():

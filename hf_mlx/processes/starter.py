@@ -1,8 +1,8 @@
 """``mlx.launch`` as ``hf-mlx launch`` becomes it: with an exit status, and without a core of its own.
 
-MLX's own (mlx 0.32.4) ends with 0 whatever its processes ended with, so a shell's script goes on after a failure. And
-it never rests: it asks over and over whether it could write to its processes, and whether an input that has ended
-(cron, nohup, CI) has more.
+MLX's own (mlx 0.32.4) ends with 0 whatever its processes ended with, so a shell's script goes on after a failure; after
+Ctrl-C it no longer shows what they say; and it never rests: it asks over and over whether it could write to them, and
+whether an input that has ended (cron, nohup, CI) has more.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import runpy
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -44,6 +45,8 @@ def main() -> int:
     launcher |= {"RemoteProcess": Process, "run": run, "select": _select}
     if not os.isatty(0):
         _keep_input_open()
+    # Ctrl-C reaches the processes as well, which save and say so. A second one ends this one too.
+    signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, signal.default_int_handler))
     launcher["main"]()
     return int(any(statuses))
 
