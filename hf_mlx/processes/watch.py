@@ -31,7 +31,7 @@ FAILED = 3.0, 1.0
 #: The same after one has ended well: what it sent last may still be under way.
 LEFT = 5.0, 5.0
 #: Seconds that a process which ends with an error, after another has failed, gets to clear up.
-CLEARING = 3.0
+CLEARING = 2.0
 
 
 class Watch:
