@@ -446,8 +446,10 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(models: Path, tmp_path: 
 
 @pytest.mark.wide
 def test_a_rank_that_dies_in_an_evaluation_ends_the_others(models: Path, tmp_path: Path) -> None:
-    assert scenario(2, ["evaluating"], tmp_path, models, grace=IN_TIME) == [1, -signal.SIGKILL]
-    assert "rank 1 has ended without a word" in said(tmp_path, 0) and "at an evaluation" in said(tmp_path, 0)
+    assert scenario(3, ["evaluating"], tmp_path, models, grace=IN_TIME) == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert "rank 1 has ended without a word" in said(tmp_path, rank)
+        assert "at an evaluation" in said(tmp_path, rank)
 
 
 @pytest.mark.wide
