@@ -32,13 +32,13 @@ MODEL ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.kernels  ## fine-tune SmolLM2-135M with LoRA on real rows, plot, answer, verify in PEFT (MODEL=hub/id)
+demo: $(VENV)/.installed  ## fine-tune SmolLM2-135M with LoRA on real rows, plot, answer, verify in PEFT (MODEL=hub/id)
 	$(BIN)/python examples/demo.py $(MODEL)
 
-test: $(VENV)/.kernels  ## everything but the wide comparisons
+test: $(VENV)/.installed  ## everything but the wide comparisons
 	$(PYTEST) -m "not wide" compat_tests tests
 
-compat: $(VENV)/.kernels  ## the comparisons with transformers, trl, peft and mlx-lm, the wide ones included
+compat: $(VENV)/.installed  ## the comparisons with transformers, trl, peft and mlx-lm, the wide ones included
 	$(PYTEST) compat_tests
 
 check: $(VENV)/.installed  ## format, lint, types and layers, as CI runs them
@@ -51,7 +51,7 @@ format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.kernels  ## side by side with mlx-lm and TRL: prints ratios, keeps figures and a chart in bench-output
+bench: $(VENV)/.installed  ## side by side with mlx-lm and TRL: prints ratios, keeps figures and a chart in bench-output
 	$(BIN)/python benchmarks/sft_step.py --json bench-output/sft_step.json --chart bench-output/sft_step.png
 
 docs: $(VENV)/.docs  ## build the pages into docs/_build
@@ -63,17 +63,6 @@ clean:  ## remove the environment and everything built
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.system
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
-	touch $@
-
-# What g++ reads for every kernel that mx.compile builds on the CPU, read once: a kernel builds in a tenth of the time.
-$(VENV)/.kernels: tests/mlx_kernels.h $(VENV)/.installed
-ifeq ($(PLATFORM),Linux)
-	@include="$$($(BIN)/python -c 'import mlx; print(mlx.__path__[0])')/include"; \
-	header="$$include/mlx/backend/cpu/compiled_preamble.h"; rm -f "$$header.gch"; \
-	for source in $< "$$header"; do \
-	  ! g++ -std=c++17 -O3 -w -fPIC -x c++-header -I "$$include" "$$source" -o "$$header.gch" || break; \
-	done
-endif
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

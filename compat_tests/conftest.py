@@ -29,6 +29,15 @@ def pytest_collection_finish():
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernel_header():
+    """The header of MLX's kernels, compiled: as every trainer does, for the tests that have none."""
+    from hf_mlx.training.kernel_header import compiling_header  # after the BLAS
+
+    with compiling_header():
+        pass
+
+
 @pytest.fixture(autouse=True)
 def unhashed(request, monkeypatch):
     """Take datasets' own random fingerprints, of rows whose functions cannot be hashed.

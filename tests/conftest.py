@@ -2,9 +2,20 @@
 
 import os
 
+import pytest
+
 from hf_mlx.blas import load_openblas
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does: how many cores a machine has must not decide what a test sees.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 load_openblas()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_header():
+    """The header of MLX's kernels, compiled: as every trainer does, for the tests that have none."""
+    from hf_mlx.training.kernel_header import compiling_header  # after the BLAS
+
+    with compiling_header():
+        pass
