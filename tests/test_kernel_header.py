@@ -44,7 +44,7 @@ def headers_read(source: Path) -> list[str]:
 
 def test_processes_that_start_together_compile_it_once_and_their_kernels_are_built_with_it(tmp_path, monkeypatch):
     for process in [start(tmp_path) for _ in range(2)]:
-        assert process.wait(120) == 0, process.stderr.read()
+        assert process.wait(120) == 0, process.communicate()[1]
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     folder = kernel_folder()
     assert headers_read(next(folder.glob("*.cpp"))) == ["!", str(folder / f"{HEADER}.gch")]

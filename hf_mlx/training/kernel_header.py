@@ -55,7 +55,7 @@ rm -f "$folder/$$.h.gch"
 def kernel_folder() -> Path:
     """Where MLX keeps its kernels: below the folder for temporary files, by C++'s rule for that."""
     named = (os.environ.get(name) for name in ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))
-    return Path(next((name for name in named if name is not None), "/tmp"), "mlx", mx.__version__, "cpu")
+    return Path(next((name for name in named if name is not None), "/tmp"), "mlx", mx.__version__, "cpu")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager
