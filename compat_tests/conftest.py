@@ -11,6 +11,9 @@ from compiling import compiles_all, uncompiled_if
 
 from hf_mlx.blas import load_openblas
 
+# Processes of tests import this library a hundred times, and a container may ask not to keep what Python compiles.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does: how many cores a machine has must not decide what a test sees.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
