@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from zlib import crc32
 import mlx.core as mx
 import numpy as np
 
-from ..device import MEGABYTES, start_depth_first
+from ..device import MEGABYTES, Coming, start_depth_first
 from ..errors import SettingError, TrainingError
 from .launcher import Launched, read_launcher, read_tensor_parallel
 from .watch import Watch
@@ -22,6 +22,28 @@ logger = logging.getLogger(__name__)
 
 # In front of each table: of what kind it is, the how many-th, a check of all of it, and its length.
 _HEAD = 4
+
+
+class Sent:
+    """A table of :meth:`World.gather_later`, begun or not.
+
+    Args:
+        begin: Sends it.
+    """
+
+    def __init__(self, begin: Callable[[], Coming]) -> None:
+        self._begin = begin
+        self._coming: Coming | None = None
+
+    def begin(self) -> None:
+        """Send the table of this process; nothing the second time."""
+        if self._coming is None:
+            self._coming = self._begin()
+
+    def read(self) -> np.ndarray:
+        """The tables of all processes."""
+        assert self._coming is not None
+        return self._coming.read()
 
 
 class World:
@@ -47,6 +69,7 @@ class World:
         self.width = 64
         self.tensor_parallel = False
         self._host, self._has_met, self._tables = host, group is None, 0
+        self._left: Sent | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -106,19 +129,39 @@ class World:
         """
         return self.read(self.gather_later(kind, table), kind, what)
 
-    def gather_later(self, kind: str, table: np.ndarray) -> mx.array:
-        """Begin :meth:`gather` without waiting for it; :meth:`read` has its end."""
+    def gather_later(self, kind: str, table: np.ndarray, *, with_step: bool = False) -> Sent:
+        """Begin :meth:`gather` without waiting for it; :meth:`read` has its end.
+
+        Args:
+            kind: As there.
+            table: As there.
+            with_step: Begin once the next step is ordered, where a device has least to do: MLX would hold the host
+                back before.
+        """
         self.meet()
         self._tables += 1
         padded = np.zeros(self.width, np.int32)
         padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
         padded[2] = _seal(padded)
-        return self._begin(padded)
+        self.begin()
+        sent = Sent(lambda: Coming(self._begin(padded)))
+        if with_step:
+            self._left = sent
+        else:
+            sent.begin()
+        return sent
 
-    def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
+    def begin(self) -> None:
+        """Begin what was left for the time of a step."""
+        if (sent := self._left) is not None:
+            self._left = None
+            sent.begin()
+
+    def read(self, sent: Sent, kind: str, what: str = "") -> np.ndarray:
         """Wait for what the other processes send."""
+        self.begin()
         with self.waiting(what or kind):
-            tables = np.array(gathered)
+            tables = sent.read()
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
         # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
         # what was there before.
@@ -139,9 +182,7 @@ class World:
         self.meet()
         # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
         own = mx.array(array[None])
-        gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
-        mx.async_eval(gathered)
-        return gathered
+        return mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
 
     def gather_bytes(self, data: bytes, what: str = "") -> list[bytes]:
         """The bytes of all processes, by rank."""
