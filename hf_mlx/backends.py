@@ -120,8 +120,8 @@ MEASURES = (
     ),
     Measure(
         "cpu",
-        "rows of a micro-batch in lanes, one a core",
-        "all but matrix products run on one core",
+        "rows of a micro-batch in lanes, one a core, each at most a part of the model ahead of the others",
+        "all but matrix products run on one core, and few operations may wait, of all lanes together",
         "training.lanes.LanedStep",
     ),
     Measure(
