@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu
 
 from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
@@ -43,6 +44,13 @@ class Fused(nn.Module):
     def __call__(self, x):
         gate, x = mx.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(nn.silu(gate) * x)
+
+
+class Swiglu(Gated):
+    """mlx-lm's own function between the products, as in most of its models."""
+
+    def __call__(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class AddsItsInput(Gated):
@@ -107,7 +115,9 @@ FIRST, LAST = ("gate_proj", "fc1", "gate_up_proj"), ("down_proj", "fc2")
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("frozen", [(), FIRST, LAST], ids=["all", "first", "last"])
-@pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep])
+@pytest.mark.parametrize(
+    "network", [Gated, Swiglu, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep]
+)
 def test_the_gradients_are_those_of_the_plain_network(network, frozen, compiled, on_cpu, monkeypatch):
     monkeypatch.setattr("hf_mlx.training.feed_forward.on_cpu", lambda: on_cpu)
     plain, changed = (make_blocks(network, 3) for _ in range(2))

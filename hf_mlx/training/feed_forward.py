@@ -13,11 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.activations import swiglu
 
 from ..adapters.dropout import KeyedDropout
 from ..adapters.layers import LoRALinear, layer_dims
 from ..device import on_cpu
 from ..models.products import in_rows, in_shape_of
+from .exponential import sigmoid
+from .rebinding import calls, rebound
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, LoRALinear)
 
@@ -86,11 +89,19 @@ class _Observed:
         return self.calls == 1 and self.input is x
 
 
+def _silu_product(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * sigmoid(gate) * x if gate.dtype == mx.float32 else swiglu(gate, x)
+
+
 def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
+    compute: Any = base.__call__
+    if on_cpu() and calls(compute, "swiglu", swiglu):
+        compute = rebound(compute, "swiglu", _silu_product)
+
     def run_with(self: nn.Module, x: mx.array, layers: Mapping[str, Callable[[mx.array], mx.array]]) -> mx.array:
         stand_in = copy(self)
         stand_in |= layers
-        return base.__call__(stand_in, x)
+        return compute(stand_in, x)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
         if not self.training or kwargs or len(args) != 1:
