@@ -121,8 +121,10 @@ class Bundles:
                 alike.setdefault(key, {})[name] = array.shape
         self._bundles = {next(iter(shapes)): Bundle.of(shapes, key[2]) for key, shapes in alike.items()}
         bundled = {name for bundle in self._bundles.values() for name in bundle.names}
-        # The largest come last: by then an update has let the gradients of the others go.
-        self._alone = sorted((name for name in params if name not in bundled), key=lambda name: params[name].size)
+        # MLX begins with what it is asked for last, and the largest are updated once the other gradients are gone.
+        self._alone = sorted(
+            (name for name in params if name not in bundled), key=lambda name: params[name].size, reverse=True
+        )
 
     def __eq__(self, other: object) -> bool:
         """Whether every array lies where it does in ``other``."""
