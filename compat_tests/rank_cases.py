@@ -30,7 +30,7 @@ NAMED: dict[str, dict[str, Any]] = {
         "rows": 16, "masked": True, "gradient_accumulation_steps": 3, "average_tokens_across_devices": False,
     },
     "drop_last": {"rows": 13, "gradient_accumulation_steps": 2, "dataloader_drop_last": True},
-    "by_length": {"rows": 16, "train_sampling_strategy": "group_by_length"},
+    "by_length": {"rows": 16, "train_sampling_strategy": "group_by_length"} | STEADY,
     "packed": {"rows": 16, "packing": True, "max_length": 48},
     "padding_free": {"rows": 16, "padding_free": True, "max_length": None},
     "evaluated": {
