@@ -7,6 +7,7 @@ from mlx.utils import tree_flatten
 
 from hf_mlx.training.backward_order import order_backward
 from hf_mlx.training.feed_forward import recompute_activations
+from hf_mlx.training.recompute import recompute
 
 WIDTH, WIDE = 16, 64
 # fp32: the same operations, which the compiler may fuse otherwise.
@@ -153,3 +154,40 @@ def test_a_backward_pass_holds_less():
         peaks.append(mx.get_peak_memory() - before)
 
     assert peaks[1] < 0.75 * peaks[0]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_what_is_recomputed_gives_the_same_and_forgets(compiled):
+    def block(params, x, mask, scale=None, *, kind="sin", parts=()):
+        wide = getattr(mx, kind)(x @ params["wide"])
+        return (mx.cos(wide) @ params["back"]) * parts[0] + x, [mx.where(mask, wide, 0).sum() * (scale or 1)]
+
+    mx.random.seed(0)
+    params = {"wide": mx.random.normal((WIDTH, WIDE)), "back": mx.random.normal((WIDE, WIDTH)) / WIDE}
+    x, part = mx.random.normal((2048, WIDTH)), mx.array([0.5])
+    found, peaks = [], []
+    for change in (lambda function: function, mx.checkpoint, recompute):
+
+        def loss(params, x, part, change=change):
+            total = 0
+            for _ in range(8):
+                x, (noted,) = change(block)(params, x, mx.arange(WIDE) > 9, None, kind="sin", parts=(part,))
+                total = total + noted
+            return mx.square(x).mean() + 1e-3 * total
+
+        function = mx.value_and_grad(loss, argnums=(0, 1, 2))
+        function = mx.compile(function) if compiled else function
+        mx.eval(function(params, x, part))
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        value, (by_params, by_x, by_part) = function(params, x, part)
+        mx.eval(value, by_params, by_x, by_part)
+        mx.synchronize()
+        peaks.append(mx.get_peak_memory() - before)
+        found.append([value, by_params["wide"], by_params["back"], by_x, by_part])
+
+    for expected in found[:2]:
+        for theirs, ours in zip(expected, found[2], strict=True):
+            assert mx.allclose(ours, theirs, rtol=RELATIVE, atol=RELATIVE * mx.abs(theirs).max().item())
+    assert len(found) == 3 and peaks[2] < 0.95 * peaks[0]
