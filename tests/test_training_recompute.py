@@ -1,5 +1,7 @@
 """Feed-forward networks that recompute, and ordered backward passes: less memory, the same gradients."""
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -224,3 +226,19 @@ def test_the_gradient_of_an_adapted_layer_s_input_waits_for_the_adapter_s(tmp_pa
     graphs = [(tmp_path / name).read_text(encoding="utf-8") for name in ("alone.dot", "all.dot")]
     alone, everything = (graph.count("Matmul") + graph.count("AddMM") for graph in graphs)
     assert alone == everything == 6
+
+
+def test_nothing_is_recomputed_before_its_gradient_is_there(tmp_path):
+    x, by_output = mx.ones(3), mx.ones(3) / 2
+    mx.eval(x, by_output)
+    _, (by_x,) = mx.vjp(recompute(lambda x: mx.cos(mx.sin(x))), [x], [mx.erfinv(by_output)])
+    mx.export_to_dot(str(tmp_path / "graph.dot"), by_x)
+    lines = (tmp_path / "graph.dot").read_text(encoding="utf-8").splitlines()
+    names = dict(re.findall(r'(\d+) \[label ="(\w+)"', "\n".join(lines)))
+    edges = [line.replace('"', "").split(" -> ") for line in lines if " -> " in line]
+    reached = {node for node, name in names.items() if name == "ErfInv"}
+    for _ in edges:
+        reached |= {end for start, end in edges if start in reached}
+
+    computed = [node for node, name in names.items() if name in ("Sin", "Cos")]
+    assert len(computed) == 3 and reached.issuperset(computed)
