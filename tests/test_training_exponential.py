@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from hf_mlx.training.exponential import exponential
+from hf_mlx.training.exponential import exponential, sigmoid
 
 # Two units in the last place of float32.
 RELATIVE = 2.4e-7
@@ -30,3 +30,13 @@ def test_its_gradient_is_itself():
     value, gradient = mx.value_and_grad(lambda x: exponential(x).sum())(x)
 
     assert mx.array_equal(gradient, exponential(x)) and value.item() > 1
+
+
+def test_the_sigmoid_and_its_gradient_are_as_exact():
+    x = np.concatenate([-np.geomspace(1e-8, 200, 20_001), np.geomspace(1e-8, 200, 20_001)]).astype(np.float32)
+    value, gradient = mx.vjp(sigmoid, [mx.array(x)], [mx.ones(x.shape)])
+    exact = 1 / (1 + np.exp(-x.astype(np.float64)))
+
+    # Where exp(x) is no normal number it is zero.
+    np.testing.assert_allclose(np.array(value[0]), exact, rtol=2 * RELATIVE, atol=2e-38)
+    np.testing.assert_allclose(np.array(gradient[0]), exact * (1 - exact), atol=RELATIVE)

@@ -4,7 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.activations import swiglu
 
+from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
 from hf_mlx.training.feed_forward import recompute_activations
 
@@ -42,6 +44,13 @@ class Fused(nn.Module):
     def __call__(self, x):
         gate, x = mx.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(nn.silu(gate) * x)
+
+
+class Swiglu(Gated):
+    """mlx-lm's own function between the products, as in most of its models."""
+
+    def __call__(self, x):
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class AddsItsInput(Gated):
@@ -106,7 +115,9 @@ FIRST, LAST = ("gate_proj", "fc1", "gate_up_proj"), ("down_proj", "fc2")
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
 @pytest.mark.parametrize("frozen", [(), FIRST, LAST], ids=["all", "first", "last"])
-@pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep])
+@pytest.mark.parametrize(
+    "network", [Gated, Swiglu, TwoLayers, Fused, AddsItsInput, ReadsItsInputAgain, AsksTwice, Deep]
+)
 def test_the_gradients_are_those_of_the_plain_network(network, frozen, compiled, on_cpu, monkeypatch):
     monkeypatch.setattr("hf_mlx.training.feed_forward.on_cpu", lambda: on_cpu)
     plain, changed = (make_blocks(network, 3) for _ in range(2))
@@ -153,3 +164,25 @@ def test_a_backward_pass_holds_less():
         peaks.append(mx.get_peak_memory() - before)
 
     assert peaks[1] < 0.75 * peaks[0]
+
+
+def test_the_gradient_of_an_adapted_layer_s_input_waits_for_the_adapter_s(tmp_path):
+    block = nn.Module()
+    block.layer = LoRALinear(nn.Linear(WIDTH, WIDE, bias=False), 4, 2.0, compute_dtype=mx.bfloat16)
+    block.layer.base_layer.freeze()
+    block.layer.base_layer.weight = block.layer.base_layer.weight.astype(mx.bfloat16)
+    x = mx.ones((3, WIDTH), mx.bfloat16)
+    mx.eval(block.parameters(), x)
+    order_backward([block])
+
+    def loss(x, a, b):
+        block.layer.update({"lora_A": a, "lora_B": b})
+        return block.layer(x).astype(mx.float32).sum()
+
+    by_x, by_a, by_b = mx.grad(loss, argnums=(0, 1, 2))(x, block.layer.lora_A, block.layer.lora_B)
+    # What only one of the arrays needs would not have been computed with the other.
+    mx.export_to_dot(str(tmp_path / "alone.dot"), by_x)
+    mx.export_to_dot(str(tmp_path / "all.dot"), by_x, by_a, by_b)
+    graphs = [(tmp_path / name).read_text(encoding="utf-8") for name in ("alone.dot", "all.dot")]
+    alone, everything = (graph.count("Matmul") + graph.count("AddMM") for graph in graphs)
+    assert alone == everything == 6

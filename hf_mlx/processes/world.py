@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
-from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
@@ -16,34 +15,10 @@ import numpy as np
 from ..device import MEGABYTES, Coming, start_depth_first
 from ..errors import SettingError, TrainingError
 from .launcher import Launched, read_launcher, read_tensor_parallel
+from .tables import HEAD, Sent, check_bytes, head_table, is_whole
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-
-# In front of each table: of what kind it is, the how many-th, a check of all of it, and its length.
-_HEAD = 4
-
-
-class Sent:
-    """A table of :meth:`World.gather_later`, begun or not.
-
-    Args:
-        begin: Sends it.
-    """
-
-    def __init__(self, begin: Callable[[], Coming]) -> None:
-        self._begin = begin
-        self._coming: Coming | None = None
-
-    def begin(self) -> None:
-        """Send the table of this process; nothing the second time."""
-        if self._coming is None:
-            self._coming = self._begin()
-
-    def read(self) -> np.ndarray:
-        """The tables of all processes."""
-        assert self._coming is not None
-        return self._coming.read()
 
 
 class World:
@@ -133,21 +108,17 @@ class World:
         """Begin :meth:`gather` without waiting for it; :meth:`read` has its end.
 
         Args:
-            kind: As there.
-            table: As there.
+            kind, table: As there.
             with_step: Begin once the next step is ordered, where a device has least to do: MLX would hold the host
                 back before.
         """
         self.meet()
         self._tables += 1
-        padded = np.zeros(self.width, np.int32)
-        padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
-        padded[2] = _seal(padded)
+        padded = head_table(kind, self._tables, table, self.width)
         self.begin()
         sent = Sent(lambda: Coming(self._begin(padded)))
-        if with_step:
-            self._left = sent
-        else:
+        self._left = sent if with_step else None
+        if not with_step:
             sent.begin()
         return sent
 
@@ -165,9 +136,9 @@ class World:
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
         # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
         # what was there before.
-        is_whole = all(_seal(table) == table[2] for table in tables)
+        are_whole = all(map(is_whole, tables))
         is_old = not len(other) and (tables[:, 1] != tables[self.rank, 1]).any()
-        if not is_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
+        if not are_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
             raise self.lost(what or kind)
         if len(other):
             raise TrainingError(
@@ -176,7 +147,7 @@ class World:
                 "prediction), the others never answer",
                 "ask for it on every rank: callbacks and scripts run on all of them, and only rank 0 writes",
             )
-        return tables[:, _HEAD : _HEAD + int(tables[self.rank, 3])]
+        return tables[:, HEAD : HEAD + int(tables[self.rank, 3])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
         self.meet()
@@ -188,14 +159,14 @@ class World:
         """The bytes of all processes, by rank."""
         if self.is_alone:
             return [data]
-        check = _check(data)
+        check = check_bytes(data)
         lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
         padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         with self.waiting(what):
             parts = np.array(self._begin(padded.view(np.int32)))
         made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
-        if [_check(part) for part in made] != checks.tolist():
+        if [check_bytes(part) for part in made] != checks.tolist():
             # What was under way when a process ended has no error of its own.
             raise self.lost(what)
         return made
@@ -262,6 +233,15 @@ class World:
                     raise
                 raise self.lost(what) from error
 
+    def check(self, what: str = "") -> None:
+        """Look between two pieces of own work whether the others are still there, without waiting.
+
+        Raises:
+            TrainingError: Another process has failed and is gone.
+        """
+        if self.watch is not None and self.watch.is_left:
+            raise self.lost(what)
+
     def lost(self, what: str = "") -> TrainingError:
         """The error of a process that others have left."""
         who = self.watch.name_ended() if self.watch is not None else None
@@ -270,16 +250,6 @@ class World:
             f"all {self.size} processes to the end of the run: this one, rank {self.rank}, cannot go on alone",
             "mend what that message names, then trainer.train(resume_from_checkpoint=True) on all of them",
         )
-
-
-def _check(data: bytes) -> int:
-    """A number of 31 bits that differs as soon as ``data`` does."""
-    return crc32(data) & 0x7FFFFFFF
-
-
-def _seal(table: np.ndarray) -> int:
-    """The check of a table, whatever stands in the place of its own."""
-    return _check(table[:2].tobytes() + table[_HEAD - 1 :].tobytes())
 
 
 def is_lost(error: BaseException) -> bool:

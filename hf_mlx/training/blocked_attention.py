@@ -19,8 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from ..device import on_cuda
+from ..device import on_cpu, on_cuda
 from ..models.masks import SegmentCache
+from .cpu_attention import attention
+from .rebinding import calls, rebound
 from .shared_rows import PromptCache
 
 # Queries of a block; more on CUDA, where starting the kernels of small ones would take longer than they do.
@@ -28,7 +30,8 @@ BLOCK, CUDA_BLOCK = 128, 512
 # What cuDNN's attention takes (mlx 0.32.4, backend/cuda/scaled_dot_product_attention.cpp).
 FUSED_WIDTH, FUSED_STEP = 128, 8
 # Shorter rows are computed at once: what a block costs beside its products would not be won back.
-LEAST = 1024
+# On the CPU what blocks leave uncomputed is worth more.
+LEAST, CPU_LEAST = 1024, 512
 
 _CALLED = scaled_dot_product_attention.__name__
 # What stands in for attention at the moment, the last one first.
@@ -54,7 +57,7 @@ def attend_in_blocks(blocks: Iterable[nn.Module]) -> None:
 
 def attends_in_blocks(block: nn.Module, length: int) -> bool:
     """Whether :func:`attend_in_blocks` keeps ``block`` from holding the scores of ``length`` x ``length`` pairs."""
-    return length >= LEAST and any(getattr(module, "in_blocks", False) for module in block.modules())
+    return length >= least_tokens() and any(getattr(module, "in_blocks", False) for module in block.modules())
 
 
 def blocked_attention(
@@ -90,13 +93,15 @@ def blocked_attention(
     length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
-    if length < LEAST or not known or added or is_fused(queries.dtype, queries.shape[-1], values.shape[-1]):
+    if length < least_tokens() or not known or added or is_fused(queries.dtype, queries.shape[-1], values.shape[-1]):
+        if known and not added and sinks is None:
+            return attention(queries, keys, values, scale, mask)
         at_once: Any = scaled_dot_product_attention
         return at_once(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
     # mlx-lm's own masks of two axes are causal, with a window or a chunk; so are those of our caches.
     causal = cache is not None or (mask is not None and (array is None or array.ndim == 2))
-    attention = _Attention(scale, mask, causal, keys.shape[-2] - length)
-    return attention(queries, keys, values, *([] if sinks is None else [sinks]))
+    in_blocks = _Attention(scale, mask, causal, keys.shape[-2] - length)
+    return in_blocks(queries, keys, values, *([] if sinks is None else [sinks]))
 
 
 @contextmanager
@@ -118,6 +123,11 @@ def is_fused(dtype: mx.Dtype, *widths: int) -> bool:
     """
     fitting = all(width <= FUSED_WIDTH and width % FUSED_STEP == 0 for width in widths)
     return on_cuda() and dtype != mx.float32 and fitting
+
+
+def least_tokens() -> int:
+    """Tokens of the shortest row that is attended in blocks on the device that MLX uses."""
+    return CPU_LEAST if on_cpu() else LEAST
 
 
 def block_queries() -> int:
@@ -179,8 +189,10 @@ class _Attention:
             if isinstance(mask, mx.array):
                 rows = slice(start, start + self.block) if mask.shape[-2] > 1 else slice(None)
                 mask = mask[..., rows, : keys.shape[-2]]
+            if not sinks:
+                return attention(queries, keys, values, self.scale, mask)
             return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0] if sinks else None
+                queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0]
             )
 
         return attend
@@ -201,20 +213,12 @@ def _add(sums: list[mx.array], parts: list[mx.array]) -> list[mx.array]:
 def _calling(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods of a class that call mlx-lm's attention."""
     members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
-    return {
-        name: method
-        for name, method in members.items()
-        if isinstance(method, FunctionType)
-        and _CALLED in method.__code__.co_names
-        and method.__globals__.get(_CALLED) is scaled_dot_product_attention
-    }
+    return {name: method for name, method in members.items() if calls(method, _CALLED, scaled_dot_product_attention)}
 
 
 def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn.Module]:
-    def rebound(method: FunctionType) -> Any:
-        known = {**method.__globals__, _CALLED: blocked_attention}
-        inner = FunctionType(method.__code__, known, method.__name__, method.__defaults__, method.__closure__)
-        inner.__kwdefaults__ = method.__kwdefaults__
+    def replaced(method: FunctionType) -> Any:
+        inner = rebound(method, _CALLED, blocked_attention)
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             paired = any(isinstance(arg, PromptCache) for arg in (*args, *kwargs.values()))
@@ -222,5 +226,5 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
 
         return call
 
-    rebounds = {name: rebound(method) for name, method in methods.items()}
-    return type(f"Blocked{kind.__name__}", (kind,), {**rebounds, "in_blocks": True})
+    replacing = {name: replaced(method) for name, method in methods.items()}
+    return type(f"Blocked{kind.__name__}", (kind,), {**replacing, "in_blocks": True})

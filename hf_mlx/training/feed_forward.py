@@ -13,9 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.activations import swiglu
 
+from ..adapters.dropout import KeyedDropout
 from ..adapters.layers import LoRALinear, layer_dims
 from ..device import on_cpu
+from ..models.products import in_rows, in_shape_of
+from .exponential import sigmoid
+from .rebinding import calls, rebound
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, LoRALinear)
 
@@ -84,16 +89,30 @@ class _Observed:
         return self.calls == 1 and self.input is x
 
 
+def _silu_product(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * sigmoid(gate) * x if gate.dtype == mx.float32 else swiglu(gate, x)
+
+
 def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
+    compute: Any = base.__call__
+    if on_cpu() and calls(compute, "swiglu", swiglu):
+        compute = rebound(compute, "swiglu", _silu_product)
+
     def run_with(self: nn.Module, x: mx.array, layers: Mapping[str, Callable[[mx.array], mx.array]]) -> mx.array:
         stand_in = copy(self)
         stand_in |= layers
-        return base.__call__(stand_in, x)
+        return compute(stand_in, x)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> mx.array:
         if not self.training or kwargs or len(args) != 1:
             return base.__call__(self, *args, **kwargs)
         (x,) = args
+        rows = _rows(self, x)
+        if rows is not x and _works(lambda: in_shape_of(x, base.__call__(self, rows))):
+            return in_shape_of(x, run(self, rows))
+        return run(self, x)
+
+    def run(self: nn.Module, x: mx.array) -> mx.array:
         observed = {name: _Observed(child) for name, child in self.children().items() if isinstance(child, _LINEAR)}
         output = run_with(self, x, observed)
         first = {name: layer.output for name, layer in observed.items() if layer.is_called_once_with(x)}
@@ -125,6 +144,12 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
             self.update(params)
 
     return type(f"Recomputing{base.__name__}", (base,), {"__call__": call})
+
+
+def _rows(module: nn.Module, x: mx.array) -> mx.array:
+    """``x`` in rows of one token, which MLX would make of it for each product; dropout draws by rows of a batch."""
+    drops = any(isinstance(part, KeyedDropout) for part in module.modules())
+    return x if x.ndim < 3 or drops else in_rows(x)
 
 
 def _works(call: Callable[[], Any]) -> bool:
@@ -162,10 +187,20 @@ def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx
         ready = mx.depends(read, [by_output])
         if on_cpu():
             return tuple(mx.vjp(forward, [*ready, *params], [by_output])[1])
-        _, (by_hidden, *by_params) = mx.vjp(project, [between(*ready), *params], [by_output])
-        # Its own copies for each, or the compiler would find out what they share.
-        done = [by_hidden, *by_params]
-        by_read = [_derive(between, mx.depends(read, done), index, by_hidden) for index in range(count)]
+        hidden = between(*ready)
+        if "weight" in trained:
+            # Its two products share nothing: `hidden` is gone when its gradient comes.
+            by_params = mx.vjp(lambda *params: project(hidden, *params), params, [by_output])[1]
+            after = mx.depends([by_output], by_params)
+            (by_hidden,) = mx.vjp(lambda hidden: project(hidden, *params), [hidden], after)[1]
+        else:
+            _, (by_hidden, *by_params) = mx.vjp(project, [hidden, *params], [by_output])
+        # Its own copies for each, or the compiler would find out what they share; and each after the one before, which
+        # then may lie where what is read no more did.
+        by_read = []
+        for index in range(count):
+            done = [by_hidden, *by_params, *by_read]
+            by_read.append(_derive(between, [mx.depends([x], done)[0] for x in read], index, by_hidden))
         return (*by_read, *by_params)
 
     closed: Any = mx.custom_function(forward)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, reduce
-from threading import Barrier
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import mlx.core as mx
 from ..blas import blas_threads, single_threaded_blas
 from ..device import on_cpu
 from ..settings.clipping import GradClip
+from .backward_order import noting_places
 from .objective import Objective
 from .optim import Optimizer
 from .splitting import split_arrays
@@ -40,6 +41,15 @@ class LanedStep(Step):
         self.lanes = lanes
         self._streams = [_stream(lane) for lane in range(lanes)]
         self._pool = pool
+
+    def _compile(self) -> None:
+        super()._compile()
+        self._accumulate_lane = self._wrap(self._accumulate_noting)
+
+    def _accumulate_noting(self, params: Arrays, arrays: Arrays, weights: Weights) -> tuple[Any, list[mx.array]]:
+        with noting_places() as places:
+            carry = self._accumulate_micro(params, None, arrays, weights)
+        return carry, places
 
     def _count(self, arrays: Arrays) -> int:
         """Lanes for a piece: one where its rows would leave most cores idle, which its products then use."""
@@ -65,7 +75,7 @@ class LanedStep(Step):
         self._begin_exchange()
         # The lanes wait for nothing that is still under way on this thread.
         mx.eval(self._params)
-        carries, under_way, first_row = [], [], 0
+        carries, under_way, first_row, pace = [], [], 0, Barrier(count)
         with single_threaded_blas():
             try:
                 for lane, part in enumerate(split_arrays(arrays, count, self.objective.rows_together(arrays))):
@@ -73,14 +83,35 @@ class LanedStep(Step):
                     counted = weights if lane == 0 else {**weights, "micro_batch": mx.array(0.0)}
                     mx.eval(part)
                     with mx.stream(self._streams[lane]):
-                        carries.append(self._accumulate(self._params, None, part, counted))
-                    under_way.append(self._pool.submit(mx.eval, carries[-1]))
+                        carry, places = self._accumulate_lane(self._params, part, counted)
+                    carries.append(carry)
+                    under_way.append(self._pool.submit(_evaluate, carry, places, pace))
                     first_row += part["input_ids"].shape[0]
+            except BaseException:
+                pace.abort()
+                raise
             finally:
                 wait(under_way)
         for lane in under_way:
             lane.result()
         return carries
+
+
+def _evaluate(carry: Any, places: list[mx.array], pace: Barrier) -> None:
+    """Evaluate what a lane makes, at most a part of the model ahead of the other lanes.
+
+    MLX lets ten tasks of ten operations wait, of all streams together (``scheduler::wait_for_one``, mlx 0.32.4): a lane
+    that has filled them with large operations would let the others run dry.
+    """
+    try:
+        while places:
+            mx.async_eval(places.pop(0))
+            pace.wait()
+    except BrokenBarrierError:
+        pass  # Another lane has none left, or failed.
+    finally:
+        pace.abort()
+    mx.eval(carry)
 
 
 @cache
