@@ -12,6 +12,7 @@ from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
 from hf_mlx.training.feed_forward import recompute_activations
 from hf_mlx.training.recompute import recompute
+from hf_mlx.training.weight_gradients import lay_out_gradients
 
 WIDTH, WIDE = 16, 64
 # fp32: the same operations, which the compiler may fuse otherwise.
@@ -242,3 +243,21 @@ def test_nothing_is_recomputed_before_its_gradient_is_there(tmp_path):
 
     computed = [node for node, name in names.items() if name in ("Sin", "Cos")]
     assert len(computed) == 3 and reached.issuperset(computed)
+
+
+@pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, Swiglu])
+def test_of_each_trained_weight_three_products_are_computed(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mlx.training.feed_forward.on_cpu", lambda: False)
+    blocks = make_blocks(network, 2)
+    lay_out_gradients(blocks)
+    recompute_activations(blocks.layers)
+    order_backward(blocks.layers)
+    x = mx.ones((3, 5, WIDTH))
+    mx.eval(blocks.parameters(), x)
+
+    made = gradients(blocks, x, compiled=True)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *made.values())
+    graph = (tmp_path / "graph.dot").read_text(encoding="utf-8")
+    weights = [name for name in made if name.endswith("weight") and "norm" not in name]
+    assert len(weights) == 2 * (2 if network in (TwoLayers, Fused) else 3)
+    assert graph.count("Matmul") + graph.count("AddMM") == 3 * len(weights)
