@@ -63,12 +63,6 @@ clean:  ## remove the environment and everything built
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.system
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
-ifeq ($(PLATFORM),Linux)
-	@# Every kernel that mx.compile builds on the CPU includes this header: read once, it builds in a third of the time.
-	@header="$$($(BIN)/python -c 'import mlx; print(mlx.__path__[0])')/include/mlx/backend/cpu/compiled_preamble.h"; \
-	rm -f "$$header.gch"; \
-	g++ -std=c++17 -O3 -w -fPIC -x c++-header -I "$${header%/mlx/backend/*}" "$$header" -o "$$header.gch" || true
-endif
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

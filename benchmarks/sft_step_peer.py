@@ -256,7 +256,7 @@ def time_bare_step(trainer: Any, job: dict[str, Any]) -> list[float]:
     window = [trainer.data.inputs(next(loader)) for _ in range(job["accumulate"])]
     session.loaded.model.train()
     held, metrics = session.step.hold(), None
-    with wait_for_memory(trainer.plan, lambda: estimate_memory(trainer).total):
+    with wait_for_memory(trainer.plan, lambda: estimate_memory(trainer).bound):
         for step in range(clock.last):
             before, metrics = metrics, session.step(window, step + 1, 1e-5)
             if before is not None:

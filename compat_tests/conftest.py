@@ -11,6 +11,9 @@ from compiling import compiles_all, uncompiled_if
 
 from hf_mlx.blas import load_openblas
 
+# Processes of tests import this library a hundred times, and a container may ask not to keep what Python compiles.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # As `make test` does: how many cores a machine has must not decide what a test sees.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -27,6 +30,15 @@ def pytest_collection_finish():
     gc.enable()
     # accelerate parses the metadata of peft in each of its steps: a tenth of a tiny run of TRL.
     importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_header():
+    """The header of MLX's kernels, compiled: as every trainer does, for the tests that have none."""
+    from hf_mlx.training.kernel_header import compiling_header  # after the BLAS
+
+    with compiling_header():
+        pass
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,18 @@ runs in a fork of it: with its own ``__main__``, arguments, working folder and o
 from __future__ import annotations
 
 import atexit
+import importlib
+import json
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess
 from typing import Any
 
 _LIBRARIES = (
@@ -67,6 +71,49 @@ def run_forked(
         done = CompletedProcess(words, process.exitcode, *(path.read_text() for path in outputs))
     assert done.returncode == status, done.stderr[-3000:]
     return done
+
+
+@contextmanager
+def forking(environ: Mapping[str, str]) -> Iterator[Callable[..., CompletedProcess]]:
+    """:func:`run_forked` from a process of its own, whose libraries read ``environ`` when they were imported."""
+    command = [sys.executable, "-c", "import forked_scripts; forked_scripts._fork_each()"]
+    with (
+        subprocess.Popen(
+            command, cwd=Path(__file__).parent, env={**os.environ, **environ}, stdin=PIPE, stdout=PIPE, text=True
+        ) as server,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        assert server.stdin is not None and server.stdout is not None
+
+        def run(words: Sequence[object]) -> CompletedProcess:
+            outputs = [Path(tempfile.mkdtemp(dir=folder), name) for name in ("stdout", "stderr")]
+            print(
+                json.dumps([list(map(str, words)), *map(str, outputs), {}, os.getcwd()]), file=server.stdin, flush=True
+            )
+            done = CompletedProcess(words, int(server.stdout.readline()), *(path.read_text() for path in outputs))
+            assert done.returncode == 0, done.stderr[-3000:]
+            return done
+
+        yield run
+        server.stdin.close()
+
+
+def _fork_each() -> None:
+    """Fork for each line of JSON that is read, and print how the fork ended."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                _run(*json.loads(line))
+                status = 0
+            except SystemExit as ended:
+                status = ended.code or 0
+            finally:
+                os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
 def _run(words: list[str], stdout: str, stderr: str, environ: dict[str, str | None], cwd: str | Path) -> None:

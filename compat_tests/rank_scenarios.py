@@ -291,6 +291,19 @@ def killed() -> Any:
             time.sleep(delay + 60)
 
 
+def evaluating() -> Any:
+    """Rank 1 dies at the first batch of an evaluation that takes the others a minute."""
+
+    class Evaluated(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if args.process_index == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.5)
+
+    case = CASES["evaluated"] | {"eval_rows": 480}
+    build(case, FOLDER, f"{OUT}-evaluating", callbacks=[Evaluated()]).evaluate()
+
+
 def revived() -> Any:
     """Goes on from the newest checkpoint of each run that ended; what each rank then holds, by folder."""
     made = {}

@@ -1,27 +1,20 @@
 """What a Mac asks of MLX, in a process whose MLX reports Metal and lacks what Metal lacks; see fake_metal."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from compiling import compiles_all
 from fake_metal import CACHE, INFO, KINDS
+from forked_scripts import run_forked
 from pairs import tiny_model
 
 HERE = Path(__file__).parent
 
 
 def trained(model: Path, *kinds: str, **environ: str) -> dict:
-    environment = {**os.environ, "HF_MLX_REPORT": "0", **environ}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "fake_metal.py"), str(model), *kinds],
-        capture_output=True, text=True, env=environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    # MLX is not among what a fork has imported.
+    done = run_forked([HERE / "fake_metal.py", model, *kinds], environ={"HF_MLX_REPORT": "0", **environ})
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,20 +1,15 @@
-"""From launch to the first step: what the hub is asked, what is read when, and where the time went."""
+"""From launch to the first step: what is read when, and where the time went."""
 
 from __future__ import annotations
 
 import gc
 import logging
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-import torch
-from dropin_models import ROWS, make_model, make_tokenizer, write_model, write_rows
-from hub_server import COMMIT, Hub, serve
+from dropin_models import ROWS, make_model, make_tokenizer, write_model
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -22,7 +17,6 @@ from trl import SFTConfig
 from hf_mlx import MLXSFTTrainer
 from hf_mlx.errors import DataError, ModelError
 
-SCRIPT = Path(__file__).parent / "scripts" / "hub_model.py"
 LORA = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -35,43 +29,6 @@ def arguments(folder: Path, **changes) -> SFTConfig:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-
-def run_script(hub: Hub, home: Path, *words: object) -> list[str]:
-    """What the trainer asked the hub for, from its constructor on."""
-    hub.asked.clear()
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environment |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-m", "hf_mlx.cli.main", "run", str(SCRIPT), *map(str, words)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return hub.asked[hub.asked.index("constructor") + 1 :]
-
-
-def test_a_hub_id_is_looked_up_once(base, rows, tmp_path):
-    lookup = ["api/models/me/tiny/revision/main"]
-    with serve({"me/tiny": base}) as hub:
-        first = run_script(hub, tmp_path / "home", "me/tiny", rows, tmp_path / "out")
-        again = run_script(hub, tmp_path / "home", "me/tiny", rows, tmp_path / "out")
-    assert [path for path in first if path.startswith("api/")] == [*lookup, f"api/models/me/tiny/tree/{COMMIT}"]
-    assert sum(path.endswith("/model.safetensors") for path in first) <= 2  # one HEAD, one GET
-    assert again == lookup
-
-
-def test_a_loaded_model_costs_one_look_up_and_no_second_copy_of_its_weights(rows, tmp_path):
-    both = write_model(tmp_path / "both")
-    torch.save(make_model().state_dict(), both / "pytorch_model.bin")
-    with serve({"me/tiny": both}) as hub:
-        asked = run_script(hub, tmp_path / "home", "me/tiny", rows, tmp_path / "out", "loaded")
-    assert sum(path.startswith("api/") and "/revision/" in path for path in asked) == 1
-    assert not any(path.endswith(".safetensors") for path in asked)
 
 
 class Slow(TrainerCallback):

@@ -8,8 +8,8 @@ import json
 
 import pytest
 from dropin_models import write_model, write_rows
-from forked_scripts import run_forked
-from test_dropin_scripts import HF_MLX, LOSS, SCRIPTS, _run
+from forked_scripts import HF_MLX_RUN, run_forked
+from test_dropin_scripts import LOSS, SCRIPTS
 
 STYLES = (
     "qlora", "completion_only", "chat_format", "parser", "alpaca", "model_config", "device", "old_keywords",
@@ -25,14 +25,11 @@ def runs(tmp_path_factory):
     write_rows(root / "rows.jsonl")
     driver = SCRIPTS / "styles" / "driver.py"
 
-    def run(side, command):
+    def run(side, *command):
         words = [driver, side, root / "model", root / "rows.jsonl", root / side, *STYLES]
-        return root / side, command(words)
+        return root / side, run_forked([*command, *words])
 
-    return {
-        "reference": run("reference", run_forked),
-        "script": run("script", lambda words: _run([*HF_MLX, "run", *words])),
-    }
+    return {"reference": run("reference"), "script": run("script", *HF_MLX_RUN)}
 
 
 @pytest.mark.parametrize("style", STYLES)

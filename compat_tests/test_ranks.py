@@ -29,6 +29,10 @@ SAMPLE = ["filled", "evaluated", "tail", "stream", "language_evaluated", "pairs_
 SAMPLE += ["own_optimizer", "own_loss", "rewards_evaluated"]
 #: Of the sample, where only it runs.
 COMPILED = {"filled", "language_evaluated"}
+#: Seconds in which the others of a rank that has failed name it and end.
+IN_TIME = 10
+#: Processes that leave theirs a fifth of two cores.
+BUSY = 8
 #: Of ranks, at events of callbacks and at steps that each of them has in a run of four steps with others after it.
 KILLS = 20
 EVENTS = {
@@ -234,12 +238,17 @@ def fresh_seed() -> int:
 
 
 def scenario(
-    ranks: int, names: list[str], folder: Path, models: Path, timeout: float = 300, **environ: str
+    ranks: int, names: list[str], folder: Path, models: Path, timeout: float = 300, grace: float = 60, **environ: str
 ) -> list[int]:
     """The exit statuses of the processes that play ``names``."""
+    return finish(begin(ranks, names, folder, models, **environ), timeout, grace)
+
+
+def begin(ranks: int, names: list[str], folder: Path, models: Path, **environ: str) -> list[Any]:
+    """The processes that play ``names``."""
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [str(models), str(folder / "out"), *names]
-    return finish(start(ranks, folder, arguments, script=HERE / "rank_scenarios.py", **environ), timeout)
+    return start(ranks, folder, arguments, script=HERE / "rank_scenarios.py", **environ)
 
 
 def told(ranks: int, folder: Path) -> list[dict[str, Any]]:
@@ -436,6 +445,32 @@ def test_a_rank_that_hangs_is_named_and_ends_the_others(models: Path, tmp_path: 
 
 
 @pytest.mark.wide
+def test_a_rank_that_dies_in_an_evaluation_ends_the_others(models: Path, tmp_path: Path) -> None:
+    assert scenario(3, ["evaluating"], tmp_path, models, grace=IN_TIME) == [1, -signal.SIGKILL, 1]
+    for rank in (0, 2):
+        assert "rank 1 has ended without a word" in said(tmp_path, rank)
+        assert "at an evaluation" in said(tmp_path, rank)
+
+
+@pytest.mark.wide
+def test_a_rank_that_dies_ends_the_others_of_a_busy_machine(models: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    started = begin(3, ["killed"], tmp_path, models, KILLED_DIR=str(run), KILLED='[2, "on_step_end", 2, 0]')
+    while not run.exists() and any(process.is_alive() for process in started):
+        time.sleep(0.05)
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
+    try:
+        statuses = finish(started, 300, IN_TIME)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert statuses == [1, 1, -signal.SIGKILL]
+    for rank in (0, 1):
+        assert "rank 2 has ended without a word" in said(tmp_path, rank)
+
+
+@pytest.mark.wide
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_runs_that_lost_a_rank_anywhere_go_on_bit_by_bit(ranks: int, models: Path, tmp_path: Path) -> None:
@@ -473,7 +508,7 @@ def test_runs_that_lost_a_rank_anywhere_go_on_bit_by_bit(ranks: int, models: Pat
                 named, slowest = named + 1, max(slowest, told_at - ended[rank]["at"])
                 gone = max(gone, ended[other]["at"] - ended[rank]["at"])
     print(f"{len(cases)} kills of {ranks} ranks, named on {named} others in {slowest:.1f} s, gone in {gone:.1f} s")
-    assert named >= len(cases) and slowest < 10
+    assert named >= len(cases) and slowest < IN_TIME and gone < IN_TIME
     assert [one["status"] for one in made["revived"]] == [0] * ranks, made["revived"][0]["said"][-3000:]
     for one in told(ranks, tmp_path / "played" / "revived"):
         whole = one["revived"].pop(str(tmp_path / "played" / "unbroken"))

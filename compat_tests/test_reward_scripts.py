@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import trl
+from forked_scripts import HF_MLX_RUN, run_forked
 from pairs import tiny_model
 from peft import PeftModelForSequenceClassification
 from reward_pairs import reward_rows
@@ -68,7 +69,8 @@ def test_the_pages_example(material, monkeypatch):
     theirs.mkdir()
     monkeypatch.chdir(theirs)
     exec(compile(script, "page.py", "exec"), {})
-    done = run([*HF_MLX, "run", material / "page.py"], ours)
+    ours.mkdir()
+    done = run_forked([*HF_MLX_RUN, material / "page.py"], cwd=ours)
     assert len(losses(theirs)) == 3 and losses(ours) == pytest.approx(losses(theirs), rel=LOSS)
     assert "HONOUR" in done.stderr and "on torch" not in done.stderr
     assert {p.name for p in theirs.rglob("*")} == {p.name for p in ours.rglob("*")} - {

@@ -33,7 +33,6 @@ SETTINGS = {
     "router_aux_loss_coef": LARGE,
 }
 ATTENTION = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-GATES = (".in_proj_a.", ".in_proj_b.", ".in_proj_ba.")
 # 9 rows in pairs: the second window has two micro-batches, the last of them one row.
 ROWS = rows_of("prompt", 9)
 
@@ -106,13 +105,10 @@ def test_text_of_a_model_that_sees(model_type, moe):
 )
 def test_adapter_on_experts_and_routers(model_type, moe):
     lora = {**ATTENTION, "target_modules": "all-linear"}
-    theirs, ours = run_both(moe(model_type), SETTINGS, ROWS, lora, eval_dataset=held_out())
-    assert theirs.weights.keys() == ours.weights.keys()
-    # Adam gives a step of full size to a gradient that is nothing but rounding, as single elements of the gates of the
-    # delta rule have: there one element in sixteen may end elsewhere, by less than a step.
-    for name in [name for name in ours.weights if any(gate in name for gate in GATES)]:
-        apart = np.abs(theirs.weights.pop(name) - ours.weights.pop(name))
-        assert (apart > WEIGHTS).mean() <= 1 / 16 and apart.max() <= SETTINGS["learning_rate"], name
+    # Single gradients of the delta rule's gates are nothing but rounding, 1e-9 in float64: Adam gives them a step of
+    # full size, and TRL's own fp32 run leaves its float64 run there. With this epsilon their steps are as small.
+    settings = {**SETTINGS, "adam_epsilon": 1e-6}
+    theirs, ours = run_both(moe(model_type), settings, ROWS, lora, eval_dataset=held_out())
     assert len(ours.weights) >= 16
     assert_balanced(theirs, ours)
 

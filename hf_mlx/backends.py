@@ -114,6 +114,13 @@ MEASURES = (
     ),
     Measure(
         "cpu",
+        "the header of MLX's kernels is compiled beside the reading of data, once a machine: 35 MB in the folder where "
+        "MLX keeps its kernels (`/tmp/mlx`)",
+        "MLX has g++ build 50 kernels and more before the first step, and to read that header takes a second for each",
+        "training.kernel_header.compiling_header",
+    ),
+    Measure(
+        "cpu",
         "half-precision products through fp32",
         "MLX's own are about 15 times slower, and it has no gathered product in half precision",
         "models.products.matmul",

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 #: How many operations wide MLX works on a graph.
 WIDTH = "MLX_BFS_MAX_WIDTH"
@@ -60,3 +61,31 @@ def start_depth_first(megabytes: int | None) -> dict[str, str]:
         for name in limits:
             del os.environ[name]
     return limits
+
+
+class Coming:
+    """A small array of int32 on its way to the host, an even number of them.
+
+    On CUDA the host reads numbers of 8 bytes and less where they are, and copies anything longer, which waits for all
+    that the device has to do (mlx 0.32.4): a table is read in pairs.
+
+    Args:
+        array: What is computed.
+        most: Numbers of the largest array that is read in pairs: each pair costs an operation.
+        backend: ``mlx.core``.
+    """
+
+    def __init__(self, array: mx.array, most: int = 512, backend: Any = mx) -> None:
+        self._shape = array.shape
+        self._parts = [array]
+        if on_cuda(backend) and array.size <= most:
+            pairs = array.reshape(-1).view(mx.int64)
+            # A sum has memory of its own; a view would be read with all that it is a part of.
+            self._parts = [pairs[place] + 0 for place in range(pairs.size)]
+        mx.async_eval(self._parts)
+
+    def read(self) -> np.ndarray:
+        """The array, once it is there."""
+        if self._parts[0].ndim:
+            return np.array(self._parts[0])
+        return np.array([part.item() for part in self._parts], np.int64).view(np.int32).reshape(self._shape)

@@ -20,6 +20,7 @@ from .adapters.tensor_parallel import Split, split_model
 from .checkpoints.fingerprint import choose_samples, read_samples
 from .errors import ModelError, SettingError
 from .models.architectures import can_pack, check_packs
+from .models.frozen_products import turn_frozen_weights
 from .models.heads import layers
 from .models.load import LoadedModel
 from .models.precision import apply_autocast, store_frozen_weights
@@ -93,6 +94,7 @@ class Session:
         loaded.read_weights()
         # A held padding row makes the embedding another class.
         lay_out_gradients(loaded.model)
+        turn_frozen_weights(loaded.model)
         hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         _check_routers(self.routers, plan)
@@ -138,6 +140,7 @@ class Session:
 
     def retrace(self) -> None:
         """Forget what was traced."""
+        turn_frozen_weights(self.loaded.model)
         self.step.retrace()
         self.evaluator = self._make_evaluator()
 

@@ -1,6 +1,10 @@
 """``hf-mlx launch``: what mlx.launch is told, and what each process runs."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
@@ -78,3 +82,40 @@ def test_a_model_is_split_over_all_processes_or_none():
     assert read_tensor_parallel(4, {"HF_MLX_TENSOR_PARALLEL": "4"})
     with pytest.raises(SettingError, match="split over 2 processes, of which there are 4"):
         read_tensor_parallel(4, {"HF_MLX_TENSOR_PARALLEL": "2"})
+
+
+START = [sys.executable, "-m", "hf_mlx.processes.starter", "-n", "2", "--backend", "ring", "--"]
+
+
+@pytest.mark.parametrize(("failing", "status"), [("none", 0), ("0", 1), ("1", 1)])
+def test_the_launcher_ends_as_its_processes_do(failing, status):
+    code = "import os, sys; print('heard', input()); sys.exit(3 if os.environ['MLX_RANK'] == sys.argv[1] else 0)"
+    done = subprocess.run(
+        [*START, sys.executable, "-c", code, failing], input="a line\n", capture_output=True, text=True
+    )
+    # One that fails may end the other before it has read.
+    assert done.returncode == status and "heard a line" in done.stdout, done.stdout + done.stderr
+
+
+def test_ctrl_c_is_the_processes_to_answer():
+    code = "import time\nprint('ready', flush=True)\ntry: time.sleep(30)\nexcept KeyboardInterrupt: print('saved')"
+    started = subprocess.Popen(
+        [*START, sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    assert [started.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.stdout.read().splitlines() == ["saved"] * 2 and started.wait(20) == 0
+
+
+def test_the_launcher_rests_while_its_processes_work():
+    began = time.monotonic()
+    started = subprocess.Popen([*START, "sleep", "3"], stdin=subprocess.DEVNULL)
+    _, status, used = os.wait4(started.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0 and time.monotonic() - began >= 3
+    # Most of it is the import of MLX; mlx.launch itself takes a core all the time.
+    assert used.ru_utime + used.ru_stime < 1.5

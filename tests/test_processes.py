@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from hf_mlx import device
 from hf_mlx.data.order import Share, count_steps, deal
 from hf_mlx.errors import DataError, SettingError, TrainingError
 from hf_mlx.loop.pending import Pending
@@ -115,7 +116,7 @@ def test_a_table_that_a_lost_process_did_not_send_is_told(two, monkeypatch, kind
     world, _ = two
     world.meet()
     monkeypatch.setattr(world.watch, "name_ended", lambda: "rank 1 has ended without a word")
-    earlier = np.array(world.gather_later("counts", np.array([7, 8])))[0]
+    earlier = world.gather_later("counts", np.array([7, 8])).read()[0]
 
     def gather(array, group):
         own = np.array(array)[0]
@@ -246,3 +247,24 @@ def test_the_plan_knows_the_processes():
     assert (alone.batch.processes, alone.batch.split_batches, alone.batch.own_batch_size) == (1, False, 6)
     with pytest.raises(SettingError, match="per_device_train_batch_size=4"):
         resolve_plan({**split, "per_device_train_batch_size": 5}, processes=2)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_table_arrives_as_it_was_sent(monkeypatch, cuda):
+    monkeypatch.setattr(device, "on_cuda", lambda backend: cuda)
+    table = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 6)).astype(np.int32)
+
+    assert np.array_equal(device.Coming(mx.array(table)).read(), table)
+
+
+def test_a_table_that_waits_for_the_step_is_sent_in_its_turn(two):
+    world, exchanged = two
+    world.meet()
+    met = len(exchanged)
+    with_step = world.gather_later("counts", np.array([7, 8]), with_step=True)
+    assert len(exchanged) == met
+    world.barrier("a save")
+    sent = exchanged[met:]
+
+    assert np.array_equal(world.read(with_step, "counts"), [[7, 8], [7, 8]])
+    assert len(sent) == 2 and len(exchanged) == met + 2

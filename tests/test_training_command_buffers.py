@@ -7,15 +7,17 @@ import mlx.core as mx
 import pytest
 
 from hf_mlx.device import BUFFERS, WIDTH
+from hf_mlx.settings.plan import PairLossPlan, ScoreLossPlan
 from hf_mlx.training.command_buffers import limit_pending_work, wait_for_memory
 
 
-def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024):
+def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024, loss=None):
     return SimpleNamespace(
         use_cpu=use_cpu,
         checkpointing=SimpleNamespace(enabled=checkpointing),
         batch=SimpleNamespace(train_batch_size=rows),
         data=SimpleNamespace(max_length=tokens),
+        loss=loss,
     )
 
 
@@ -41,6 +43,11 @@ def test_smaller_micro_batches_get_smaller_buffers(cuda):
 
     assert given == sorted(given, reverse=True)
     assert given[0] == given[1] == given[2] > given[3] > given[4] >= given[5] > 0
+
+
+@pytest.mark.parametrize("loss", [PairLossPlan(), ScoreLossPlan()])
+def test_both_texts_of_a_pair_count(cuda, loss):
+    assert limit_pending_work(plan(rows=4, loss=loss)) == limit_pending_work(plan(rows=8))
 
 
 @pytest.mark.parametrize("name", BUFFERS)

@@ -111,6 +111,11 @@ class LoRALinear(nn.Module):
         base = self.base_layer(x)
         return (base + scaled(self._low_rank(self._dropped(x)), self.scale)).astype(base.dtype)
 
+    @property
+    def orders_backward(self) -> bool:
+        """Whether the gradient of the input waits for those of the adapter."""
+        return self._fuses()
+
     def _fuses(self) -> bool:
         """Whether both paths read one x in one low precision; fp32 keeps PEFT's order of operations."""
         drops = "lora_dropout" in self and self.training
@@ -136,6 +141,11 @@ class DoRALinear(LoRALinear):
     Attributes:
         lora_magnitude_vector: (out,), fp32.
     """
+
+    @property
+    def orders_backward(self) -> bool:
+        """False: its gradients come in MLX's order."""
+        return False
 
     def __init__(self, base_layer: Any, r: int, scale: float, **options) -> None:
         super().__init__(base_layer, r, scale, **options)

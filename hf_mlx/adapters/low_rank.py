@@ -1,8 +1,8 @@
 """A frozen layer plus a low-rank product, with as few passes over the large arrays as matrix products allow.
 
 The sum is the accumulator of the second product, forwards (over the layer's output) and backwards (over its input's
-gradient), and the scale is applied to the rank-sized array in between. Written out as separate operations the same
-numbers take two more arrays of the output's size forwards and three backwards.
+gradient), and the scale is applied there, in fp32. Written out as separate operations the same numbers take two more
+arrays of the output's size forwards and three backwards.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.products import addmm, matmul
+from ..models.frozen_products import FrozenLinear
+from ..models.products import addmm, in_rows, in_shape_of, matmul, scaled_matmul
 
 
 def scaled(x: mx.array, scale: float) -> mx.array:
@@ -36,27 +37,33 @@ def add_low_rank(
         scale: Factor of the product.
 
     Returns:
-        (..., out), differentiable in ``x``, ``a`` and ``b``.
+        (..., out), differentiable in ``x``, ``a`` and ``b``; the gradient of ``x`` is there once the others are, see
+        :mod:`hf_mlx.training.backward_order`.
     """
 
+    # In rows: MLX would flatten each product of more axes by itself, and multiply a batch of them where one adds.
+    rows = in_rows(x)
     # An input of the function, so that the backward pass reads no output of it: one that is recomputed
     # under a checkpoint then leaves the large product out.
-    inner = mx.stop_gradient(scaled(matmul(x, a.T), scale))
+    inner = mx.stop_gradient(matmul(rows, a.T))
 
     def forward(x: mx.array, a: mx.array, b: mx.array, inner: mx.array) -> mx.array:
-        return addmm(layer(x), inner, b.T)
+        return addmm(layer(x), inner, b.T, scale)
 
     def backward(primals, by_out, _):
         x, a, b, inner = primals
-        by_inner = scaled(matmul(by_out, b), scale)
-        _, (by_x,) = mx.vjp(layer, [x], [by_out])
-        by_a, by_b = matmul(_rows(by_inner).T, _rows(x)), matmul(_rows(by_out).T, _rows(inner))
-        return addmm(by_x, by_inner, a), by_a, by_b, mx.zeros_like(inner)
+        by_inner = matmul(by_out, b)
+        by_x = addmm(_multiply_back(layer, x, by_out), by_inner, a, scale)
+        by_a, by_b = scaled_matmul(by_inner.T, x, scale), scaled_matmul(by_out.T, inner, scale)
+        return mx.depends([by_x], [by_a, by_b])[0], by_a, by_b, mx.zeros_like(inner)
 
     added: Any = mx.custom_function(forward)
     added.vjp(backward)
-    return added(x, a, b, inner)
+    return in_shape_of(x, added(rows, a, b, inner))
 
 
-def _rows(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
+def _multiply_back(layer: Any, x: mx.array, by_out: mx.array) -> mx.array:
+    """The gradient of ``x`` in ``layer(x)``."""
+    if isinstance(layer, FrozenLinear):
+        return layer.multiply_back(by_out)
+    return mx.vjp(layer, [x], [by_out])[1][0]

@@ -112,6 +112,11 @@ class LoRALatent(SplitLoRALinear):
     Both map the latent to keys or values; one token at a time, ``embed_q`` maps queries to the latent instead.
     """
 
+    @property
+    def orders_backward(self) -> bool:
+        """False: its gradients come in MLX's order."""
+        return False
+
     def adapted(self, base_layer: Any, rows: Rows, x: mx.array, transpose: bool = True) -> mx.array:
         dtype = self.compute_dtype
         base = base_layer(x, transpose=transpose)

@@ -83,7 +83,7 @@ def make_command(options: argparse.Namespace) -> list[str]:
         "--cwd": options.cwd,
         "--starting-port": options.starting_port,
     }
-    launcher = [sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()"]
+    launcher = [sys.executable, "-m", "hf_mlx.processes.starter"]
     launcher += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     environ = [*options.env, *([f"{TENSOR_PARALLEL}=all"] if options.tensor_parallel else [])]
     launcher += [word for setting in environ for word in ("--env", setting)]

@@ -146,6 +146,8 @@ def execute(script: Path, talk: Any) -> int:
         # This function's own frame is not part of the script.
         error.__traceback__ = trace.tb_next if trace else None
         sys.excepthook(type(error), error, error.__traceback__)
+        # As the interpreter leaves it: what the process ends with.
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
         if (together := sys.modules.get("hf_mlx.processes.world")) is not None:
             together.report_failure(error)
         return 1

@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.interrupt import Interrupt
@@ -17,7 +16,7 @@ from ..data.loader import RowLoader, StreamLoader
 from ..data.own_loader import OwnLoader
 from ..errors import TrainingError
 from ..feed import Loader
-from ..processes.world import World
+from ..processes.world import Sent, World
 from ..training.inputs import PEER_COLUMNS, HostInputs, Inputs, Peers
 
 logger = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class SharedWindows(Windows):
         self._step = step
         self._first = True
         self._next: list[Laid] | None = None
-        self._sent: mx.array | None = None
+        self._sent: Sent | None = None
         self._table: np.ndarray | None = None
 
     def take(self, size: int, following: int) -> Window:
@@ -138,7 +137,7 @@ class SharedWindows(Windows):
             return []
         self._next = list(islice(self._batches, following))
         flags = self._flags()
-        self._sent = self._send(self._next, flags)
+        self._sent = self._send(self._next, flags, with_step=True)
         if flags & _STOPS:
             # Whether the others want to stop as well must be known before the step.
             self._table = self._receive(self._sent)
@@ -184,16 +183,16 @@ class SharedWindows(Windows):
         control.should_training_stop |= bool(asked & _TRAINING_STOP)
         return True
 
-    def _send(self, window: list[Laid], flags: int) -> mx.array:
+    def _send(self, window: list[Laid], flags: int, *, with_step: bool = False) -> Sent:
         table = np.zeros(3 + _COLUMNS * self._accumulation, np.int32)
         table[:3] = flags, self._step(), len(window)
         counts = table[3:].reshape(self._accumulation, _COLUMNS)
         for row, (batch, laid) in zip(counts, window, strict=False):
             real = batch.count_input_tokens(self._pad_token_id)
             row[:] = laid.valid, laid.labelled, laid.tokens, batch.input_ids.size, real, laid.chosen, laid.pairs
-        return self._world.gather_later(_KIND, table)
+        return self._world.gather_later(_KIND, table, with_step=with_step)
 
-    def _receive(self, sent: mx.array | None) -> np.ndarray:
+    def _receive(self, sent: Sent | None) -> np.ndarray:
         assert sent is not None
         table = self._world.read(sent, _KIND, f"step {self._step() + 1}")
         counts, steps = table[:, 2], table[:, 1]

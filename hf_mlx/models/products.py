@@ -8,6 +8,7 @@ gradients go the same way, since the derivative of a cast is a cast.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -32,20 +33,32 @@ def matmul(a: mx.array, b: mx.array) -> mx.array:
     return (a.astype(mx.float32) @ b.astype(mx.float32)).astype(a.dtype)
 
 
-def addmm(c: mx.array, a: mx.array, b: mx.array) -> mx.array:
-    """``c + a @ b``, rounded once, for three arrays of one dtype.
+def addmm(c: mx.array, a: mx.array, b: mx.array, scale: float = 1.0) -> mx.array:
+    """``c + scale * (a @ b)``, rounded once, for three arrays of one dtype.
 
     Args:
         c: Broadcasts to (..., M, N).
         a: (..., M, K).
         b: (..., K, N).
+        scale: Multiplied in where the product is summed up, in fp32.
 
     Returns:
         (..., M, N), in the dtype of ``a``.
     """
     if not widens(a):
-        return mx.addmm(c, a, b)
-    return mx.addmm(c.astype(mx.float32), a.astype(mx.float32), b.astype(mx.float32)).astype(a.dtype)
+        return mx.addmm(c, a, b, scale)
+    return mx.addmm(c.astype(mx.float32), a.astype(mx.float32), b.astype(mx.float32), scale).astype(a.dtype)
+
+
+def scaled_matmul(a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """``scale * (a @ b)``, rounded once, for two matrices of one dtype; no pass of its own over the result."""
+    return matmul(a, b) if scale == 1.0 else addmm(_zeros(b.shape[-1], a.dtype), a, b, scale)
+
+
+@cache
+def _zeros(count: int, dtype: mx.Dtype) -> mx.array:
+    # From data, so that a trace holds it as a constant.
+    return mx.array([0.0] * count, dtype)
 
 
 def gather_mm(a: mx.array, b: mx.array, **options: Any) -> mx.array:
@@ -59,6 +72,16 @@ def gather_mm(a: mx.array, b: mx.array, **options: Any) -> mx.array:
     if not widens(a):
         return mx.gather_mm(a, b, **options)
     return mx.gather_mm(a.astype(mx.float32), b.astype(mx.float32), **options).astype(a.dtype)
+
+
+def in_rows(x: mx.array) -> mx.array:
+    """``x`` (..., N) as a matrix; what is one already stays as it is, since MLX would make an operation of that."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def in_shape_of(x: mx.array, rows: mx.array) -> mx.array:
+    """Rows of ``in_rows(x)``, or what was made of them, along the axes of ``x`` again."""
+    return rows if x.ndim == 2 else rows.reshape(*x.shape[:-1], rows.shape[-1])
 
 
 def widens(a: mx.array) -> bool:

@@ -8,6 +8,7 @@ reached, messages name nobody, and all else is as it was.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import logging
 import os
@@ -24,9 +25,13 @@ logger = logging.getLogger(__name__)
 
 #: Seconds of waiting after which it is said who is waited for.
 PATIENCE = 30.0
-#: Seconds after another process has ended in which MLX's own error is given the chance to be raised, and of a wait that
-#: is begun after them.
-GRACE, BRIEF = 5.0, 1.0
+#: Seconds after another process has failed in which MLX's own error is given the chance to be raised, and of a wait
+#: that is begun after them.
+FAILED = 3.0, 1.0
+#: The same after one has ended well: what it sent last may still be under way.
+LEFT = 5.0, 5.0
+#: Seconds that a process which ends with an error, after another has failed, gets to clear up.
+CLEARING = 2.0
 
 
 class Watch:
@@ -45,6 +50,7 @@ class Watch:
         self._ended: str | None = None
         self._gone: str | None = None
         self._who: int | None = None
+        self._closed: set[int] = set()
         self._at: dict[int, int] = {}
         self._since: float | None = None
         self._what, self._computes = "", False
@@ -110,8 +116,15 @@ class Watch:
         error = getattr(sys, "last_value", None)
         if error is not None:
             self.fail(error)
+            if self._ended is not None:
+                self._end_within(CLEARING)
         self._is_over = True
         self._send({"rank": self.rank, "done": True})
+
+    @property
+    def is_left(self) -> bool:
+        """Whether another process has failed and is gone: a script that catches the error goes on."""
+        return self._ended is not None and self._who in self._closed
 
     def name_ended(self) -> str | None:
         """Which process has ended, in words; waits a moment for the news."""
@@ -181,11 +194,16 @@ class Watch:
                     self._hear(who, f"rank {who} has ended with {message['failed']}")
                 elif "ended" in message:
                     self._hear(who, message["ended"])
+                elif "closed" in message:
+                    self._closed.add(who)
         except (OSError, ValueError, KeyError):
             pass
         if not done and not self._is_over:
             at = f" at step {self._at[rank]}" if rank in self._at else ""
             self._hear(rank, f"rank {rank} has ended without a word{at}")
+        self._closed.add(rank)
+        if self.rank == 0:
+            self._send({"rank": rank, "closed": True}, leave_out=rank)
 
     def _hear(self, rank: int, words: str) -> None:
         if self._ended is None:
@@ -207,7 +225,8 @@ class Watch:
                 heard = heard or now
                 # The ring raises by itself; what does not would wait for ever. A ring that sums what is left of it goes
                 # from one wait to the next.
-                if since is not None and now - heard > GRACE and now - since > (BRIEF if self._ended else GRACE):
+                grace, brief = FAILED if self._ended else LEFT
+                if since is not None and now - heard > grace and now - since > brief:
                     self._end(f"{ended}; rank {self.rank} waited for it at {self._what}")
             else:
                 heard = None
@@ -235,6 +254,12 @@ class Watch:
         others = [rank for rank in range(self.size) if rank != self.rank]
         known = [f"rank {rank} (at step {self._at[rank]})" for rank in others if self._at.get(rank, own) < own]
         return ", ".join(known) or (f"rank {others[0]}" if len(others) == 1 and not self._computes else "")
+
+    def _end_within(self, seconds: float) -> None:
+        """End soon, whatever is left to do: a busy machine takes half a minute to unload torch and its kin."""
+        # Its timer needs neither the interpreter nor another thread. What it would print has been said.
+        self._nowhere = open(os.devnull, "w")  # noqa: SIM115
+        faulthandler.dump_traceback_later(seconds, exit=True, file=self._nowhere)
 
     def _end(self, words: str) -> None:
         print(f"hf_mlx: {words}. trainer.train(resume_from_checkpoint=True) goes on.", file=sys.stderr, flush=True)

@@ -8,20 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
-from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
 
-from ..device import MEGABYTES, start_depth_first
+from ..device import MEGABYTES, Coming, start_depth_first
 from ..errors import SettingError, TrainingError
 from .launcher import Launched, read_launcher, read_tensor_parallel
+from .tables import HEAD, Sent, check_bytes, head_table, is_whole
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
-
-# In front of each table: of what kind it is, the how many-th, a check of all of it, and its length.
-_HEAD = 4
 
 
 class World:
@@ -47,6 +44,7 @@ class World:
         self.width = 64
         self.tensor_parallel = False
         self._host, self._has_met, self._tables = host, group is None, 0
+        self._left: Sent | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -106,25 +104,41 @@ class World:
         """
         return self.read(self.gather_later(kind, table), kind, what)
 
-    def gather_later(self, kind: str, table: np.ndarray) -> mx.array:
-        """Begin :meth:`gather` without waiting for it; :meth:`read` has its end."""
+    def gather_later(self, kind: str, table: np.ndarray, *, with_step: bool = False) -> Sent:
+        """Begin :meth:`gather` without waiting for it; :meth:`read` has its end.
+
+        Args:
+            kind, table: As there.
+            with_step: Begin once the next step is ordered, where a device has least to do: MLX would hold the host
+                back before.
+        """
         self.meet()
         self._tables += 1
-        padded = np.zeros(self.width, np.int32)
-        padded[: _HEAD + len(table)] = [_check(kind.encode()), self._tables, 0, len(table), *table]
-        padded[2] = _seal(padded)
-        return self._begin(padded)
+        padded = head_table(kind, self._tables, table, self.width)
+        self.begin()
+        sent = Sent(lambda: Coming(self._begin(padded)))
+        self._left = sent if with_step else None
+        if not with_step:
+            sent.begin()
+        return sent
 
-    def read(self, gathered: mx.array, kind: str, what: str = "") -> np.ndarray:
+    def begin(self) -> None:
+        """Begin what was left for the time of a step."""
+        if (sent := self._left) is not None:
+            self._left = None
+            sent.begin()
+
+    def read(self, sent: Sent, kind: str, what: str = "") -> np.ndarray:
         """Wait for what the other processes send."""
+        self.begin()
         with self.waiting(what or kind):
-            tables = np.array(gathered)
+            tables = sent.read()
         other = np.flatnonzero(tables[:, 0] != tables[self.rank, 0])
         # The ring's first exchange after it has lost a process ends without an error, with nothing in it, a part, or
         # what was there before.
-        is_whole = all(_seal(table) == table[2] for table in tables)
+        are_whole = all(map(is_whole, tables))
         is_old = not len(other) and (tables[:, 1] != tables[self.rank, 1]).any()
-        if not is_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
+        if not are_whole or is_old or (len(other) and self.watch and self.watch.name_ended()):
             raise self.lost(what or kind)
         if len(other):
             raise TrainingError(
@@ -133,28 +147,26 @@ class World:
                 "prediction), the others never answer",
                 "ask for it on every rank: callbacks and scripts run on all of them, and only rank 0 writes",
             )
-        return tables[:, _HEAD : _HEAD + int(tables[self.rank, 3])]
+        return tables[:, HEAD : HEAD + int(tables[self.rank, 3])]
 
     def _begin(self, array: np.ndarray) -> mx.array:
         self.meet()
         # The added dimension is numpy's: an operation of MLX's would wait behind what the GPU is at.
         own = mx.array(array[None])
-        gathered = mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
-        mx.async_eval(gathered)
-        return gathered
+        return mx.distributed.all_gather(own, group=self.group) if self.group is not None else own
 
     def gather_bytes(self, data: bytes, what: str = "") -> list[bytes]:
         """The bytes of all processes, by rank."""
         if self.is_alone:
             return [data]
-        check = _check(data)
+        check = check_bytes(data)
         lengths, checks = self.gather(f"bytes {what}", np.array([len(data), check]), what).T
         padded = np.zeros(max(-(-int(lengths.max()) // 4) * 4, 4), np.uint8)
         padded[: len(data)] = np.frombuffer(data, np.uint8)
         with self.waiting(what):
             parts = np.array(self._begin(padded.view(np.int32)))
         made = [part.tobytes()[:length] for part, length in zip(parts, lengths, strict=True)]
-        if [_check(part) for part in made] != checks.tolist():
+        if [check_bytes(part) for part in made] != checks.tolist():
             # What was under way when a process ended has no error of its own.
             raise self.lost(what)
         return made
@@ -221,6 +233,15 @@ class World:
                     raise
                 raise self.lost(what) from error
 
+    def check(self, what: str = "") -> None:
+        """Look between two pieces of own work whether the others are still there, without waiting.
+
+        Raises:
+            TrainingError: Another process has failed and is gone.
+        """
+        if self.watch is not None and self.watch.is_left:
+            raise self.lost(what)
+
     def lost(self, what: str = "") -> TrainingError:
         """The error of a process that others have left."""
         who = self.watch.name_ended() if self.watch is not None else None
@@ -229,16 +250,6 @@ class World:
             f"all {self.size} processes to the end of the run: this one, rank {self.rank}, cannot go on alone",
             "mend what that message names, then trainer.train(resume_from_checkpoint=True) on all of them",
         )
-
-
-def _check(data: bytes) -> int:
-    """A number of 31 bits that differs as soon as ``data`` does."""
-    return crc32(data) & 0x7FFFFFFF
-
-
-def _seal(table: np.ndarray) -> int:
-    """The check of a table, whatever stands in the place of its own."""
-    return _check(table[:2].tobytes() + table[_HEAD - 1 :].tobytes())
 
 
 def is_lost(error: BaseException) -> bool:

@@ -89,6 +89,7 @@ class Evaluation:
         make_inputs = partial(self._data.inputs, keep_rows=sink is not None)
 
         def end_batch() -> None:
+            session.world.check("an evaluation")
             on_batch()
             if sink is not None:
                 sink.end_batch()

@@ -25,7 +25,8 @@ class StartUp:
         files: Finding the model's folder; for a hub id the hub's answer and the download.
         tokenizer: Loading the tokenizer.
         data: Checking the model and preparing the datasets.
-        model: Reading the weights, placing the adapter, setting up the optimizer.
+        model: Reading the weights, placing the adapter, setting up the optimizer; on the Linux CPU, the first time on a
+            machine, also the end of compiling what MLX's kernels include.
         callbacks: Callbacks, trackers and, with ``push_to_hub``, the repository.
         opening: From ``train()`` to its first step: the checkpoint it resumes from, the first batch, the callbacks'
             ``on_train_begin`` and ``eval_on_start``.

@@ -143,7 +143,7 @@ def join_step(world: World, accumulation: int, timeout: float) -> None:
         timeout: ``ddp_timeout``, in seconds.
     """
     if world.watch is not None:
-        world.width = max(64, 16 + len(PEER_COLUMNS) * accumulation)
+        world.width = max(32, -(-(16 + len(PEER_COLUMNS) * accumulation) // 2) * 2)
         world.watch.limit = float(timeout)
 
 

@@ -30,6 +30,7 @@ from ..surface.startup import StartClock, StartUp
 from ..surface.together import check_recipe, check_split, tell_accelerate
 from ..surface.wording import in_its_words
 from ..training.command_buffers import limit_pending_work
+from ..training.kernel_header import compiling_header
 from ..version import warn_untested
 from .running import Running
 
@@ -127,8 +128,10 @@ class TrainerBase(Running):
         if self.world.is_main:
             check_output_dir(self.args.output_dir)
         self._clock.end("settings")
-        self._read(train_dataset, eval_dataset, processing_class or tokenizer, data_collator, formatting_func)
-        self._enter(peft_config)
+        with compiling_header():
+            self._read(train_dataset, eval_dataset, processing_class or tokenizer, data_collator, formatting_func)
+            self._enter(peft_config)
+        self._clock.end("model")
         self._begin(callbacks)
         self._memory.stop("init")
         self._clock.end("callbacks")
@@ -174,7 +177,6 @@ class TrainerBase(Running):
         """The model with its adapter, the step and the evaluator; says what is done another way."""
         base = self._base
         self.session, self._model = base.enter(self.args, peft_config, self.processing_class, self.recipe)
-        self._clock.end("model")
         self.data.share_rows = self.session.packs
         self._settle_loss()
         self._evaluate_loader = Evaluation(

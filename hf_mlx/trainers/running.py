@@ -100,7 +100,7 @@ class Running(Evaluating):
         self._recorder.start(self.session.progress.num_tokens)
         try:
             with (
-                wait_for_memory(self.plan, lambda: estimate_memory(self).total),
+                wait_for_memory(self.plan, lambda: estimate_memory(self).bound),
                 bounded_cache(lambda: estimate_memory(self).temporary),
                 self._clock.first_step(handler),
                 loop.interrupt.held_back(),

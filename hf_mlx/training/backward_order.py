@@ -2,7 +2,9 @@
 
 MLX orders the operations of a graph itself, and nothing in a backward pass asks for the gradient of a weight before
 the update does. Computed late, each one keeps its layer's input and its output's gradient alive until then. Here the
-gradient that goes on down waits for those of the weights, so both arrays are freed as the pass goes by.
+gradient that goes on down waits for those of the weights, so both arrays are freed as the pass goes by. Adapted and
+trained linear layers wait by themselves; an identity around a part makes all else that trains in it wait, and costs the
+host as much as twenty other operations.
 """
 
 from __future__ import annotations
@@ -29,9 +31,20 @@ def order_backward(blocks: Iterable[nn.Module]) -> None:
         blocks: With their trainable parameters chosen; names and parameters stay as they are.
     """
     for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear) and hasattr(module, "orders_backward"):
+                module.orders_backward = True
         for part in block.children().values():
             if isinstance(part, nn.Module) and tree_flatten(part.trainable_parameters()):
                 part.__class__ = _ordered(type(part))
+
+
+def _unordered(part: nn.Module) -> dict[str, mx.array]:
+    """What trains in ``part``, by name, but for the layers that order their gradients themselves."""
+    modules = part.named_modules()
+    ordered = tuple(f"{path}." if path else "" for path, module in modules if getattr(module, "orders_backward", False))
+    trained: Any = tree_flatten(part.trainable_parameters())
+    return {name: value for name, value in trained if not name.startswith(ordered)}
 
 
 @contextmanager
@@ -54,29 +67,30 @@ def _note(x: mx.array) -> mx.array:
     return x
 
 
-def _together(x: mx.array, params: Any) -> tuple[mx.array, Any]:
+def _together(x: mx.array, params: dict[str, mx.array]) -> tuple[mx.array, Any]:
     """``x`` and the tree ``params`` as they are; the gradient of ``x`` is there only once those of ``params`` are."""
-    flat: Any = tree_flatten(params)
-    if not flat:
-        return x, params
-    names, values = zip(*flat, strict=True)
     identity: Any = mx.custom_function(lambda *arrays: arrays)
 
     @identity.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         by_x, *by_params = cotangents
-        return (_note(mx.depends([by_x], by_params)[0]), *by_params)
+        if by_params:
+            (by_x,) = mx.depends([by_x], by_params)
+        return (_note(by_x), *by_params)
 
-    x, *values = identity(_note(x), *values)
-    return x, tree_unflatten(list(zip(names, values, strict=True)))
+    x, *values = identity(_note(x), *params.values())
+    return x, tree_unflatten(list(zip(params, values, strict=True)))
 
 
 def _ordered(base: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (self.training and args and isinstance(args[0], mx.array)):
             return base.__call__(self, *args, **kwargs)
+        params = _unordered(self)
+        if not params and not _NOTED:
+            return base.__call__(self, *args, **kwargs)
         trained = self.trainable_parameters()
-        x, ordered = _together(args[0], trained)
+        x, ordered = _together(args[0], params)
         self.update(ordered)
         try:
             return base.__call__(self, x, *args[1:], **kwargs)

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from types import MappingProxyType
+from typing import Any
 
 import mlx.core as mx
 
@@ -27,42 +29,66 @@ class Bundle:
     """Arrays of one dtype that are treated alike.
 
     Attributes:
-        shapes: By name, in their order in the bundle.
+        blocks: Shapes by name, in their order in the bundle. Those of a block differ in their first axis alone and lie
+            along it: what is done to make an array of a piece of the bundle is done for all of them at once.
         computed_in: What they are cast to for the forward pass; None leaves them as they are.
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    blocks: tuple[Mapping[str, tuple[int, ...]], ...]
     computed_in: mx.Dtype | None
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], computed_in: mx.Dtype | None) -> Bundle:
+        """The arrays of these shapes; those that would not end where another may begin are blocks of their own."""
+        blocks: dict[Any, dict[str, tuple[int, ...]]] = {}
+        for name, shape in shapes.items():
+            together = shape and math.prod(shape) % ALIGNMENT == 0
+            blocks.setdefault(shape[1:] if together else name, {})[name] = shape
+        return cls(tuple(blocks.values()), computed_in)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arrays, in their order."""
+        return [name for block in self.blocks for name in block]
 
     @cached_property
     def _cuts(self) -> tuple[list[int], list[int]]:
-        """Where a bundle is cut, and which of the pieces are arrays: the others are gaps."""
-        cuts, arrays, at, pieces = [], [], 0, 0
-        for shape in self.shapes.values():
-            arrays.append(pieces)
-            size = math.prod(shape)
+        """Where a bundle is cut, and which of the pieces are blocks: the others are gaps."""
+        cuts, blocks, at, pieces = [], [], 0, 0
+        for block in self.blocks:
+            blocks.append(pieces)
+            size = sum(map(math.prod, block.values()))
             for length in filter(None, (size, -size % ALIGNMENT)):
                 at, pieces = at + length, pieces + 1
                 cuts.append(at)
-        return cuts[:-1], arrays
+        return cuts[:-1], blocks
 
     def pack(self, arrays: Mapping[str, mx.array]) -> mx.array:
         """All arrays end to end; gaps are zero."""
         pieces = []
-        for name in self.shapes:
-            flat = arrays[name].reshape(-1)
+        for block in self.blocks:
+            flat = _join([arrays[name] for name in block]).reshape(-1)
             pieces.append(flat)
             if gap := -flat.size % ALIGNMENT:
                 pieces.append(mx.zeros(gap, flat.dtype))
-        return mx.concatenate(pieces)
+        return _join(pieces)
 
     def unpack(self, flat: mx.array) -> Arrays:
         """Views of the arrays in ``flat``."""
-        cuts, arrays = self._cuts
-        pieces = mx.split(flat, cuts)
-        return {
-            name: pieces[index].reshape(shape) for (name, shape), index in zip(self.shapes.items(), arrays, strict=True)
-        }
+        cuts, places = self._cuts
+        pieces, found = mx.split(flat, cuts), {}
+        for block, place in zip(self.blocks, places, strict=True):
+            (first, *_), piece = block.values(), pieces[place]
+            if len(block) == 1:
+                found |= dict.fromkeys(block, piece.reshape(first))
+                continue
+            ends = list(accumulate(shape[0] for shape in block.values()))
+            found |= zip(block, mx.split(piece.reshape(-1, *first[1:]), ends[:-1]), strict=True)
+        return found
+
+
+def _join(arrays: list[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
 
 
 class Bundles:
@@ -93,10 +119,12 @@ class Bundles:
             if 0 < array.size <= largest:
                 key = (array.dtype, name in decay, computed_in.get(name), kinds.get(name))
                 alike.setdefault(key, {})[name] = array.shape
-        self._bundles = {next(iter(shapes)): Bundle(shapes, key[2]) for key, shapes in alike.items()}
-        bundled = {name for bundle in self._bundles.values() for name in bundle.shapes}
-        # The largest come last: by then an update has let the gradients of the others go.
-        self._alone = sorted((name for name in params if name not in bundled), key=lambda name: params[name].size)
+        self._bundles = {next(iter(shapes)): Bundle.of(shapes, key[2]) for key, shapes in alike.items()}
+        bundled = {name for bundle in self._bundles.values() for name in bundle.names}
+        # MLX begins with what it is asked for last, and the largest are updated once the other gradients are gone.
+        self._alone = sorted(
+            (name for name in params if name not in bundled), key=lambda name: params[name].size, reverse=True
+        )
 
     def __eq__(self, other: object) -> bool:
         """Whether every array lies where it does in ``other``."""

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from ..models.heads import layers
 from ..settings.plan import CheckpointingPlan
 from .kept_attention import checkpoint_around_attention, keeps_attention
+from .recompute import recompute
 from .router import RouterLog
 
 
@@ -44,7 +45,7 @@ def _checkpointed(base: type[nn.Module], log: RouterLog, place: int, blocks: int
         if self.training and keeps_attention(self, place, blocks, tokens):
             output, logits = checkpoint_around_attention(run, params, args, kwargs)
         else:
-            output, logits = mx.checkpoint(run)(params, *args, **kwargs)
+            output, logits = recompute(run)(params, *args, **kwargs)
         log.add(*logits)
         return output
 

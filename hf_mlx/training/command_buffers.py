@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..device import MEGABYTES, on_cuda, start_depth_first
-from ..settings.plan import TrainPlan
+from ..settings.plan import PairLossPlan, ScoreLossPlan, TrainPlan
 
 # Of MEGABYTES for micro-batches of 8,192 tokens and more, in proportion for smaller ones, and the least.
 TOKENS = 8192
@@ -39,7 +39,8 @@ def _choose_megabytes(plan: TrainPlan) -> int:
         return MEGABYTES_CHECKPOINTED
     if plan.data.max_length is None:
         return MEGABYTES
-    tokens = plan.batch.train_batch_size * plan.data.max_length
+    texts = plan.batch.train_batch_size * (2 if isinstance(plan.loss, PairLossPlan | ScoreLossPlan) else 1)
+    tokens = texts * plan.data.max_length
     return min(max(MEGABYTES * tokens // TOKENS, LEAST_MEGABYTES), MEGABYTES)
 
 

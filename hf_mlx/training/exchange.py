@@ -40,6 +40,10 @@ class GradientExchange(Protocol):
         """Gradients and metrics of all processes, and the norm of the whole gradient (float32)."""
         ...
 
+    def begin(self) -> None:
+        """Begin, before the first computation of a step, what was left for it."""
+        ...
+
     def extremes(self, metrics: Arrays) -> Arrays:
         """Of one micro-batch's metrics those that do not add up, over all processes."""
         ...
@@ -62,6 +66,7 @@ class Exchange:
         self.kinds: dict[str, str] = {}
         self.split: Split | None = None
         self._group = world.group
+        self.begin = world.begin
 
     def __call__(self, grads: Arrays, metrics: Arrays) -> tuple[Arrays, Arrays, mx.array]:
         """The sums over all processes, and the norm of the gradients.

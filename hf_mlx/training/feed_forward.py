@@ -15,8 +15,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.activations import swiglu
 
+from ..adapters.dropout import KeyedDropout
 from ..adapters.layers import LoRALinear, layer_dims
 from ..device import on_cpu
+from ..models.products import in_rows, in_shape_of
 from .exponential import sigmoid
 from .rebinding import calls, rebound
 
@@ -105,6 +107,12 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
         if not self.training or kwargs or len(args) != 1:
             return base.__call__(self, *args, **kwargs)
         (x,) = args
+        rows = _rows(self, x)
+        if rows is not x and _works(lambda: in_shape_of(x, base.__call__(self, rows))):
+            return in_shape_of(x, run(self, rows))
+        return run(self, x)
+
+    def run(self: nn.Module, x: mx.array) -> mx.array:
         observed = {name: _Observed(child) for name, child in self.children().items() if isinstance(child, _LINEAR)}
         output = run_with(self, x, observed)
         first = {name: layer.output for name, layer in observed.items() if layer.is_called_once_with(x)}
@@ -136,6 +144,12 @@ def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
             self.update(params)
 
     return type(f"Recomputing{base.__name__}", (base,), {"__call__": call})
+
+
+def _rows(module: nn.Module, x: mx.array) -> mx.array:
+    """``x`` in rows of one token, which MLX would make of it for each product; dropout draws by rows of a batch."""
+    drops = any(isinstance(part, KeyedDropout) for part in module.modules())
+    return x if x.ndim < 3 or drops else in_rows(x)
 
 
 def _works(call: Callable[[], Any]) -> bool:
@@ -173,10 +187,20 @@ def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx
         ready = mx.depends(read, [by_output])
         if on_cpu():
             return tuple(mx.vjp(forward, [*ready, *params], [by_output])[1])
-        _, (by_hidden, *by_params) = mx.vjp(project, [between(*ready), *params], [by_output])
-        # Its own copies for each, or the compiler would find out what they share.
-        done = [by_hidden, *by_params]
-        by_read = [_derive(between, mx.depends(read, done), index, by_hidden) for index in range(count)]
+        hidden = between(*ready)
+        if "weight" in trained:
+            # Its two products share nothing: `hidden` is gone when its gradient comes.
+            by_params = mx.vjp(lambda *params: project(hidden, *params), params, [by_output])[1]
+            after = mx.depends([by_output], by_params)
+            (by_hidden,) = mx.vjp(lambda hidden: project(hidden, *params), [hidden], after)[1]
+        else:
+            _, (by_hidden, *by_params) = mx.vjp(project, [hidden, *params], [by_output])
+        # Its own copies for each, or the compiler would find out what they share; and each after the one before, which
+        # then may lie where what is read no more did.
+        by_read = []
+        for index in range(count):
+            done = [by_hidden, *by_params, *by_read]
+            by_read.append(_derive(between, [mx.depends([x], done)[0] for x in read], index, by_hidden))
         return (*by_read, *by_params)
 
     closed: Any = mx.custom_function(forward)

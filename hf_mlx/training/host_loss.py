@@ -116,6 +116,7 @@ class HostLossStep(Step):
 
     def _accumulate_host(self, arrays: Arrays, micro: HostMicro) -> tuple[Arrays, Arrays]:
         width = micro.batch.shape[1]
+        self._begin_exchange()
 
         def forward(number: int) -> mx.array:
             try:

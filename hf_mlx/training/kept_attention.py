@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from ..adapters.layers import layer_dims
 from .blocked_attention import attending, blocked_attention, is_fused
+from .recompute import recompute
 from .shared_rows import PromptCache
 
 #: Tokens of a row from which attention's forward pass takes about as long as the products of a block do.
@@ -47,7 +48,7 @@ def kept_features(block: nn.Module) -> int:
 
 
 def checkpoint_around_attention(run: Callable[..., Any], params: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``mx.checkpoint(run)(params, *args, **kwargs)``, which keeps the attention in it where MLX has a kernel for it.
+    """``recompute(run)(params, *args, **kwargs)``, which keeps the attention in it where MLX has a kernel for it.
 
     Args:
         run: A block as a function of its parameters and inputs.
@@ -72,16 +73,16 @@ def checkpoint_around_attention(run: Callable[..., Any], params: Any, args: tupl
             return reached.call.arrays
         return ()
 
-    read = mx.checkpoint(before)(params, *args, **kwargs)
+    read = recompute(before)(params, *args, **kwargs)
     if not noted or not noted[0].is_fused:
-        return mx.checkpoint(run)(params, *args, **kwargs)
+        return recompute(run)(params, *args, **kwargs)
     attended = noted[0].attend(*read)
 
     def after(attended: mx.array, params: Any, *args: Any, **kwargs: Any) -> Any:
         with attending(lambda *_: attended):
             return run(params, *args, **kwargs)
 
-    return mx.checkpoint(after)(attended, params, *args, **kwargs)
+    return recompute(after)(attended, params, *args, **kwargs)
 
 
 @dataclass(frozen=True)

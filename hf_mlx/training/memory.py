@@ -36,6 +36,8 @@ GPU_LOGIT_COPIES = 2
 MOVED = 2
 # A recomputed block holds its activations, and while it goes back about as much in gradients and products.
 RECOMPUTED = 2
+# What it holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
+GOING_BACK = 11 / 16
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
 
@@ -76,6 +78,18 @@ class MemoryEstimate:
     def total(self) -> int:
         """The peak: what stays from step to step, and what one of them takes."""
         return self.weights + self.reference + self.optimizer + self.temporary
+
+    @property
+    def bound(self) -> int:
+        """What a step with checkpointing is held to where gradients outgrow the saved inputs of blocks, else the total.
+
+        The inputs are gone when the last gradients come.
+        """
+        if self.gradients <= self.activations:
+            return self.total
+        backward = self.gradients + int(GOING_BACK * self.recomputed)
+        largest = max(backward, self.gradients + self.update, self.activations + max(self.logits, self.reference_pass))
+        return self.total - self.temporary + largest
 
 
 def estimate(

@@ -31,6 +31,7 @@ class SplitExchange:
     def __init__(self, split: Split) -> None:
         self.split: Split | None = split
         self._group = split.world.group
+        self.begin = split.world.begin
         self.kinds = dict.fromkeys(split.axes, "divided") | dict.fromkeys(split.partial, "partial")
 
     def extremes(self, metrics: Arrays) -> Arrays:

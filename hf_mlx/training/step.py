@@ -101,7 +101,7 @@ class Step(Trained):
         try:
             sums = self._train(self._pieces(window, len(window)), self._hyper(step, lr))
         finally:
-            self._bind()
+            self._bind_what_moved()
         self._carry = None
         return StepMetrics.split(sums)
 
@@ -110,7 +110,7 @@ class Step(Trained):
         try:
             self._accumulate_all(self._pieces(window, count))
         finally:
-            self._bind()
+            self._bind_what_moved()
 
     def retrace(self) -> None:
         """Forget what was traced, once frozen weights of the model are others."""
@@ -133,6 +133,7 @@ class Step(Trained):
             return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
         self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
+        self._begin_exchange()
         mx.async_eval(self._params, self._state, sums)
         return sums
 
@@ -160,6 +161,7 @@ class Step(Trained):
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
             self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
+            self._begin_exchange()
             # Starts the device on this piece without waiting for it: on the forward pass first, whose smaller graph is
             # ordered sooner, while the device has nothing else to do.
             mx.async_eval(sums)

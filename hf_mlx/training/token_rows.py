@@ -32,6 +32,6 @@ def _together(base: type[Any]) -> type[Any]:
     def call(self: Any, x: mx.array) -> mx.array:
         if x.ndim != 3 or x.shape[1] != 1:
             return base.__call__(self, x)
-        return base.__call__(self, x.swapaxes(0, 1)).swapaxes(0, 1)
+        return mx.expand_dims(base.__call__(self, x.squeeze(1)), 1)
 
     return type(f"Together{base.__name__}", (base,), {"__call__": call, "together": True})

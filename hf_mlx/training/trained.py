@@ -35,6 +35,7 @@ class Trained:
     clip: GradClip
     exchange: GradientExchange | None
     draws: int
+    traces: int
 
     _names: list[str]
     _computed_in: Callable[[], Mapping[str, mx.Dtype]]
@@ -42,7 +43,9 @@ class Trained:
     _bundles: Bundles
     _params: Arrays
     _state: State
-    _views: Arrays | None
+    _views: Arrays | None = None
+    _viewed: Arrays | None = None
+    _bound: tuple[Arrays | None, int] = (None, 0)
     _whole: tuple[Arrays, State] | None = None
     _holds: WeakSet[Held]
 
@@ -51,8 +54,8 @@ class Trained:
         """Flat {MLX name: array}: views of what is kept; another dict after each update."""
         if self._whole is not None:
             return self._whole[0]
-        if self._views is None:
-            self._views = self._bundles.unpack(self._params)
+        if self._views is None or self._viewed is not self._params:
+            self._views, self._viewed = self._bundles.unpack(self._params), self._params
         return self._views
 
     @property
@@ -193,8 +196,18 @@ class Trained:
 
     def _bind(self) -> None:
         # Tracing leaves placeholders in the model; put arrays back whatever happened.
-        self._views = None
         self.objective.slots.bind(self.params)
+        self._bound = self._params, self.traces
+
+    def _bind_what_moved(self) -> None:
+        """:meth:`_bind`, unless nothing was updated or traced since: it makes a view of each array."""
+        if self._bound[0] is not self._params or self._bound[1] != self.traces:
+            self._bind()
+
+    def _begin_exchange(self) -> None:
+        # Before any exchange of the step itself, on every process.
+        if self.exchange is not None:
+            self.exchange.begin()
 
     def _update_clipped(self, grads: Arrays, sums: Arrays, hyper: Arrays) -> Arrays:
         """Update with gradients as they are kept, in the compiled function or by the script's own optimizer."""

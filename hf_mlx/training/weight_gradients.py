@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..models.precision import CastEmbedding, CastLinear
-from ..models.products import addmm, matmul
+from ..models.products import addmm, in_rows, in_shape_of, matmul
 from .take_rows import take_rows
 
 _LINEAR = (nn.Linear, CastLinear)
@@ -36,13 +36,14 @@ def lay_out_gradients(model: nn.Module) -> None:
             module.__class__ = _embedding(type(module))
 
 
-def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:
+def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, ordered: bool = False) -> mx.array:
     """``x @ weight.T + bias``, whose gradient by ``weight`` is contiguous.
 
     Args:
         x: (..., in).
         weight: (out, in), in the dtype of ``x``.
         bias: (out,), in the dtype of ``x``.
+        ordered: The gradient of ``x`` waits for the others, see :mod:`~hf_mlx.training.backward_order`.
 
     Returns:
         (..., out), differentiable in all three.
@@ -53,21 +54,23 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.a
 
     def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, weight, *bias = primals
-        by_rows = _rows(by_out)
-        return (matmul(by_out, weight), matmul(by_rows.T, _rows(x)), *(by_rows.sum(axis=0) for _ in bias))
+        by_params = [matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias)]
+        by_x = matmul(by_out, weight)
+        return (mx.depends([by_x], by_params)[0] if ordered else by_x, *by_params)
 
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
-    return product(x, weight, *([] if bias is None else [bias]))
+    return in_shape_of(x, product(in_rows(x), weight, *([] if bias is None else [bias])))
 
 
 def _linear(base: Any) -> Any:
     def call(self: Any, x: mx.array) -> mx.array:
         if not self.training:
             return base.__call__(self, x)
-        return project(*_cast(self, (x, self.weight, *([self.bias] if "bias" in self else []))))
+        arrays = _cast(self, (x, self.weight, *([self.bias] if "bias" in self else [])))
+        return project(*arrays, ordered=self.orders_backward)
 
-    return type(f"Laid{base.__name__}", (base,), {"__call__": call})
+    return type(f"Laid{base.__name__}", (base,), {"__call__": call, "orders_backward": False})
 
 
 def look_up(weight: mx.array, tokens: mx.array) -> mx.array:
@@ -92,7 +95,3 @@ def _cast(layer: Any, arrays: Iterable[mx.array]) -> list[mx.array]:
     arrays = list(arrays)
     dtype = getattr(layer, "compute_dtype", None) or mx.result_type(*arrays)
     return [array.astype(dtype) for array in arrays]
-
-
-def _rows(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1])
