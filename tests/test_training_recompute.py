@@ -1,5 +1,7 @@
 """Feed-forward networks that recompute, and ordered backward passes: less memory, the same gradients."""
 
+import re
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -9,6 +11,8 @@ from mlx_lm.models.activations import swiglu
 from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
 from hf_mlx.training.feed_forward import recompute_activations
+from hf_mlx.training.recompute import recompute
+from hf_mlx.training.weight_gradients import lay_out_gradients
 
 WIDTH, WIDE = 16, 64
 # fp32: the same operations, which the compiler may fuse otherwise.
@@ -166,6 +170,43 @@ def test_a_backward_pass_holds_less():
     assert peaks[1] < 0.75 * peaks[0]
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "eager"])
+def test_what_is_recomputed_gives_the_same_and_forgets(compiled):
+    def block(params, x, mask, scale=None, *, kind="sin", parts=()):
+        wide = getattr(mx, kind)(x @ params["wide"])
+        return (mx.cos(wide) @ params["back"]) * parts[0] + x, [mx.where(mask, wide, 0).sum() * (scale or 1)]
+
+    mx.random.seed(0)
+    params = {"wide": mx.random.normal((WIDTH, WIDE)), "back": mx.random.normal((WIDE, WIDTH)) / WIDE}
+    x, part = mx.random.normal((2048, WIDTH)), mx.array([0.5])
+    found, peaks = [], []
+    for change in (lambda function: function, mx.checkpoint, recompute):
+
+        def loss(params, x, part, change=change):
+            total = 0
+            for _ in range(8):
+                x, (noted,) = change(block)(params, x, mx.arange(WIDE) > 9, None, kind="sin", parts=(part,))
+                total = total + noted
+            return mx.square(x).mean() + 1e-3 * total
+
+        function = mx.value_and_grad(loss, argnums=(0, 1, 2))
+        function = mx.compile(function) if compiled else function
+        mx.eval(function(params, x, part))
+        mx.synchronize()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        value, (by_params, by_x, by_part) = function(params, x, part)
+        mx.eval(value, by_params, by_x, by_part)
+        mx.synchronize()
+        peaks.append(mx.get_peak_memory() - before)
+        found.append([value, by_params["wide"], by_params["back"], by_x, by_part])
+
+    for expected in found[:2]:
+        for theirs, ours in zip(expected, found[2], strict=True):
+            assert mx.allclose(ours, theirs, rtol=RELATIVE, atol=RELATIVE * mx.abs(theirs).max().item())
+    assert len(found) == 3 and peaks[2] < 0.95 * peaks[0]
+
+
 def test_the_gradient_of_an_adapted_layer_s_input_waits_for_the_adapter_s(tmp_path):
     block = nn.Module()
     block.layer = LoRALinear(nn.Linear(WIDTH, WIDE, bias=False), 4, 2.0, compute_dtype=mx.bfloat16)
@@ -186,3 +227,37 @@ def test_the_gradient_of_an_adapted_layer_s_input_waits_for_the_adapter_s(tmp_pa
     graphs = [(tmp_path / name).read_text(encoding="utf-8") for name in ("alone.dot", "all.dot")]
     alone, everything = (graph.count("Matmul") + graph.count("AddMM") for graph in graphs)
     assert alone == everything == 6
+
+
+def test_nothing_is_recomputed_before_its_gradient_is_there(tmp_path):
+    x, by_output = mx.ones(3), mx.ones(3) / 2
+    mx.eval(x, by_output)
+    _, (by_x,) = mx.vjp(recompute(lambda x: mx.cos(mx.sin(x))), [x], [mx.erfinv(by_output)])
+    mx.export_to_dot(str(tmp_path / "graph.dot"), by_x)
+    lines = (tmp_path / "graph.dot").read_text(encoding="utf-8").splitlines()
+    names = dict(re.findall(r'(\d+) \[label ="(\w+)"', "\n".join(lines)))
+    edges = [line.replace('"', "").split(" -> ") for line in lines if " -> " in line]
+    reached = {node for node, name in names.items() if name == "ErfInv"}
+    for _ in edges:
+        reached |= {end for start, end in edges if start in reached}
+
+    computed = [node for node, name in names.items() if name in ("Sin", "Cos")]
+    assert len(computed) == 3 and reached.issuperset(computed)
+
+
+@pytest.mark.parametrize("network", [Gated, TwoLayers, Fused, Swiglu])
+def test_of_each_trained_weight_three_products_are_computed(network, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_mlx.training.feed_forward.on_cpu", lambda: False)
+    blocks = make_blocks(network, 2)
+    lay_out_gradients(blocks)
+    recompute_activations(blocks.layers)
+    order_backward(blocks.layers)
+    x = mx.ones((3, 5, WIDTH))
+    mx.eval(blocks.parameters(), x)
+
+    made = gradients(blocks, x, compiled=True)
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *made.values())
+    graph = (tmp_path / "graph.dot").read_text(encoding="utf-8")
+    weights = [name for name in made if name.endswith("weight") and "norm" not in name]
+    assert len(weights) == 2 * (2 if network in (TwoLayers, Fused) else 3)
+    assert graph.count("Matmul") + graph.count("AddMM") == 3 * len(weights)

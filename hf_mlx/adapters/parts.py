@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -284,13 +284,9 @@ def split_rows(modules: Sequence[Any], *, strided: bool = False) -> list[Rows]:
         return [Rows()]
     if strided:
         cuts = [slice(start, None, len(modules)) for start in range(len(modules))]
-        return [Rows(partial(_cut, cut)) for cut in cuts]
+        return [Rows(itemgetter(cut)) for cut in cuts]
     ends = list(accumulate(layer_dims(module)[1] for module in modules))
-    return [Rows(partial(_cut, slice(start, end))) for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def _cut(cut: slice, whole: mx.array) -> mx.array:
-    return whole[cut]
+    return [Rows(itemgetter(slice(start, end))) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 _BY_HEAD = (MultiLinear, QuantizedMultiLinear)

@@ -187,14 +187,8 @@ def _close(layer: nn.Module, between: Callable[..., mx.array], read: Sequence[mx
         ready = mx.depends(read, [by_output])
         if on_cpu():
             return tuple(mx.vjp(forward, [*ready, *params], [by_output])[1])
-        hidden = between(*ready)
-        if "weight" in trained:
-            # Its two products share nothing: `hidden` is gone when its gradient comes.
-            by_params = mx.vjp(lambda *params: project(hidden, *params), params, [by_output])[1]
-            after = mx.depends([by_output], by_params)
-            (by_hidden,) = mx.vjp(lambda hidden: project(hidden, *params), [hidden], after)[1]
-        else:
-            _, (by_hidden, *by_params) = mx.vjp(project, [hidden, *params], [by_output])
+        # A trained layer has its weight's gradient first: `hidden` is gone when its own comes.
+        _, (by_hidden, *by_params) = mx.vjp(project, [between(*ready), *params], [by_output])
         # Its own copies for each, or the compiler would find out what they share; and each after the one before, which
         # then may lie where what is read no more did.
         by_read = []

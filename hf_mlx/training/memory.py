@@ -37,7 +37,7 @@ MOVED = 2
 # A recomputed block holds its activations, and while it goes back about as much in gradients and products.
 RECOMPUTED = 2
 # What it holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
-GOING_BACK = 5 / 8
+GOING_BACK = 11 / 16
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
 

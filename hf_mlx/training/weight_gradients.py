@@ -43,7 +43,7 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, orde
         x: (..., in).
         weight: (out, in), in the dtype of ``x``.
         bias: (out,), in the dtype of ``x``.
-        ordered: The gradient of ``x`` waits for the others, see :mod:`~hf_mlx.training.backward_order`.
+        ordered: The gradient of ``x`` is begun after the others, see :mod:`~hf_mlx.training.backward_order`.
 
     Returns:
         (..., out), differentiable in all three.
@@ -55,8 +55,10 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, orde
     def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, weight, *bias = primals
         by_params = [matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias)]
-        by_x = matmul(by_out, weight)
-        return (mx.depends([by_x], by_params)[0] if ordered else by_x, *by_params)
+        if ordered:
+            # What is multiplied there is read no more, and its memory free, when the gradient of `x` comes.
+            (by_out,) = mx.depends([by_out], by_params)
+        return (matmul(by_out, weight), *by_params)
 
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
