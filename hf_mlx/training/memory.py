@@ -40,6 +40,8 @@ RECOMPUTED = 2
 GOING_BACK = 11 / 16
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
+# Where it is `cpu_attention`: exponentials, and on the way back what they are made of and its gradients.
+CPU_ATTENTION_COPIES = 1, 5
 
 
 @dataclass(frozen=True)
@@ -127,20 +129,24 @@ def estimate(
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
     dtype = mx.bfloat16 if size == 2 else mx.float32
-    scores = ATTENTION_COPIES * size * attention_heads * positions
+    scores = size * attention_heads * positions
+    copies, back = CPU_ATTENTION_COPIES if on_cpu() and dtype == mx.float32 else (ATTENTION_COPIES, ATTENTION_COPIES)
     scored = [block for block in layers(model) if plan.use_cpu or not is_fused(dtype, _head_width(block))]
     written = {id(block) for block in scored if not attends_in_blocks(block, tokens)}
 
     def held(block: nn.Module) -> int:
         # A block that has a recurrence has no scores.
-        matrix = scores * tokens if id(block) in written else 0
+        matrix = copies * scores * tokens if id(block) in written else 0
         return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or matrix)
 
     blocks = [held(block) for block in layers(model)]
     logits = _logit_bytes(model, head, positions, size, params)
     # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
     kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
-    recomputed = scores * block_queries() if len(scored) > len(written) else 0
+    if len(scored) > len(written):
+        recomputed = back * scores * block_queries()
+    else:
+        recomputed = (back - copies) * scores * tokens if written else 0
     if plan.checkpointing.enabled:
         forgotten = blocks[:: plan.checkpointing.every_n_layers]
         again = layers(model)[:: plan.checkpointing.every_n_layers]
