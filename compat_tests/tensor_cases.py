@@ -43,7 +43,7 @@ NAMED = {
     "dropped": case(lora={"lora_dropout": 0.2, "use_rslora": True, "r": 6}, gradient_accumulation_steps=2, max_steps=6),
     "mixture": case(
         "experts", lora={"init_lora_weights": "gaussian"}, router_aux_loss_coef=0.0, weight_decay=0.1,
-        max_grad_norm=0.05, learning_rate=1e-3, max_steps=4,
+        max_grad_norm=0.05, learning_rate=1e-3, adam_epsilon=1e-6, max_steps=4,
     ),
     "evaluated": case("qwen2", eval_rows=5, eval_strategy="steps", eval_steps=3, max_steps=6,
                       per_device_eval_batch_size=2, gradient_checkpointing=True),
