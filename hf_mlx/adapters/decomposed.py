@@ -62,7 +62,7 @@ def check_decomposed(plan: LoraPlan, sites: Iterable[Any], targets: Iterable[Any
         if problem:
             raise AdapterError(
                 f"init_lora_weights={kind!r} on {target.hf_path}, {problem}",
-                "Linear layers in floating point that are at least r wide (PEFT fails on others)",
+                "Linear layers in floating point that are at least r wide (of others PEFT makes fewer ranks, or fails)",
                 "LoraConfig(..., init_lora_weights=True)",
             )
 
