@@ -20,8 +20,9 @@ else
 EXTRAS ?= hf,dev
 endif
 
-# One thread a worker: two workers that each start a thread a core run slower than one after the other.
-JOBS ?= 2
+# One thread a worker: workers that each start a thread a core run slower than one after the other. Three of them on two
+# cores: tests wait a fifth of their time, for processes of their own and for disks.
+JOBS ?= 3
 # A file is one worker's, for what its tests share, and the short files come last, so that no worker waits long.
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
