@@ -14,6 +14,8 @@ WIDTH = "MLX_BFS_MAX_WIDTH"
 BUFFERS = ("MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 #: MiB of arrays in a buffer where nothing is known of the run, measured in docs/performance.md.
 MEGABYTES = 400
+#: Numbers of the largest table that is read in pairs: each pair costs an operation.
+MOST_IN_PAIRS = 512
 
 
 def on_cpu() -> bool:
@@ -71,14 +73,12 @@ class Coming:
 
     Args:
         array: What is computed.
-        most: Numbers of the largest array that is read in pairs: each pair costs an operation.
-        backend: ``mlx.core``.
     """
 
-    def __init__(self, array: mx.array, most: int = 512, backend: Any = mx) -> None:
+    def __init__(self, array: mx.array) -> None:
         self._shape = array.shape
         self._parts = [array]
-        if on_cuda(backend) and array.size <= most:
+        if on_cuda() and array.size <= MOST_IN_PAIRS:
             pairs = array.reshape(-1).view(mx.int64)
             # A sum has memory of its own; a view would be read with all that it is a part of.
             self._parts = [pairs[place] + 0 for place in range(pairs.size)]

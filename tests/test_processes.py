@@ -251,7 +251,7 @@ def test_the_plan_knows_the_processes():
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_a_table_arrives_as_it_was_sent(monkeypatch, cuda):
-    monkeypatch.setattr(device, "on_cuda", lambda backend: cuda)
+    monkeypatch.setattr(device, "on_cuda", lambda: cuda)
     table = np.random.default_rng(0).integers(-(2**31), 2**31, (3, 6)).astype(np.int32)
 
     assert np.array_equal(device.Coming(mx.array(table)).read(), table)

@@ -25,9 +25,8 @@ class Sent:
         self._coming: Coming | None = None
 
     def begin(self) -> None:
-        """Send the table of this process; nothing the second time."""
-        if self._coming is None:
-            self._coming = self._begin()
+        """Send the table of this process, once."""
+        self._coming = self._begin()
 
     def read(self) -> np.ndarray:
         """The tables of all processes."""

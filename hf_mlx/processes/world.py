@@ -116,10 +116,9 @@ class World:
         self._tables += 1
         padded = head_table(kind, self._tables, table, self.width)
         self.begin()
-        sent = Sent(lambda: Coming(self._begin(padded)))
-        self._left = sent if with_step else None
+        self._left = sent = Sent(lambda: Coming(self._begin(padded)))
         if not with_step:
-            sent.begin()
+            self.begin()
         return sent
 
     def begin(self) -> None:

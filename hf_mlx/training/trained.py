@@ -43,7 +43,7 @@ class Trained:
     _bundles: Bundles
     _params: Arrays
     _state: State
-    _views: Arrays | None = None
+    _views: Arrays
     _viewed: Arrays | None = None
     _bound: tuple[Arrays | None, int] = (None, 0)
     _whole: tuple[Arrays, State] | None = None
@@ -54,7 +54,7 @@ class Trained:
         """Flat {MLX name: array}: views of what is kept; another dict after each update."""
         if self._whole is not None:
             return self._whole[0]
-        if self._views is None or self._viewed is not self._params:
+        if self._viewed is not self._params:
             self._views, self._viewed = self._bundles.unpack(self._params), self._params
         return self._views
 
