@@ -11,16 +11,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from ..adapters.layers import layer_dims
 from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
-from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
-from .blocked_attention import attends_in_blocks, block_queries, is_fused
-from .feed_forward import recomputed_inputs
-from .kept_attention import keeps_attention, kept_features
+from .block_memory import BlockMemory
 from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
@@ -34,16 +29,10 @@ LOGIT_COPIES = 3
 GPU_LOGIT_COPIES = 2
 # Large arrays whose new values are written while the old ones wait for that.
 MOVED = 2
-# A recomputed block holds its activations, and while it goes back about as much in gradients and products.
-RECOMPUTED = 2
 # What it holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
 GOING_BACK = 11 / 16
 # Of adapters alone, whose pending work goes up to a quarter of a GiB over.
 GOING_BACK_ADAPTED = 7 / 8
-# Scores and probabilities, where the backward pass of attention is not fused.
-ATTENTION_COPIES = 2
-# Where it is `cpu_attention`: exponentials, and on the way back what they are made of and its gradients.
-CPU_ATTENTION_COPIES = 1, 5
 
 
 @dataclass(frozen=True)
@@ -132,35 +121,19 @@ def estimate(
     stored = max(weights, key=lambda array: array.nbytes).dtype.size
     size = 2 if plan.model.precision.autocast else stored
     dtype = mx.bfloat16 if size == 2 else mx.float32
-    scores = size * attention_heads * positions
-    copies, back = CPU_ATTENTION_COPIES if on_cpu() and dtype == mx.float32 else (ATTENTION_COPIES, ATTENTION_COPIES)
-    scored = [block for block in layers(model) if plan.use_cpu or not is_fused(dtype, _head_width(block))]
-    written = {id(block) for block in scored if not attends_in_blocks(block, tokens)}
-
-    def held(block: nn.Module) -> int:
-        # A block that has a recurrence has no scores.
-        matrix = copies * scores * tokens if id(block) in written else 0
-        return positions * size * sum(_features(block)) + (_states(block, rows, tokens) or matrix)
-
-    blocks = [held(block) for block in layers(model)]
+    every = layers(model)
+    memory = BlockMemory(rows, tokens, size, dtype, attention_heads, fused=not plan.use_cpu)
     logits = _logit_bytes(model, head, positions, size, params)
-    # What one layer takes on its way back, and none keeps: products within chunks, scores of a block of queries.
-    kept = sum(blocks) + max(_working(block, rows, tokens) for block in layers(model))
-    if len(scored) > len(written):
-        recomputed = back * scores * block_queries()
-    else:
-        recomputed = (back - copies) * scores * tokens if written else 0
+    kept, working = sum(map(memory.held, every)), max(map(memory.working, every))
+    recomputed = max(map(memory.scores_going_back, every))
     if plan.checkpointing.enabled:
-        forgotten = blocks[:: plan.checkpointing.every_n_layers]
-        again = layers(model)[:: plan.checkpointing.every_n_layers]
-        kept += sum(
-            positions * size * kept_features(block)
-            for place, block in enumerate(again)
-            if keeps_attention(block, place, len(again), tokens) and is_fused(dtype, _head_width(block))
-        )
-        hidden = Counter(_features(layers(model)[0])).most_common(1)[0][0]
-        kept += len(forgotten) * positions * hidden * stored - sum(forgotten)
-        recomputed += RECOMPUTED * max(forgotten)
+        again = every[:: plan.checkpointing.every_n_layers]
+        hidden = Counter(memory.features(every[0])).most_common(1)[0][0]
+        kept += len(again) * positions * hidden * stored - sum(map(memory.held, again))
+        kept += sum(memory.attention(block, place, len(again)) for place, block in enumerate(again))
+        recomputed = max(recomputed + working, *map(memory.going_back, again))
+    else:
+        kept += working
     gradients = _bytes(params.values())
     state = sum(_state_bytes(optimizer, param) for param in params.values())
     return MemoryEstimate(
@@ -172,7 +145,7 @@ def estimate(
         recomputed=recomputed,
         logits=logits,
         reference=reference or 0,
-        reference_pass=0 if reference is None else max(*blocks, logits),
+        reference_pass=0 if reference is None else max(*map(memory.held, every), logits),
     )
 
 
@@ -228,35 +201,6 @@ def planned_limit(backend: Any = mx) -> float:
 def show_bytes(size: float) -> str:
     """A size for people, in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _features(block: nn.Module) -> list[int]:
-    """What a block keeps of every projection, adapted or quantised or not: inputs and outputs, by token."""
-    experts = next((module.top_k for module in block.modules() if isinstance(getattr(module, "top_k", None), int)), 1)
-    found = []
-    recomputed = {id(layer) for module in block.modules() for layer in recomputed_inputs(module)}
-    for module in block.modules():
-        if isinstance(module, (SwitchLinear, QuantizedSwitchLinear)):
-            found += [experts * features for features in layer_dims(module)]
-        elif isinstance(module, (nn.Linear, nn.QuantizedLinear)):
-            inputs, outputs = layer_dims(module)
-            found += [outputs] if id(module) in recomputed else [inputs, outputs]
-    return found
-
-
-def _head_width(block: nn.Module) -> int:
-    """Numbers of a head's query, as mlx-lm's attention has it; 0 where it says nothing."""
-    widths = (getattr(module, "head_dim", None) for module in block.modules())
-    return max((width for width in widths if isinstance(width, int)), default=0)
-
-
-def _states(block: nn.Module, rows: int, tokens: int) -> int:
-    """Bytes of the recurrent states that a block keeps, at the ends of chunks, and of its convolution's outputs."""
-    return sum(kept_bytes(module, rows, tokens) for module in block.modules())
-
-
-def _working(block: nn.Module, rows: int, tokens: int) -> int:
-    return sum(working_bytes(module, rows, tokens) for module in block.modules())
 
 
 def _logit_bytes(model: nn.Module, head: Head | None, positions: int, size: int, params: Mapping[str, mx.array]) -> int:

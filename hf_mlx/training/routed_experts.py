@@ -84,6 +84,22 @@ def tile_size(layers: Iterable[Any], choices: int) -> tuple[int, int]:
     return size, experts
 
 
+def copied_bytes(module: nn.Module, choices: int) -> int:
+    """What a mixture's tiles take beyond their rows: the copied weights of two products, one done and one at work.
+
+    Args:
+        module: With or without adapters; 0 for what is no mixture.
+        choices: Tokens of a micro-batch times the experts of each.
+    """
+    if not isinstance(module, SwitchGLU | SwitchMLP):
+        return 0
+    bases: list[Any] = [getattr(layer, "base_layer", layer) for layer in module.children().values()]
+    bases = [base for base in bases if "weight" in base]
+    size, experts = tile_size(bases, choices)
+    largest = max(base.weight.nbytes for base in bases)
+    return 2 * (choices // size + experts) * largest // experts if size > 1 else 0
+
+
 def _lower(layers: Mapping[str, Any], tokens: mx.array, laid: ExpertRows) -> dict[str, dict[str, mx.array]]:
     """``low`` for the call of each layer, where it is faster to multiply each token by the A of all experts."""
     made: dict[int, mx.array] = {}
