@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -43,39 +44,31 @@ class LongRope(nn.Module):
 
 
 class TabulatedRoPE(nn.RoPE):
-    """``nn.RoPE`` with frequencies that were computed beforehand.
-
-    Attributes:
-        _freqs: (dims / 2,) float32, what the angle of a position is divided by.
-    """
-
-    _freqs: mx.array
-
-    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return mx.fast.rope(
-            x, self.dims, traditional=self.traditional, base=None, scale=self.scale, offset=offset, freqs=self._freqs
-        )
-
-
-def tabulate_frequencies(model: Any) -> None:
-    """Gives every plain rotary embedding the frequencies of transformers 5.23 ``compute_default_rope_parameters``.
+    """``nn.RoPE`` with the frequencies of transformers 5.23 ``compute_default_rope_parameters``.
 
     ``mx.fast.rope`` takes each as an exponential of a product, up to 1.2e-6 off in float32, which at position 8,192 is
     5e-4 of an angle (mlx 0.32.4); with these an angle is transformers' to 3e-7, on every backend and at the same cost.
     """
-    tables: dict[tuple[float, int], mx.array] = {}
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        freqs = _frequencies(float(self.base), self.dims)
+        return mx.fast.rope(
+            x, self.dims, traditional=self.traditional, base=None, scale=self.scale, offset=offset, freqs=freqs
+        )
+
+
+def tabulate_frequencies(model: Any) -> None:
+    """Makes every plain rotary embedding of ``model`` a :class:`TabulatedRoPE`, in place."""
     for _, module in model.named_modules():
         if type(module) is nn.RoPE:
-            key = module.base, module.dims
-            if key not in tables:
-                tables[key] = _frequencies(*key)
-            module.__class__, module._freqs = TabulatedRoPE, tables[key]
+            module.__class__ = TabulatedRoPE
 
 
+@cache
 def _frequencies(base: float, dims: int) -> mx.array:
-    """base^(2 i / dims), rounded to float32 once; the exponents are rounded first, as transformers' are."""
+    """base^(2 i / dims), (dims / 2,) float32, rounded once; exponents are rounded before, as transformers' are."""
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
-    return mx.array((float(base) ** exponents.astype(np.float64)).astype(np.float32))
+    return mx.array((base ** exponents.astype(np.float64)).astype(np.float32))
 
 
 def apply(model: Any, config: Config) -> None:
