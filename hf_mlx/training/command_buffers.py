@@ -19,7 +19,7 @@ from ..settings.plan import PairLossPlan, ScoreLossPlan, TrainPlan
 # Of MEGABYTES for micro-batches of 8,192 tokens and more, in proportion for smaller ones, and the least.
 TOKENS = 8192
 LEAST_MEGABYTES = 100
-MEGABYTES_CHECKPOINTED = 20
+MEGABYTES_CHECKPOINTED = 40
 
 
 def limit_pending_work(plan: TrainPlan) -> dict[str, str]:

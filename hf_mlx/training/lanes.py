@@ -57,7 +57,7 @@ class LanedStep(Step):
         return min(rows, self.lanes) if 2 * rows > self.lanes else 1
 
     def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
-        return all(self._count(arrays) == 1 for arrays, _ in pieces)
+        return super()._updates_with_last(pieces) and all(self._count(arrays) == 1 for arrays, _ in pieces)
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         # One piece after the other: no more rows are under way than without lanes.

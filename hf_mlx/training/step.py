@@ -134,12 +134,18 @@ class Step(Trained):
         self._accumulate_all(pieces[:-1])
         self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
         self._begin_exchange()
+        # As for one that is accumulated: the forward pass first.
+        mx.async_eval({name: value for name, value in sums.items() if name != "grad_norm"})
         mx.async_eval(self._params, self._state, sums)
         return sums
 
     def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
-        """Whether the last piece and the update are one compiled function."""
-        return True
+        """Whether the last piece and the update are one compiled function.
+
+        Not where processes add their gradients up: a CUDA graph with nccl in it is instantiated anew for each step, so
+        it should hold little else.
+        """
+        return self.exchange is None or self.exchange.in_model
 
     def _finish(self, hyper: Arrays) -> Arrays:
         """Update with the gradients that are carried; what the window measured."""
@@ -148,11 +154,12 @@ class Step(Trained):
             return self._update_clipped(grads, sums, hyper)
         if self._replaces:
             grads, factor, sums = self._measure(self._carry)
+            # Described while the device is still busy with the gradients.
+            moved = self._updated(self._params, grads, self._state, hyper, factor.get("scale"))
             # What may fail for want of memory has been computed by the time that the old arrays go.
             (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
-            self._carry = grads, sums
             del grads
-            self._replace(factor.get("scale"), hyper)
+            self._replace(*moved)
             return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)

@@ -217,23 +217,20 @@ class Trained:
             moved = self.optimizer.step_on_host(self.params, self._bundles.unpack(grads))
             self._params = self._bundles.pack(moved)
         elif self._replaces:
-            self._carry = grads, sums
+            moved = self._updated(self._params, grads, self._state, hyper)
             del grads
-            self._replace(None, hyper)
+            self._replace(*moved)
             return sums
         else:
             self._params, self._state = self._updated(self._params, grads, self._state, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
 
-    def _replace(self, scale: mx.array | None, hyper: Arrays) -> None:
-        """Update with the gradients of the carry so that old arrays go as new ones come: only pending work holds them.
+    def _replace(self, params: Arrays, state: State) -> None:
+        """Take what an update makes; old arrays go as new ones come, since only pending work and the carry hold them.
 
         One kernel for each array, which reads and writes once.
         """
-        carried: Any = self._carry
-        params, state = self._updated(self._params, carried[0], self._state, hyper, scale)
-        del carried
         # From here on there is no way back.
         for held in list(self._holds):
             held.give_up()
