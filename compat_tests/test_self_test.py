@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -16,11 +17,11 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 from hf_mlx.cli.main import main
 from hf_mlx.errors import SettingError
 from hf_mlx.models import cpu_norms
-from hf_mlx.self_test import reference, run_self_test
+from hf_mlx.self_test import mixture, reference, run_self_test
 from hf_mlx.self_test.checks import BF16, BF16_NORM, CHECKS
 from hf_mlx.self_test.materials import LORA, SETTINGS, rows, write_model
 from hf_mlx.self_test.scripts import train_language, train_pairs
-from hf_mlx.training import cpu_attention
+from hf_mlx.training import cpu_attention, expert_rows, routed_experts
 
 
 @pytest.mark.parametrize("kind", ["FP32", "BF16"])
@@ -54,7 +55,7 @@ def test_it_passes_here_and_writes_its_report(tmp_path, capsys):
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] is True
-    assert len(report["checks"]) == 18
+    assert len(report["checks"]) == 22
     assert all(check["name"] in printed for check in report["checks"])
     assert "all right" in printed
     assert {"device", "machine", "versions"} <= set(report["environment"])
@@ -143,6 +144,17 @@ def test_a_planted_error_is_seen(planted, monkeypatch):
     assert any(name.startswith(expected) for name in wrong)
     assert f"WRONG: {wrong[0]}" in str(report)
     json.loads(report.to_json(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_a_mixture_is_right_in_tiles_and_a_gradient_of_an_empty_row_is_seen(monkeypatch):
+    # What CUDA computes, here on any device.
+    monkeypatch.setattr(routed_experts, "tile_size", lambda layers, choices: (256, mixture.EXPERTS))
+    report = run_self_test({"experts": CHECKS["experts"]})
+    assert report.ok and len(report.checks) == 4
+    sort = expert_rows.ExpertRows.sort
+    monkeypatch.setattr(expert_rows.ExpertRows, "sort", lambda *given: replace(sort(*given), filled=None))
+    report = run_self_test({"experts": CHECKS["experts"]})
+    assert [check.name for check in report.checks if not check.ok] == ["experts: by A", "experts: by B"]
 
 
 def test_other_stored_numbers_fail(monkeypatch):

@@ -10,7 +10,7 @@ from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
 from hf_mlx.adapters.parts import LoRAPart, LoRASwitchLinear, Rows
 from hf_mlx.training import routed_experts
-from hf_mlx.training.routed_experts import route_experts
+from hf_mlx.training.routed_experts import route_experts, tile_size
 
 EXPERTS, CHOICES = 6, 3
 
@@ -66,6 +66,32 @@ def test_adapters_on_tokens_have_the_gradients_of_adapters_on_rows(kind, change,
     # What a CUDA device does, whose gathered products waste most of a narrow one.
     monkeypatch.setattr(routed_experts, "on_cuda", lambda: True)
     assert_same_gradients(change(kind(32, 64, EXPERTS)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
+@pytest.mark.parametrize("change", [_frozen, _adapted, _shared, lambda mixture: mixture])
+@pytest.mark.parametrize("size", [4, 64])
+def test_experts_in_tiles_have_the_gradients_of_experts_on_rows(kind, change, bias, size, monkeypatch):
+    # An expert without rows, and tiles of several, some half full; then one tile for each.
+    monkeypatch.setattr(routed_experts, "tile_size", lambda layers, choices: (size, EXPERTS))
+    assert_same_gradients(change(kind(32, 64, EXPERTS, bias=bias)))
+
+
+def test_tiles_are_for_many_rows_of_frozen_experts_in_half_precision_on_cuda(monkeypatch):
+    def chosen(mixture, choices):
+        return tile_size(list(mixture.children().values())[:2], choices)[0]
+
+    half, single = _frozen(SwitchGLU(32, 64, EXPERTS)), _frozen(SwitchGLU(32, 64, EXPERTS))
+    half.set_dtype(mx.bfloat16)
+    assert chosen(half, 4096) == 1
+    monkeypatch.setattr(routed_experts, "on_cuda", lambda: True)
+    assert [chosen(half, count) for count in (100, 2303, 2304, 4096)] == [1, 1, 192, 384]
+    trained = SwitchGLU(32, 64, EXPERTS)
+    trained.set_dtype(mx.bfloat16)
+    assert [chosen(other, 4096) for other in (single, trained, _quantised(_frozen(SwitchGLU(32, 64, EXPERTS))))] == [
+        1
+    ] * 3
 
 
 def assert_same_gradients(mixture: nn.Module) -> None:

@@ -65,13 +65,32 @@ def gather_mm(a: mx.array, b: mx.array, **options: Any) -> mx.array:
     """``mx.gather_mm``, for two arrays of one dtype.
 
     Args:
-        a: (..., M, K).
+        a: (..., M, K). Where M is more than 1, the matrices of ``b`` are picked first, for one batched product.
         b: (E, K, N), in the dtype of ``a``.
         options: Which matrices to multiply, as ``mx.gather_mm`` takes it.
     """
+    if a.shape[-2] > 1 and "lhs_indices" not in options:
+        return matmul(a, pick(b, options["rhs_indices"]))
     if not widens(a):
         return mx.gather_mm(a, b, **options)
     return mx.gather_mm(a.astype(mx.float32), b.astype(mx.float32), **options).astype(a.dtype)
+
+
+def pick(arrays: mx.array, index: mx.array) -> mx.array:
+    """``arrays[index]`` for few ``arrays`` that are large, as a product with rows that hold a single one.
+
+    On CUDA that copies twice as fast as MLX's gather, and its gradient is a product too (mlx 0.32.4).
+
+    Args:
+        arrays: (E, ...), finite: a number that is not makes NaN of all that are picked.
+        index: Integers below E, any shape.
+
+    Returns:
+        (*index.shape, ...).
+    """
+    count, *shape = arrays.shape
+    ones = (index[..., None] == mx.arange(count, dtype=index.dtype)).astype(arrays.dtype)
+    return matmul(ones, arrays.reshape(count, -1)).reshape(*index.shape, *shape)
 
 
 def in_rows(x: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..device import on_cpu
-from . import reference
+from . import mixture, reference
 from .materials import LORA, SETTINGS, rows, write_model
 from .report import Measured
 from .scripts import train_language, train_pairs
@@ -107,6 +107,14 @@ def quantised(folder: Path, *, bits: int, gradient: bool) -> Found:
     yield "24 rows", Measured(_apart(np.array(found), exact), limit, "of the largest")
 
 
+def experts(folder: Path) -> Found:
+    """A mixture with an adapter, forwards and backwards, beside the same in fp64."""
+    del folder
+    given = mixture.draw()
+    for name, found, right in zip(mixture.NAMES, mixture.ours(*given), mixture.exact(*given), strict=True):
+        yield name, Measured(_apart(found, right), BF16, "of the largest")
+
+
 def checkpoint(folder: Path) -> Found:
     """A run resumed from its third step ends as the run that was not interrupted."""
     saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
@@ -156,6 +164,7 @@ CHECKS: dict[str, Callable[[Path], Found]] = {
     "4-bit gradient": partial(quantised, bits=4, gradient=True),
     "8-bit product": partial(quantised, bits=8, gradient=False),
     "8-bit gradient": partial(quantised, bits=8, gradient=True),
+    "experts": experts,
     "checkpoint": checkpoint,
     "adapter": adapter,
     "speed of a tiny model": speed,

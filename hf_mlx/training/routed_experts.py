@@ -2,7 +2,8 @@
 
 mlx-lm sorts the chosen tokens by expert before the products (``SwitchGLU``, ``SwitchMLP``, mlx-lm 0.32). The way back
 of each gather, and of each product, is then a sum over rows at indices, though every row is there once: here it is a
-gather by the inverse order, and each token's sum over its experts runs over rows that lie side by side.
+gather by the inverse order, and each token's sum over its experts runs over rows that lie side by side. Where many rows
+go to an expert, they lie in tiles (:class:`~hf_mlx.training.expert_rows.ExpertRows`) on CUDA.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from ..adapters.parts import LoRASwitchLinear
 from ..device import on_cuda
 from ..models.precision import CastSwitchLinear
-from ..models.products import gather_mm
-from .take_rows import take_rows
+from ..models.products import gather_mm, matmul, pick
+from .expert_rows import ExpertRows
 from .weight_gradients import project
 
 #: Fewer choices are not sorted (mlx-lm 0.32 ``SwitchGLU``).
 LEAST = 64
 #: Columns for each choice of a token, up to which all experts' A are one product.
 TOKEN_COLUMNS = 512
+#: Rows of a tile are a multiple of the first. An expert has as many as the second on average, or none lie in tiles.
+TILE, LEAST_ROWS = 64, 384
+#: Numbers in the weights of all tiles, at most.
+LARGEST_COPY = 2**31 - 1
+HALF = (mx.bfloat16, mx.float16)
 
 
 def route_experts(blocks: Iterable[nn.Module]) -> None:
@@ -46,32 +52,49 @@ def _routed(base: Any) -> Any:
         if not self.training or indices.size < LEAST:
             return base.__call__(self, x, indices)
         chosen, tokens = mx.stop_gradient(indices).flatten(), x.reshape(-1, x.shape[-1])
-        order = mx.argsort(chosen)
-        places = mx.arange(order.size, dtype=order.dtype)
-        inverse = mx.put_along_axis(mx.zeros_like(order), order, places, axis=0)
-        rows = _spread(tokens, order, inverse, indices.shape[-1])[:, None]
-        sorted_choice = chosen[order]
-        low = _lower({name: self[name] for name in first}, tokens, order, sorted_choice)
-        inner = [self[name](rows, sorted_choice, sorted_indices=True, **low[name]) for name in first]
+        layers = {name: self[name] for name in (*first, last)}
+        laid = ExpertRows.sort(chosen, indices.shape[-1], *tile_size(layers.values(), chosen.size))
+        rows = laid.spread(tokens)
+        low = _lower({name: layers[name] for name in first}, tokens, laid)
+        inner = [layers[name](rows, laid.experts, sorted_indices=True, **low[name]) for name in first]
         # Between products, what is cheap to compute again is not kept.
-        done = self[last](mx.checkpoint(self.activation)(*inner), sorted_choice, sorted_indices=True)
-        return _permute(done.squeeze(-2), inverse, order).reshape(*indices.shape, -1)
+        done = layers[last](mx.checkpoint(self.activation)(*inner), laid.experts, sorted_indices=True)
+        return laid.gather(done).reshape(*indices.shape, -1)
 
     first, last = (("up_proj", "gate_proj"), "down_proj") if base is SwitchGLU else (("fc1",), "fc2")
     return type(f"Routed{base.__name__}", (base,), {"__call__": call})
 
 
-def _lower(
-    layers: Mapping[str, Any], tokens: mx.array, order: mx.array, chosen: mx.array
-) -> dict[str, dict[str, mx.array]]:
+def tile_size(layers: Iterable[Any], choices: int) -> tuple[int, int]:
+    """Rows of a tile, and how many experts there are; 1 row where gathered products are as fast, or nothing else works.
+
+    CUDA's gathered products reach a seventh of the speed of plain ones in half precision, which outweighs a copy of the
+    weights for each tile and half as many rows again. A tile has about half as many rows as an expert gets.
+    """
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    experts = bases[0].weight.shape[0]
+    if not on_cuda() or choices < LEAST_ROWS * experts:
+        return 1, experts
+    size = -(-choices // (2 * experts * TILE)) * TILE
+    tiles = choices // size + experts
+    for base in bases:
+        dense = isinstance(base, SwitchLinear) and base.weight.dtype in HALF and not base.trainable_parameters()
+        if not dense or tiles * base.weight.size > LARGEST_COPY * experts:
+            return 1, experts
+    return size, experts
+
+
+def _lower(layers: Mapping[str, Any], tokens: mx.array, laid: ExpertRows) -> dict[str, dict[str, mx.array]]:
     """``low`` for the call of each layer, where it is faster to multiply each token by the A of all experts."""
     made: dict[int, mx.array] = {}
     found: dict[str, dict[str, mx.array]] = {}
     for name, layer in layers.items():
         owner = getattr(layer, "owner", None)
-        if isinstance(owner, LoRASwitchLinear) and _is_narrow(owner, order.size // tokens.shape[0]):
+        if isinstance(owner, LoRASwitchLinear) and _is_narrow(owner, laid.times):
             if id(owner) not in made:
-                made[id(owner)] = _pick(owner, tokens, order, chosen)
+                dtype = owner.compute_dtype
+                low = project(tokens.astype(dtype), owner.lora_A.astype(dtype))
+                made[id(owner)] = laid.take_low(low.reshape(-1, owner.experts, owner.r))
             found[name] = {"low": made[id(owner)]}
     return {name: found.get(name, {}) for name in layers}
 
@@ -84,27 +107,24 @@ def _is_narrow(owner: LoRASwitchLinear, times: int) -> bool:
     return on_cuda() and owner.experts * owner.r <= TOKEN_COLUMNS * times
 
 
-def _pick(owner: LoRASwitchLinear, tokens: mx.array, order: mx.array, chosen: mx.array) -> mx.array:
-    """``owner``'s A of the chosen expert times each row, (T · times, 1, r); (T, experts · r) exists for it."""
-    dtype = owner.compute_dtype
-    low = project(tokens.astype(dtype), owner.lora_A.astype(dtype)).reshape(-1, owner.r)
-    token = order // (order.size // tokens.shape[0])
-    return low[token * owner.experts + chosen][:, None]
-
-
 def _product(base: Any) -> Any:
     def call(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         if not (self.training and sorted_indices) or self.trainable_parameters():
             return base.__call__(self, x, indices, sorted_indices=sorted_indices)
 
         def forward(x: mx.array) -> mx.array:
-            return base.__call__(self, x, indices, sorted_indices=True)
+            if x.shape[-2] == 1:
+                return base.__call__(self, x, indices, sorted_indices=True)
+            out = matmul(x.astype(self.weight.dtype), pick(self.weight, indices).swapaxes(-1, -2))
+            return out + self.bias[indices][:, None] if "bias" in self else out
 
         product: Any = mx.custom_function(forward)
 
         @product.vjp
         def backward(x: mx.array, by_out: mx.array, _: Any) -> mx.array:
-            return _turned(self, by_out, indices).astype(x.dtype)
+            # Weights that were picked for the way there would be kept for the way back.
+            picked = mx.depends([indices], [by_out])[0] if x.shape[-2] > 1 else indices
+            return _turned(self, by_out, picked).astype(x.dtype)
 
         return product(x)
 
@@ -128,29 +148,3 @@ def _turned(layer: Any, by_out: mx.array, indices: mx.array) -> mx.array:
         global_scale=layer.global_scale,
         **options,
     )
-
-
-def _spread(x: mx.array, order: mx.array, inverse: mx.array, times: int) -> mx.array:
-    """Row ``order[i] // times`` of ``x`` (T, D) at each i, (T · times, D)."""
-
-    def forward(x: mx.array) -> mx.array:
-        return take_rows(x, order // times)
-
-    spread: Any = mx.custom_function(forward)
-
-    @spread.vjp
-    def backward(x: mx.array, by_out: mx.array, _: Any) -> mx.array:
-        by_choice = take_rows(by_out, inverse).reshape(-1, times, by_out.shape[-1])
-        # Written out, the sum is one kernel with a float32 accumulator.
-        total = sum((by_choice[:, choice].astype(mx.float32) for choice in range(1, times)), by_choice[:, 0])
-        return total.astype(x.dtype)
-
-    return spread(x)
-
-
-def _permute(x: mx.array, order: mx.array, inverse: mx.array) -> mx.array:
-    """``x[order]``, for an ``order`` in which every row is once."""
-
-    permute: Any = mx.custom_function(lambda x: take_rows(x, order))
-    permute.vjp(lambda _, by_out, __: take_rows(by_out, inverse))
-    return permute(x)
