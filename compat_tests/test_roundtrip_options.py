@@ -21,6 +21,7 @@ from adapter_pairs import (
     quiet,
     trained_by_peft,
 )
+from pairs import tiny_model
 from safetensors.numpy import load_file
 from sampling import sampled
 
@@ -194,3 +195,20 @@ def test_merging_gives_what_merge_and_unload_gives(base, tmp_path, name):
     assert set(ours) == set(expected)
     # fp32 sums of four terms.
     assert max(np.abs(ours[key] - expected[key]).max() for key in ours) <= 1e-6
+
+
+@pytest.mark.parametrize("rope_type", ["llama3", "yarn", "longrope"])
+def test_a_base_that_keeps_its_rotary_frequencies_merges(rope_type, tmp_path):
+    """They are arrays of the model and no parameters."""
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    rope |= {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "yarn": {},
+        "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    }[rope_type]
+    family = "phi3" if rope_type == "longrope" else "llama"
+    folder = tiny_model(family, tmp_path / "base", rope_parameters=rope)
+    loaded = load_mlx(folder)
+    adapter = adapt_mlx(loaded, {"r": 4, "target_modules": "all-linear"})
+    merge_adapter(adapter, tmp_path / "merged")
+    assert distance(logits_mlx(loaded.model), logits_torch(load_torch(tmp_path / "merged"))) <= CLOSE

@@ -130,10 +130,10 @@ def our_loss(loaded: Any, batches: Batches) -> tuple[Callable, Iterator]:
     objective = TokenObjective(loaded, [], LossPlan())
     key = mx.array([0, 0], mx.uint32)
 
-    def loss(_: Any, arrays: dict[str, mx.array], share: mx.array) -> tuple[mx.array, mx.array]:
-        return objective({}, {**arrays, "key": key})[0] * share, mx.array(1)
+    def loss(_: Any, arrays: dict[str, mx.array], tokens: mx.array) -> tuple[mx.array, mx.array]:
+        return objective({}, {**arrays, "key": key})[0] / tokens, mx.array(1)
 
-    return loss, ((item.arrays, mx.array(1 / item.valid)) for _, item in batches)
+    return loss, ((item.arrays, mx.array(float(item.valid))) for _, item in batches)
 
 
 def mlx_lm_loss(_: Any, batches: Batches) -> tuple[Callable, Iterator]:

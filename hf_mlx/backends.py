@@ -139,6 +139,12 @@ MEASURES = (
     ),
     Measure(
         "cpu",
+        "RMSNorm and LayerNorm of our own in fp32, forward and backward",
+        "MLX's add a token's squares one after the other: at 4,096 features seven times as far from exact as torch's",
+        "models.cpu_norms.add_exactly",
+    ),
+    Measure(
+        "cpu",
         "decompositions of weights (PiSSA, OLoRA, CorDA) in numpy, on every backend",
         "MLX has them on the CPU alone, and fp64 too: Metal has neither",
         "adapters.decomposed.take_out",

@@ -113,7 +113,8 @@ def merged_parameters(adapter: Adapter) -> dict[str, mx.array]:
             if isinstance(layer, LoRALinear) and "lora_B_bias" in layer:
                 params[f"{path}.bias"] = _merged_bias(path, layer)
         elif not path.endswith(".base_layer") or path.removesuffix(".base_layer") not in layers:
-            own = {name: v for name, v in module.items() if isinstance(v, mx.array)}
+            # MLX keeps what begins with an underscore out of parameters(): tables of rotary frequencies.
+            own = {name: v for name, v in module.items() if isinstance(v, mx.array) and not name.startswith("_")}
             if "scales" in module:
                 own["weight"] = dense_weight(module)
             params |= {f"{path}.{name}" if path else name: v for name, v in own.items()}

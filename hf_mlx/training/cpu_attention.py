@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..device import on_cpu
+from ..models.sums import blocked_sum
 from .exponential import exponential
-from .sums import blocked_sum
 
 # The score of a key that a query does not see, as in MLX.
 _HIDDEN = mx.finfo(mx.float32).min

@@ -46,10 +46,10 @@ class ByTrainer(ByTokens):
     accumulation where the loss is by the tokens of the window."""
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
-        """The factors of each micro-batch of ``window``."""
+        """The divisors of each micro-batch of ``window``."""
         divisor = 1 if self.accepts_loss_kwargs else len(window)
         if not (self.accepts_loss_kwargs and divides_together(window)):
             # What is not multiplied by their number upstream, torch's DDP averages over the processes.
             divisor *= count_processes(window)
-        share = mx.array(1 / divisor)
-        return [{**weights, "metrics": {}, "aux_loss": share} for weights in super().__call__(window)]
+        shares = mx.array(float(divisor))
+        return [{**weights, "metrics": {}, "aux_loss": shares} for weights in super().__call__(window)]

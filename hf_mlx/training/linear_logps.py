@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..device import on_cpu
+from ..models.sums import blocked_sum
 from .exponential import exponential
 from .linear_cross_entropy import Projection
 from .loss import IGNORED
-from .sums import blocked_sum, sum_in_pieces
+from .sums import sum_in_pieces
 
 
 class TokenLogps(NamedTuple):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..device import on_cpu
+from ..models.sums import blocked_sum
 from ..settings.plan import LossPlan
 from .exponential import exponential
-from .sums import blocked_sum, sum_in_pieces, sum_of
+from .sums import sum_in_pieces, sum_of
 
 IGNORED = -100
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..errors import SettingError
+from ..models.sums import blocked_sum
 from ..settings.plan import LossPlan
 from .loss import IGNORED, TokenSums, token_sums
 from .optimizers.contract import Arrays
-from .sums import blocked_sum
 
 # logits (R, W, V) float32, labels (R, W) int32, mask (R, W) bool -> losses (R, W).
 NativeLoss = Callable[[mx.array, mx.array, mx.array], mx.array]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..models.sums import blocked_sum
 from .linear_logps import TokenLogps
 from .loss import IGNORED
 from .optimizers.contract import Arrays
-from .sums import blocked_sum
 
 
 def by_pair(values: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
+from ..models.sums import blocked_sum
 from ..settings.plan import PairLossPlan
 from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_logp, linear_token_logps, token_logps
@@ -23,7 +24,6 @@ from .pair_losses import Pairs, pair_loss
 from .pair_rows import answers_of_tokens, by_pair, rows_together, scored, sum_answers, sum_by_answer, wpo_weights
 from .router import Routers
 from .shared_rows import prompt_cache, shares_prompts
-from .sums import blocked_sum
 from .token_rows import multiply_together
 
 PAIR_METRICS = (

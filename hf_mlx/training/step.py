@@ -196,16 +196,16 @@ class Step(Trained):
 
         def weighted(params: Arrays) -> tuple[mx.array, Any]:
             loss, measured = self.objective(params, arrays)
-            loss = loss * weights["loss"]
+            loss = loss / weights["loss"]
             if self.objective.aux_coefficient:
-                loss = loss + self.objective.aux_coefficient * measured["aux_loss"] * weights["aux_loss"]
+                loss = loss + self.objective.aux_coefficient * measured["aux_loss"] / weights["aux_loss"]
             return loss, measured
 
         (loss, measured), grads = mx.value_and_grad(weighted)(self._bundles.unpack(params, cast=True))
         grads = {name: grad.astype(params[name].dtype) for name, grad in self._bundles.pack(grads).items()}
         if self.exchange is not None:
             measured = measured | self.exchange.extremes(measured)
-        weighed = {name: measured[name] * by for name, by in weights["metrics"].items() if name in measured}
+        weighed = {name: measured[name] / by for name, by in weights["metrics"].items() if name in measured}
         metrics = {"loss": loss, "micro_batches": weights["micro_batch"], **measured, **weighed}
         if carry is None:
             return grads, metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,9 +20,11 @@ Weights = dict[str, Any]
 
 
 class Weighting(Protocol):
-    """The micro-batches of a window -> for each, the factors of its sums, as float32 scalars.
+    """The micro-batches of a window -> for each, what its sums are divided by, as float32 scalars.
 
-    ``loss`` and ``aux_loss`` weigh in what is minimised, ``metrics`` by name in the log; a metric left out weighs 1.
+    ``loss`` and ``aux_loss`` divide what is minimised, ``metrics`` by name what is logged; a metric left out stays as
+    it is, and what does not count is divided by infinity. Counts are whole numbers, so a quotient is rounded once, as
+    upstream's is; a factor 1 / count would be rounded before it is used.
     """
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]: ...
@@ -40,9 +43,9 @@ class ByMicroBatch:
     metrics = PAIR_METRICS
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
-        """The factors of each micro-batch of ``window``."""
-        share = mx.array(1 / (len(window) * count_processes(window)))
-        return [{"loss": share, "metrics": self._metrics(micro), "aux_loss": share} for micro in window]
+        """The divisors of each micro-batch of ``window``."""
+        shares = mx.array(float(len(window) * count_processes(window)))
+        return [{"loss": shares, "metrics": self._metrics(micro), "aux_loss": shares} for micro in window]
 
     def shares(self, name: str, counted: Counted, kept: int) -> list[float]:
         """Tokens weigh the means over tokens, pairs those over pairs; the latter are gathered whole."""
@@ -61,7 +64,8 @@ class ByMicroBatch:
         if peers is None:
             return {}
         names = (*self.metrics, "aux_loss")
-        return {name: mx.array(self.shares(name, peers.counted, peers.kept)[peers.rank]) for name in names}
+        weights = {name: self.shares(name, peers.counted, peers.kept)[peers.rank] for name in names}
+        return {name: mx.array(1 / weight if weight else math.inf) for name, weight in weights.items()}
 
 
 class ByScore(ByMicroBatch):
@@ -93,16 +97,16 @@ class ByTokens:
     counts_every_label: bool = False
 
     def __call__(self, window: Sequence[Inputs]) -> list[Weights]:
-        """The factors of each micro-batch of ``window``."""
+        """The divisors of each micro-batch of ``window``."""
         items = max(self.count(window), 1)
         if not divides_together(window):
             items *= count_processes(window)
         shares = len(window) * count_processes(window)
         return [
             {
-                "loss": mx.array(1 / items if self.accepts_loss_kwargs else 1 / (max(micro.valid, 1) * shares)),
-                "metrics": _metric_weights(micro),
-                "aux_loss": mx.array(1 / shares),
+                "loss": mx.array(float(items if self.accepts_loss_kwargs else max(micro.valid, 1) * shares)),
+                "metrics": _metric_divisors(micro),
+                "aux_loss": mx.array(float(shares)),
             }
             for micro in window
         ]
@@ -134,14 +138,15 @@ def divides_together(window: Sequence[Inputs]) -> bool:
     return window[0].peers is None or window[0].peers.average
 
 
-def _metric_weights(micro: Inputs) -> Arrays:
+def _metric_divisors(micro: Inputs) -> Arrays:
+    # The objective's are sums over the micro-batch's tokens.
     peers = micro.peers
     if peers is None:
-        return dict.fromkeys(TOKEN_METRICS, mx.array(1 / max(micro.valid, 1)))
-    counts = peers.rank < peers.kept
-    # The objective's are sums over the micro-batch's tokens.
-    share = mx.array(counts / max(sum(peers.valid[: peers.kept]), 1))
-    return dict.fromkeys(TOKEN_METRICS, share) | {"aux_loss": mx.array(counts / peers.kept)}
+        return dict.fromkeys(TOKEN_METRICS, mx.array(float(max(micro.valid, 1))))
+    if peers.rank >= peers.kept:
+        return dict.fromkeys((*TOKEN_METRICS, "aux_loss"), mx.array(math.inf))
+    tokens = max(sum(peers.valid[: peers.kept]), 1)
+    return dict.fromkeys(TOKEN_METRICS, mx.array(float(tokens))) | {"aux_loss": mx.array(float(peers.kept))}
 
 
 def _shares(sizes: Sequence[int], kept: int) -> list[float]:

@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..cpu_norms import rms_norm
+
 
 class ZeroCentredRMSNorm(nn.RMSNorm):
     """x / rms(x) · (1 + w), as transformers 5.23 ``Qwen3NextRMSNorm``: computed in fp32, cast at the end.
@@ -17,7 +19,7 @@ class ZeroCentredRMSNorm(nn.RMSNorm):
 
     def __call__(self, x: mx.array) -> mx.array:
         weight = 1.0 + self.weight.astype(mx.float32)
-        return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
+        return rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
 def centre_at_zero(model: Any) -> None:
@@ -49,7 +51,7 @@ def _grouped(norm: type[Any]) -> type[Any]:
             if gate is not None:
                 hidden = hidden * nn.silu(gate.astype(mx.float32))
             parts = mx.unflatten(hidden, -1, (self.groups, -1))
-            parts = mx.fast.rms_norm(parts, None, self.eps)
+            parts = rms_norm(parts, None, self.eps)
             return self.weight * mx.flatten(parts, -2, -1).astype(dtype)
 
     Grouped.__name__ = f"Grouped{norm.__name__}"
@@ -82,7 +84,7 @@ class NormedRope(nn.Module):
         self.rope, self.eps = rope, eps
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        return mx.fast.rms_norm(self.rope(x, offset=offset), None, self.eps)
+        return rms_norm(self.rope(x, offset=offset), None, self.eps)
 
 
 def norm_queries_with_configured_epsilon(model: Any, config: dict[str, Any]) -> None:

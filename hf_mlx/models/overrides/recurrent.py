@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.ssm import compute_dt
 
+from ..cpu_norms import rms_norm
 from .convolution import causal_convolution
 from .linear_recurrence import CHUNK, linear_recurrence
 from .selective_scan import selective_scan
@@ -119,7 +120,7 @@ def delta_rule(
 def _unit(x: mx.array) -> mx.array:
     # By the mean of squares, for which MLX has kernels.
     width = x.shape[-1]
-    return width**-0.5 * mx.fast.rms_norm(x.astype(mx.float32), None, _L2_EPSILON / width)
+    return width**-0.5 * rms_norm(x.astype(mx.float32), None, _L2_EPSILON / width)
 
 
 def _convolve(convolution: nn.Conv1d, x: mx.array) -> mx.array:
@@ -242,7 +243,7 @@ def _mamba(mixer: type[Any]) -> type[Any]:
         def norms(self) -> list[Any]:
             """Of delta, b and c."""
             eps = self.args.mixer_rms_eps if self.use_bcdt_rms else None
-            return [(lambda x: x) if eps is None else (lambda x: mx.fast.rms_norm(x, None, eps))] * 3
+            return [(lambda x: x) if eps is None else (lambda x: rms_norm(x, None, eps))] * 3
 
     return _named(Chunkwise, mixer)
 

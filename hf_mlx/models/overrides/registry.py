@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ..cpu_norms import add_exactly
 from . import norms, rope, windows
 
 Config = dict[str, Any]
@@ -84,6 +85,8 @@ def adapt(model: Any, config: Config, converted: bool) -> None:
         _resolve("recurrent:apply")(model)
     if converted and config["model_type"] in _ZERO_CENTRED:
         norms.centre_at_zero(model)
+    rope.tabulate_frequencies(model)
+    add_exactly(model)
 
 
 def _resolve(target: str) -> Any:

@@ -1,12 +1,14 @@
-"""longrope and yarn as transformers computes them."""
+"""Rotary embeddings as transformers computes them: longrope, yarn, and everywhere its frequencies."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 Config = dict[str, Any]
 
@@ -39,6 +41,34 @@ class LongRope(nn.Module):
             head = x[..., : self.dims] * self.scale
             x = mx.concatenate([head, x[..., self.dims :]], axis=-1) if self.dims < x.shape[-1] else head
         return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
+class TabulatedRoPE(nn.RoPE):
+    """``nn.RoPE`` with the frequencies of transformers 5.23 ``compute_default_rope_parameters``.
+
+    ``mx.fast.rope`` takes each as an exponential of a product, up to 1.2e-6 off in float32, which at position 8,192 is
+    5e-4 of an angle (mlx 0.32.4); with these an angle is transformers' to 3e-7, on every backend and at the same cost.
+    """
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        freqs = _frequencies(float(self.base), self.dims)
+        return mx.fast.rope(
+            x, self.dims, traditional=self.traditional, base=None, scale=self.scale, offset=offset, freqs=freqs
+        )
+
+
+def tabulate_frequencies(model: Any) -> None:
+    """Makes every plain rotary embedding of ``model`` a :class:`TabulatedRoPE`, in place."""
+    for _, module in model.named_modules():
+        if type(module) is nn.RoPE:
+            module.__class__ = TabulatedRoPE
+
+
+@cache
+def _frequencies(base: float, dims: int) -> mx.array:
+    """base^(2 i / dims), (dims / 2,) float32, rounded once; exponents are rounded before, as transformers' are."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return mx.array((base ** exponents.astype(np.float64)).astype(np.float32))
 
 
 def apply(model: Any, config: Config) -> None:
