@@ -42,7 +42,7 @@ def ours(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
         out = (out * given["scores"][..., None]).sum(axis=1)
         return (out * given["target"]).sum(), out
 
-    step: Any = mx.compile(lambda *args: mx.value_and_grad(loss, argnums=(0, 1, 2))(*args))
+    step: Any = mx.compile(mx.value_and_grad(loss, argnums=(0, 1, 2)))
     (_, out), grads = step(given["x"], given["a"], given["b"])
     return [np.array(array.astype(mx.float32)).astype(np.float64) for array in (out, *grads)]
 
