@@ -32,9 +32,6 @@ def draw_lora(pick: random.Random) -> dict[str, Any]:
     if "score" in lora.get("modules_to_save", ()) and lora["task_type"] is None:
         # PEFT puts a pair around the score then, before it is to be saved.
         lora["target_modules"] = ["o_proj"]
-    if lora["task_type"] is None and lora["target_modules"] == "all-linear" and lora["init_lora_weights"] == "pissa":
-        # Refused on a score, which has one singular vector.
-        lora["init_lora_weights"] = True
     if pick.random() < 0.2:
         lora["rank_pattern"] = {r"layers\.0\..*o_proj": 6}
     return lora

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
-from .decomposed import check_decomposed
+from .decomposed import check_decomposed, limit_ranks
 from .defaults import CONV1D_TYPES, RENAMED_MODULES
 from .experts import rewrite_names
 from .idle import Tower
@@ -76,6 +76,7 @@ def draw_blueprint(loaded: LoadedModel, plan: LoraPlan, last_n_layers: int | Non
     layers = _last_layers(loaded, last_n_layers)
     tower = Tower(loaded, sites)
     wrapped = select_targets(sites, plan, loaded.model_type, tied=tied, layers=layers, tower=tower)
+    wrapped = limit_ranks(plan, sites, wrapped)
     targets = [target for target in wrapped if not target.idle]
     check_decomposed(plan, sites, targets, conv1d=loaded.model_type in CONV1D_TYPES)
     for target in targets:

@@ -8,6 +8,7 @@ of a row of A and a column of B, which changes neither their product nor, mirror
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,8 @@ import numpy as np
 from ..errors import AdapterError
 from ..settings.plan import LoraPlan
 from .layers import DoRALinear, LoRALinear
+from .sites import Site
+from .targets import Target
 
 KINDS = ("pissa", "olora")
 
@@ -39,11 +42,27 @@ def take_out(layers: Iterable[Any], kind: str) -> None:
             layer.reset_magnitude()
 
 
-def check_decomposed(plan: LoraPlan, sites: Iterable[Any], targets: Iterable[Any], *, conv1d: bool) -> None:
+def limit_ranks(plan: LoraPlan, sites: Iterable[Site], targets: Iterable[Target]) -> list[Target]:
+    """``targets`` with no more ranks than a weight has singular vectors; the factor stays that of the configured rank.
+
+    Source: peft 0.21 ``pissa_init`` and ``olora_init``, which cut what there is.
+    """
+    if plan.init_lora_weights not in KINDS:
+        return list(targets)
+    modules: dict[str, Any] = {site.mlx_path: site.module for site in sites}
+    return [
+        replace(target, r=min(target.r, *modules[target.mlx_path].weight.shape))
+        if target.kind == "linear" and not target.idle and not target.parts
+        else target
+        for target in targets
+    ]
+
+
+def check_decomposed(plan: LoraPlan, sites: Iterable[Site], targets: Iterable[Target], *, conv1d: bool) -> None:
     """Refuse layers that PEFT does not decompose.
 
     Raises:
-        AdapterError: Quantised or stacked weights, transposed ones under OLoRA, or more ranks than there are vectors.
+        AdapterError: Quantised, stacked or divided weights, or transposed ones under OLoRA.
     """
     kind = plan.init_lora_weights
     if kind not in KINDS:
@@ -53,16 +72,16 @@ def check_decomposed(plan: LoraPlan, sites: Iterable[Any], targets: Iterable[Any
         module, problem = modules[target.mlx_path], None
         if target.kind == "experts":
             problem = "which holds experts"
+        elif target.parts:
+            problem = "which MLX holds in parts"
         elif "scales" in module:
             problem = "which is quantised"
         elif conv1d and kind == "olora":
             problem = "a Conv1D, which OLoRA reads the wrong way round"
-        elif target.kind == "linear" and target.r > min(module.weight.shape):
-            problem = f"whose smaller side is {min(module.weight.shape)}, with r={target.r}"
         if problem:
             raise AdapterError(
                 f"init_lora_weights={kind!r} on {target.hf_path}, {problem}",
-                "Linear layers in floating point that are at least r wide (of others PEFT makes fewer ranks, or fails)",
+                "Linear layers in floating point, each in one piece",
                 "LoraConfig(..., init_lora_weights=True)",
             )
 
