@@ -44,7 +44,7 @@ def convert(model_type, mode, folder):
     nn.quantize(loaded.model, group_size=group, bits=bits, mode=mode)
     params: dict[str, Any] = {}
     for path, module in loaded.model.named_modules():
-        own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+        own = {name: v for name, v in module.items() if isinstance(v, mx.array) and not name.startswith("_")}
         if "scales" in module:
             own = {"weight": dense_weight(module).astype(mx.float32)} | {k: own[k] for k in ("bias",) if k in own}
             packed += 1
