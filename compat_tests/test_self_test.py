@@ -16,7 +16,6 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_mlx.cli.main import main
 from hf_mlx.errors import SettingError
-from hf_mlx.models import cpu_norms
 from hf_mlx.self_test import mixture, reference, run_self_test
 from hf_mlx.self_test.checks import BF16, BF16_NORM, CHECKS
 from hf_mlx.self_test.materials import LORA, SETTINGS, rows, write_model
@@ -69,8 +68,7 @@ def wrong_rope(monkeypatch):
 
 
 def wrong_gradient(monkeypatch):
-    # What comes out is right; what goes back is one percent too long. A GPU's norms, which a CPU does not use.
-    monkeypatch.setattr(cpu_norms, "on_cpu", lambda: False)
+    # What comes out is right; what goes back is one percent too long.
     true = mx.fast.rms_norm
 
     def norm(*args):

@@ -16,6 +16,9 @@ import mlx.nn as nn
 from ..device import on_cpu
 from .sums import add_rows, blocked_sum
 
+#: Features from which MLX's sums are much further from exact than torch's; at 64 they are 1.4 times as far.
+LEAST = 256
+
 
 def add_exactly(model: nn.Module) -> None:
     """Make the plain RMSNorms and LayerNorms of ``model`` the ones of this module, in place."""
@@ -38,22 +41,23 @@ def _exact(norm: type[Any]) -> type[Any]:
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float) -> mx.array:
-    """``mx.fast.rms_norm``; on the CPU and in float32 up to the order of sums."""
+    """``mx.fast.rms_norm``; of many features on the CPU and in float32 up to the order of sums."""
     if not _is_ours(x, weight):
         return mx.fast.rms_norm(x, weight, eps)
     return _norm(x, weight, eps, centred=False)
 
 
 def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float) -> mx.array:
-    """``mx.fast.layer_norm``; on the CPU and in float32 up to the order of sums."""
+    """``mx.fast.layer_norm``; of many features on the CPU and in float32 up to the order of sums."""
     if not _is_ours(x, weight, bias):
         return mx.fast.layer_norm(x, weight, bias, eps)
     normed = _norm(x, weight, eps, centred=True)
     return normed if bias is None else _add_bias(normed, bias)
 
 
-def _is_ours(*arrays: mx.array | None) -> bool:
-    return on_cpu() and all(array is None or array.dtype == mx.float32 for array in arrays)
+def _is_ours(x: mx.array, *others: mx.array | None) -> bool:
+    floats = all(array is None or array.dtype == mx.float32 for array in (x, *others))
+    return on_cpu() and floats and x.shape[-1] >= LEAST
 
 
 def _norm(x: mx.array, weight: mx.array | None, eps: float, *, centred: bool) -> mx.array:
