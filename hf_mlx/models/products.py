@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from ..device import on_cpu
 
-_HALF = (mx.bfloat16, mx.float16)
+HALF = (mx.bfloat16, mx.float16)
 
 
 def matmul(a: mx.array, b: mx.array) -> mx.array:
@@ -105,4 +105,4 @@ def in_shape_of(x: mx.array, rows: mx.array) -> mx.array:
 
 def widens(a: mx.array) -> bool:
     """Whether what is computed from ``a`` goes through fp32 here: half precision on the CPU backend."""
-    return a.dtype in _HALF and on_cpu()
+    return a.dtype in HALF and on_cpu()

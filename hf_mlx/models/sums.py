@@ -26,19 +26,10 @@ def blocked_sum(x: mx.array) -> mx.array:
     """
     if not on_cpu():
         return x.sum(axis=-1)
-    blocks: Any = mx.custom_function(_add_blocks)
+    blocks: Any = mx.custom_function(lambda x: _add_blocks(x, x.ndim - 1))
     # Every term has the same; without saying so, the parts of an array would be written and joined.
     blocks.vjp(lambda x, cotangent, _: mx.broadcast_to(cotangent[..., None], x.shape))
     return blocks(x)
-
-
-def _add_blocks(x: mx.array) -> mx.array:
-    while x.shape[-1] > BLOCK:
-        # What is left over is added by itself: to pad it would copy all of ``x``.
-        whole, rest = mx.split(x, [x.shape[-1] // BLOCK * BLOCK], axis=-1)
-        sums = whole.reshape(*x.shape[:-1], -1, BLOCK).sum(axis=-1)
-        x = mx.concatenate([sums, rest.sum(axis=-1, keepdims=True)], axis=-1) if rest.shape[-1] else sums
-    return x.sum(axis=-1)
 
 
 def add_rows(x: mx.array) -> mx.array:
@@ -50,9 +41,15 @@ def add_rows(x: mx.array) -> mx.array:
     Returns:
         (N,) float32.
     """
-    x = x.reshape(-1, x.shape[-1])
-    while len(x) > BLOCK:
-        whole, rest = mx.split(x, [len(x) // BLOCK * BLOCK])
-        sums = whole.reshape(-1, BLOCK, x.shape[-1]).sum(axis=1)
-        x = mx.concatenate([sums, rest.sum(axis=0, keepdims=True)]) if len(rest) else sums
-    return x.sum(axis=0)
+    return _add_blocks(x.reshape(-1, x.shape[-1]), 0)
+
+
+def _add_blocks(x: mx.array, axis: int) -> mx.array:
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    while (count := x.shape[axis]) > BLOCK:
+        # What is left over is added by itself: to pad it would copy all of ``x``.
+        whole, rest = mx.split(x, [count // BLOCK * BLOCK], axis=axis)
+        x = whole.reshape(*before, -1, BLOCK, *after).sum(axis=axis + 1)
+        if rest.shape[axis]:
+            x = mx.concatenate([x, rest.sum(axis=axis, keepdims=True)], axis=axis)
+    return x.sum(axis=axis)

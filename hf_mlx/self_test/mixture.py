@@ -81,6 +81,6 @@ def draw() -> tuple[dict[str, np.ndarray], np.ndarray]:
     arrays |= {"down": normal(EXPERTS, HIDDEN, MLP, scale=0.1), "x": normal(TOKENS, HIDDEN)}
     arrays |= {"a": normal(EXPERTS * RANK, MLP, scale=0.1), "b": normal(HIDDEN, RANK * EXPERTS, scale=0.1)}
     arrays |= {"scores": normal(TOKENS, CHOICES), "target": normal(TOKENS, HIDDEN)}
-    # The last expert gets a tenth of the others' tokens.
+    # The last expert gets a third of what the others get.
     chances = random.random_sample((TOKENS, EXPERTS)) * [1, 1, 1, 0.5]
     return arrays, np.argsort(-chances, axis=1)[:, :CHOICES].astype(np.uint32)

@@ -10,6 +10,11 @@ import mlx.core as mx
 from .take_rows import take_rows
 
 
+def most_tiles(choices: int, size: int, experts: int) -> int:
+    """How many tiles of ``size`` rows hold ``choices``, however the experts share them."""
+    return choices // size + experts
+
+
 @dataclass(frozen=True)
 class ExpertRows:
     """Where each choice of an expert by a token lies among rows that are sorted by expert.
@@ -54,7 +59,7 @@ class ExpertRows:
         # How far the rows of an expert lie behind where they would without tiles.
         shift = (ends - tiles) * size - (mx.cumsum(counts) - counts)
         places = places + shift[chosen].astype(order.dtype)
-        most = order.size // size + experts
+        most = most_tiles(order.size, size, experts)
         choices = mx.put_along_axis(mx.full(most * size, order.size, order.dtype), places, numbers, axis=0)
         filled = choices < order.size
         of_tile = (ends <= mx.arange(most, dtype=ends.dtype)[:, None]).sum(axis=-1)

@@ -18,8 +18,8 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, Switch
 from ..adapters.parts import LoRASwitchLinear
 from ..device import on_cuda
 from ..models.precision import CastSwitchLinear
-from ..models.products import gather_mm, matmul, pick
-from .expert_rows import ExpertRows
+from ..models.products import HALF, gather_mm, matmul, pick
+from .expert_rows import ExpertRows, most_tiles
 from .weight_gradients import project
 
 #: Fewer choices are not sorted (mlx-lm 0.32 ``SwitchGLU``).
@@ -30,7 +30,6 @@ TOKEN_COLUMNS = 512
 TILE, LEAST_ROWS = 64, 384
 #: Numbers in the weights of all tiles, at most.
 LARGEST_COPY = 2**31 - 1
-HALF = (mx.bfloat16, mx.float16)
 
 
 def route_experts(blocks: Iterable[nn.Module]) -> None:
@@ -71,12 +70,12 @@ def tile_size(layers: Iterable[Any], choices: int) -> tuple[int, int]:
     CUDA's gathered products reach a seventh of the speed of plain ones in half precision, which outweighs a copy of the
     weights for each tile and half as many rows again. A tile has about half as many rows as an expert gets.
     """
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    bases = _bases(layers)
     experts = bases[0].weight.shape[0]
     if not on_cuda() or choices < LEAST_ROWS * experts:
         return 1, experts
     size = -(-choices // (2 * experts * TILE)) * TILE
-    tiles = choices // size + experts
+    tiles = most_tiles(choices, size, experts)
     for base in bases:
         dense = isinstance(base, SwitchLinear) and base.weight.dtype in HALF and not base.trainable_parameters()
         if not dense or tiles * base.weight.size > LARGEST_COPY * experts:
@@ -93,11 +92,16 @@ def copied_bytes(module: nn.Module, choices: int) -> int:
     """
     if not isinstance(module, SwitchGLU | SwitchMLP):
         return 0
-    bases: list[Any] = [getattr(layer, "base_layer", layer) for layer in module.children().values()]
-    bases = [base for base in bases if "weight" in base]
-    size, experts = tile_size(bases, choices)
-    largest = max(base.weight.nbytes for base in bases)
-    return 2 * (choices // size + experts) * largest // experts if size > 1 else 0
+    layers = module.children().values()
+    size, experts = tile_size(layers, choices)
+    largest = max(base.weight.nbytes for base in _bases(layers))
+    return 2 * most_tiles(choices, size, experts) * largest // experts if size > 1 else 0
+
+
+def _bases(layers: Iterable[Any]) -> list[Any]:
+    """What holds the weights of ``layers``; an activation holds none."""
+    bases = (getattr(layer, "base_layer", layer) for layer in layers)
+    return [base for base in bases if "weight" in base]
 
 
 def _lower(layers: Mapping[str, Any], tokens: mx.array, laid: ExpertRows) -> dict[str, dict[str, mx.array]]:

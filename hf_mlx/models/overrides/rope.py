@@ -59,7 +59,7 @@ class TabulatedRoPE(nn.RoPE):
 
 def tabulate_frequencies(model: Any) -> None:
     """Makes every plain rotary embedding of ``model`` a :class:`TabulatedRoPE`, in place."""
-    for _, module in model.named_modules():
+    for module in model.modules():
         if type(module) is nn.RoPE:
             module.__class__ = TabulatedRoPE
 
