@@ -19,6 +19,7 @@ from hf_mlx.models.architectures import VERIFIED, can_pack
 from hf_mlx.models.heads import layers
 from hf_mlx.models.load import load_model
 from hf_mlx.settings.plan import ModelPlan
+from hf_mlx.training import shared_rows
 from hf_mlx.training.blocked_attention import attend_in_blocks
 from hf_mlx.training.shared_rows import prompt_cache, shares_prompts
 
@@ -116,6 +117,21 @@ def test_prompts_that_differ_are_left_alone():
 # Their attention has scores of its own.
 ALONE = {"deepseek_v2", "deepseek_v3", "gemma2", "glm4_moe_lite", "minicpm3"}
 TYPES = [name for name in VERIFIED if can_pack(name)]
+
+
+def test_narrow_rotary_embeddings_are_computed_apart_on_cuda(tmp_path, monkeypatch):
+    # As of GPT-NeoX, where a quarter of a head is turned: MLX has no kernel for its rows of one token there.
+    loaded = load_model(str(make_base("llama", tmp_path)), ModelPlan())
+    attend_in_blocks(layers(loaded.model))
+    ropes = [layer.self_attn.rope for layer in layers(loaded.model)]
+    found = {}
+    for on_cuda in (False, True):
+        monkeypatch.setattr(shared_rows, "on_cuda", lambda on_cuda=on_cuda: on_cuda)
+        for dims in (16, 32):
+            for rope in ropes:
+                rope.dims = dims
+            found[on_cuda, dims] = shares_prompts(loaded)
+    assert found == {(False, 16): True, (False, 32): True, (True, 16): False, (True, 32): True}
 
 
 def check_type(model_type: str, folder) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS = 128, 64, 96, 2, 4, 2
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS, KEY_HEADS = 128, 64, 96, 2, 2, 1
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # Two micro-batches a step, rows of several lengths, a clip that is reached, a rate that changes.
 SETTINGS: dict[str, Any] = {

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE
 
+from ..device import on_cuda
 from ..models.architectures import can_pack
 from ..models.heads import layers
 from ..models.load import LoadedModel
@@ -22,6 +23,8 @@ from ..models.overrides.rope import LongRope
 from .take_rows import take_rows
 
 _SCALED = (LongRope, SuScaledRoPE, DynamicNTKScalingRoPE)
+#: Features that a rotary embedding turns at least, for rows of one token on CUDA.
+NARROWEST = 32
 
 #: (queries, keys, values, mask) of sequences -> (B, heads, S, D).
 Attend = Callable[[mx.array, mx.array, mx.array, Any], mx.array]
@@ -135,7 +138,11 @@ def shares_prompts(loaded: LoadedModel) -> bool:
 
     Asked once :func:`~hf_mlx.training.blocked_attention.attend_in_blocks` was called.
     """
+    turning = [module for module in loaded.model.modules() if "rope" in type(module).__name__.lower()]
     # These compare positions with the length that a model was trained for, on the host.
-    scaled = any(isinstance(module, _SCALED) for module in loaded.model.modules())
+    scaled = any(isinstance(module, _SCALED) for module in turning)
+    # mx.fast.rope turns rows of one token in CUDA blocks of up to 1,024 numbers, of which no more than 64 may be rows
+    # (mlx 0.32.4: "cudaGraphAddKernelNode failed: invalid argument").
+    narrow = on_cuda() and any(getattr(module, "dims", NARROWEST) < NARROWEST for module in turning)
     reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in layers(loaded.model))
-    return can_pack(loaded.model_type) and reached and not scaled
+    return can_pack(loaded.model_type) and reached and not scaled and not narrow
