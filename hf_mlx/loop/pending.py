@@ -102,6 +102,8 @@ class Pending:
             own: Of several processes add up what this one alone sees, as transformers 5.23
                 ``Trainer._inner_training_loop`` does with the steps after the last log.
         """
+        # Something to do for the device while values are read and logged.
+        self._session.step.begin_update()
         carried = self._session.step.take_carried()
         if carried is not None:
             self._steps.append(sum_metrics(carried, self._session.world.sharing))

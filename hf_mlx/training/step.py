@@ -160,6 +160,8 @@ class Step(Trained):
             (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
             del grads
             self._replace(*moved)
+            if self.cut is not keep_whole:
+                self.begin_update()
             return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
@@ -168,6 +170,7 @@ class Step(Trained):
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
             self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
+            self.begin_update()
             self._begin_exchange()
             # Starts the device on this piece without waiting for it: on the forward pass first, whose smaller graph is
             # ordered sooner, while the device has nothing else to do.

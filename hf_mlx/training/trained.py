@@ -48,6 +48,7 @@ class Trained:
     _bound: tuple[Arrays | None, int] = (None, 0)
     _whole: tuple[Arrays, State] | None = None
     _holds: WeakSet[Held]
+    _is_due: bool = False
 
     @property
     def params(self) -> Arrays:
@@ -161,6 +162,12 @@ class Trained:
         self._compile()
         self.load(params, state)
 
+    def begin_update(self) -> None:
+        """Begin the last update where it is only described; nothing else needs to ask for it before it reads arrays."""
+        if self._is_due:
+            self._is_due = False
+            mx.async_eval(self._params, self._state)
+
     def hold(self) -> Held:
         """What :meth:`restore` goes back to, until an update lets large arrays go."""
         held = Held(self._params, self._state, self._carry, self.draws)
@@ -229,14 +236,14 @@ class Trained:
     def _replace(self, params: Arrays, state: State) -> None:
         """Take what an update makes; old arrays go as new ones come, since only pending work and the carry hold them.
 
-        One kernel for each array, which reads and writes once.
+        One kernel for each array, which reads and writes once. :meth:`begin_update` begins it: once the next step is
+        described, the device has the update to do while the host orders that.
         """
         # From here on there is no way back.
         for held in list(self._holds):
             held.give_up()
-        self._params, self._state, self._carry = params, state, None
+        self._params, self._state, self._carry, self._is_due = params, state, None, True
         self._bind()
-        mx.async_eval(params, state)
 
     def _update_packed(self, *given: Any) -> tuple[Arrays, Any]:
         return self.optimizer.update(*given)
