@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3_text, gpt_oss, llama
 from mlx_lm.models.base import create_causal_mask, scaled_dot_product_attention
 
-from hf_mlx.models.masks import KeyCache, SegmentCache
+from hf_mlx.models.masks import Causal, KeyCache, RowCache, SegmentCache
 from hf_mlx.training import blocked_attention as blocks
 from hf_mlx.training.blocked_attention import (
     BLOCK,
@@ -43,6 +43,12 @@ CASES = {
     "sinks": (LEAST, 4, 2, 8, 8, "causal", None, True),
     "window": (ODD, 2, 2, 8, 8, create_causal_mask(ODD, window_size=50), None, False),
     "window and sinks": (ODD, 2, 2, 8, 8, create_causal_mask(ODD, window_size=50), None, True),
+    "a window that is said": (ODD, 4, 2, 8, 8, None, RowCache(LEAST - 1), False, 50),
+    "of two tokens": (LEAST, 2, 2, 8, 8, None, RowCache(LEAST - 1), False, 2),
+    "of a block": (ODD, 2, 1, 8, 4, None, RowCache(LEAST - 1), True, BLOCK),
+    "of a block and one": (ODD, 2, 2, 8, 8, None, RowCache(LEAST - 1), True, BLOCK + 1),
+    "of nearly a row": (ODD, 2, 2, 8, 8, None, RowCache(LEAST - 1), False, ODD - 1),
+    "that is said, documents in a row": (ODD, 2, 1, 8, 8, None, SegmentCache(segments(ODD), LEAST - 1), False, 200),
     "documents in a row": (ODD, 2, 1, 8, 8, None, SegmentCache(segments(ODD)), False),
     "hidden keys": (ODD, 2, 1, 8, 8, None, KeyCache(visible(ODD)), False),
     "no mask": (LEAST, 2, 2, 8, 8, None, None, False),
@@ -57,13 +63,14 @@ CASES = {
     "short, queries that see nothing": (SHORT, 2, 1, 8, 8, mx.arange(SHORT)[:, None] > mx.arange(SHORT), None, False),
     "short, no mask": (SHORT, 2, 2, 8, 8, None, None, False),
 }  # fmt: skip
+ON_CUDA = ("window and sinks", "a window that is said", "that is said, documents in a row")
 
 
-@pytest.mark.parametrize("case, cuda", [*((case, False) for case in CASES), ("window and sinks", True)])
+@pytest.mark.parametrize("case, cuda", [*((case, False) for case in CASES), *((case, True) for case in ON_CUDA)])
 def test_outputs_and_gradients_are_those_of_all_scores_at_once(case, cuda, monkeypatch):
     # On CUDA blocks are larger.
     monkeypatch.setattr(blocks, "on_cuda", lambda: cuda)
-    length, heads, key_heads, width, value_width, mask, cache, with_sinks = CASES[case]
+    length, heads, key_heads, width, value_width, mask, cache, with_sinks, window = (*CASES[case], None)[:9]
     mx.random.seed(0)
     shapes = [(2, heads, length, width), (2, key_heads, length, width), (2, key_heads, length, value_width)]
     inputs = [mx.random.normal(shape) for shape in shapes] + ([mx.random.normal((heads,))] if with_sinks else [])
@@ -71,7 +78,9 @@ def test_outputs_and_gradients_are_those_of_all_scores_at_once(case, cuda, monke
 
     def run(attention):
         def attend(queries, keys, values, *sinks):
-            seen = mask if cache is None else cache.make_mask(length)
+            seen = mask if cache is None else cache.make_mask(length, window_size=window)
+            if attention is scaled_dot_product_attention and isinstance(seen, Causal):
+                seen = seen.between(range(length), range(length))
             if cache is not None:
                 keys, values = cache.update_and_fetch(keys, values)
             return attention(queries, keys, values, cache, 0.3, seen, sinks[0] if sinks else None)

@@ -7,27 +7,58 @@ model code changes.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import mlx.core as mx
 
 
-class SegmentCache:
-    """A cache that holds nothing: positions start at 0, attention stays within a segment.
+class Causal(str):
+    """mlx-lm's mask ``"causal"`` with what narrows it; no model's code looks into it.
+
+    Attributes:
+        window: Tokens that a query sees, itself and those before it; None for all.
+        segments: Integer ids (B, T), of which a query sees its own; None for one document a row.
+    """
+
+    __slots__ = ("segments", "window")
+
+    def __new__(cls, window: int | None, segments: mx.array | None = None) -> Causal:
+        mask = super().__new__(cls, "causal")
+        mask.window, mask.segments = window, segments
+        return mask
+
+    def between(self, queries: range, keys: range) -> mx.array:
+        """Which of the positions ``keys`` each of ``queries`` sees: bool (Q, K), with segments (B, 1, Q, K)."""
+        seen = _before(queries, keys, self.window)
+        if self.segments is None:
+            return seen
+        own, theirs = (self.segments[:, part.start : part.stop] for part in (queries, keys))
+        return ((own[:, :, None] == theirs[:, None]) & seen)[:, None]
+
+
+class RowCache:
+    """A cache that holds nothing: positions start at 0, and a row is one document.
 
     Args:
-        segments: Integer ids, shape (B, T); tokens attend to earlier tokens with the same id in their row.
+        written: Tokens of the longest row for which a layer's window is written out in a mask of T x T; in longer ones
+            it is said in a :class:`Causal`, which the attention of all layers has to know.
     """
 
     offset = 0
+    segments: mx.array | None = None
 
-    def __init__(self, segments: mx.array) -> None:
-        self.segments = segments
+    def __init__(self, written: float = math.inf) -> None:
+        self.written = written
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """The boolean mask (B, 1, T, T): causal, within a segment, and within ``window_size`` tokens if given."""
-        same = self.segments[:, :, None] == self.segments[:, None, :]
-        return (same & _before(N, window_size))[:, None]
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """``"causal"``; where that does not say all a :class:`Causal` or a boolean mask, (T, T) or (B, 1, T, T)."""
+        narrow = bool(window_size) and window_size < N
+        if narrow and self.written < N and not return_array:
+            return Causal(window_size, self.segments)
+        if self.segments is None and not narrow and not return_array:
+            return "causal"
+        return Causal(window_size if narrow else None, self.segments).between(range(N), range(N))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values as they are."""
@@ -39,7 +70,20 @@ class SegmentCache:
         return []
 
 
-class KeyCache(SegmentCache):
+class SegmentCache(RowCache):
+    """A cache that holds nothing: positions start at 0, attention stays within a segment.
+
+    Args:
+        segments: Integer ids, shape (B, T); tokens attend to earlier tokens with the same id in their row.
+        written: Of :class:`RowCache`.
+    """
+
+    def __init__(self, segments: mx.array, written: float = math.inf) -> None:
+        super().__init__(written)
+        self.segments = segments
+
+
+class KeyCache(RowCache):
     """A cache that holds nothing and hides keys, as an attention mask of transformers does.
 
     A query that sees no key gets an attention output of zero in torch's ``scaled_dot_product_attention``. Softmax over
@@ -50,11 +94,12 @@ class KeyCache(SegmentCache):
     """
 
     def __init__(self, keys: mx.array) -> None:
+        super().__init__()
         self.keys = keys
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """The boolean mask (B, 1, T, 1 + T): causal, of visible keys, and within ``window_size`` tokens if given."""
-        seen = self.keys[:, None, :] & _before(N, window_size)
+        seen = self.keys[:, None, :] & _before(range(N), range(N), window_size)
         blind = mx.logical_not(seen.any(axis=-1, keepdims=True))
         return mx.concatenate([blind, seen], axis=-1)[:, None]
 
@@ -63,10 +108,9 @@ class KeyCache(SegmentCache):
         return tuple(mx.pad(x, [(0, 0), (0, 0), (1, 0), (0, 0)]) for x in (keys, values))  # pyright: ignore
 
 
-def _before(tokens: int, window: int | None) -> mx.array:
-    """(T, T) bool: each position and those before it, within ``window`` of them if given."""
-    positions = mx.arange(tokens)
-    behind = positions[:, None] - positions[None, :]
+def _before(queries: range, keys: range, window: int | None) -> mx.array:
+    """(Q, K) bool: keys at a query's position and before it, within ``window`` of them if given."""
+    behind = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)
     mask = behind >= 0
     return mask if window is None else mask & (behind < window)
 
@@ -81,13 +125,14 @@ def masked_cache(model: Any, keys: mx.array) -> list[KeyCache]:
     return [KeyCache(keys)] * len(model.layers)
 
 
-def packed_cache(model: Any, segments: mx.array) -> list[SegmentCache]:
+def packed_cache(model: Any, segments: mx.array, written: float = math.inf) -> list[SegmentCache]:
     """A cache for ``model(input_ids, cache=…)`` that keeps packed examples apart.
 
     Args:
         model: A model whose type :func:`hf_mlx.models.architectures.can_pack` accepts.
         segments: Segment ids (B, T), one for each token; may be traced by ``mx.compile``. Padding gets an
             id of its own, so that no row of the mask is empty.
+        written: Of :class:`RowCache`.
 
     Returns:
         One entry for each layer, all of them the same object.
@@ -95,4 +140,14 @@ def packed_cache(model: Any, segments: mx.array) -> list[SegmentCache]:
     Example:
         >>> logits = model(input_ids, cache=packed_cache(model, segments))
     """
-    return [SegmentCache(segments)] * len(model.layers)
+    return [SegmentCache(segments, written)] * len(model.layers)
+
+
+def row_cache(model: Any, written: float) -> list[RowCache]:
+    """A cache for ``model(input_ids, cache=…)`` with one document a row, as without a cache.
+
+    Args:
+        model: As for :func:`packed_cache`.
+        written: Of :class:`RowCache`.
+    """
+    return [RowCache(written)] * len(model.layers)

@@ -10,7 +10,8 @@ Source: Rabe, Staats, "Self-attention Does Not Need O(n²) Memory" (2021); Dao e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -20,10 +21,12 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..device import on_cpu, on_cuda
-from ..models.masks import SegmentCache
+from ..models.load import LoadedModel
+from ..models.masks import Causal, RowCache
 from .cpu_attention import attention
 from .rebinding import calls, rebound
 from .shared_rows import PromptCache
+from .windows import Part, attend_in_windows, divide_window, is_reached
 
 # Queries of a block; more on CUDA, where starting the kernels of small ones would take longer than they do.
 BLOCK, CUDA_BLOCK = 128, 512
@@ -77,8 +80,8 @@ def blocked_attention(
         values: (B, key heads, S, Dv).
         cache: None, or what masks packed and padded rows.
         scale: Of the scores.
-        mask: ``"causal"``, None, or (…, T, S) bool. One that is added to the scores may have a gradient of its own,
-            so attention is computed at once then.
+        mask: ``"causal"``, with a window or not, None, or (…, T, S) bool. One that is added to the scores may have a
+            gradient of its own, so attention is computed at once then.
         sinks: (heads,) logits of a key without a value.
 
     Returns:
@@ -90,10 +93,12 @@ def blocked_attention(
         return cache.attend(
             queries, keys, values, mask, lambda q, k, v, seen: blocked_attention(q, k, v, None, scale, seen, sinks)
         )
-    length, known = queries.shape[-2], cache is None or isinstance(cache, SegmentCache)
+    length, known = queries.shape[-2], cache is None or isinstance(cache, RowCache)
     array = mask if isinstance(mask, mx.array) else None
     added = array is not None and array.dtype != mx.bool_
     if length < least_tokens() or not known or added or is_fused(queries.dtype, queries.shape[-1], values.shape[-1]):
+        if isinstance(mask, Causal):
+            mask = mask.between(range(length), range(length))
         if known and not added and sinks is None:
             return attention(queries, keys, values, scale, mask)
         at_once: Any = scaled_dot_product_attention
@@ -112,6 +117,14 @@ def attending(stand_in: Callable[..., mx.array]) -> Iterator[None]:
         yield
     finally:
         _STAND_INS.pop()
+
+
+def written_windows(loaded: LoadedModel) -> float:
+    """Tokens of the longest row whose windows are written out in a mask, see :class:`~hf_mlx.models.masks.RowCache`.
+
+    Asked once :func:`attend_in_blocks` was called.
+    """
+    return least_tokens() - 1 if is_reached(loaded) else math.inf
 
 
 def is_fused(dtype: mx.Dtype, *widths: int) -> bool:
@@ -144,7 +157,6 @@ class _Attention:
 
     def __init__(self, scale: float, mask: mx.array | str | None, causal: bool, offset: int) -> None:
         self.scale, self.mask, self.causal, self.offset = scale, mask, causal, offset
-        self.block = block_queries()
 
     def __call__(self, *primals: mx.array) -> mx.array:
         attend: Any = mx.custom_function(self._forward)
@@ -153,61 +165,62 @@ class _Attention:
 
     def _forward(self, *primals: mx.array) -> mx.array:
         outputs: list[mx.array] = []
-        for start in range(0, primals[0].shape[-2], self.block):
+        for part in self._parts(primals):
             # One after the other, or the scores of all would be alive together.
-            inputs = self._inputs(mx.depends(list(primals), outputs[-1:]) if outputs else list(primals), start)
-            outputs.append(self._block(start)(*inputs))
+            inputs = part.take(mx.depends(list(primals), outputs[-1:]) if outputs else list(primals))
+            outputs.append(self._attend(part)(*inputs))
         return mx.concatenate(outputs, axis=-2)
 
     def _backward(self, primals: Any, cotangent: mx.array, _: Any) -> tuple[mx.array, ...]:
         by_queries: list[mx.array] = []
         rest: list[mx.array] = []
-        before = [cotangent]
-        for start in reversed(range(0, primals[0].shape[-2], self.block)):
-            inputs = self._inputs(mx.depends(list(primals), before), start)
-            _, (by_query, *by_rest) = mx.vjp(
-                self._block(start), inputs, [cotangent[..., start : start + self.block, :]]
-            )
+        before, begin = [cotangent], 0
+        for part in reversed(self._parts(primals)):
+            inputs = part.take(mx.depends(list(primals), before))
+            _, (by_query, *by_rest) = mx.vjp(self._attend(part), inputs, [part.of_queries(cotangent)])
             by_queries.append(by_query)
-            rest = _add(rest, by_rest) if rest else [x.astype(mx.float32) for x in by_rest]
-            before = [by_query, *rest]
+            by_rest = [x.astype(mx.float32) for x in by_rest]
+            rest = [_add(x, begin - part.begin, y) for x, y in zip(rest, by_rest, strict=True)] if rest else by_rest
+            before, begin = [by_query, *rest], part.begin
         gradients = [mx.concatenate(by_queries[::-1], axis=-2), *rest]
         return tuple(x.astype(primal.dtype) for x, primal in zip(gradients, primals, strict=True))
 
-    def _inputs(self, primals: list[mx.array], start: int) -> list[mx.array]:
-        """Queries of the block that begins at ``start``, and the keys and values that it may see."""
-        queries, keys, values, *sinks = primals
-        end = self._end(start, keys.shape[-2])
-        return [queries[..., start : start + self.block, :], keys[..., :end, :], values[..., :end, :], *sinks]
+    def _parts(self, primals: Sequence[mx.array]) -> list[Part]:
+        """What is computed together, from the first query to the last; each sees no key before those of the next."""
+        length, keys, block = primals[0].shape[-2], primals[1].shape[-2], block_queries()
+        if isinstance(self.mask, Causal) and self.mask.window is not None:
+            return divide_window(length, self.mask.window, block)
+        starts = range(0, length, block)
+        ends = [min(start + block + self.offset, keys) if self.causal else keys for start in starts]
+        return [Part(start, min(start + block, length), 0, end) for start, end in zip(starts, ends, strict=True)]
 
-    def _end(self, start: int, keys: int) -> int:
-        return min(start + self.block + self.offset, keys) if self.causal else keys
-
-    def _block(self, start: int) -> Callable[..., mx.array]:
+    def _attend(self, part: Part) -> Callable[..., mx.array]:
         def attend(queries: mx.array, keys: mx.array, values: mx.array, *sinks: mx.array) -> mx.array:
+            if isinstance(self.mask, Causal) and part.blocks > 1:
+                return attend_in_windows(self._at_once, part, self.mask, queries, keys, values, *sinks)
             mask = self.mask
-            if isinstance(mask, mx.array):
-                rows = slice(start, start + self.block) if mask.shape[-2] > 1 else slice(None)
-                mask = mask[..., rows, : keys.shape[-2]]
-            if not sinks:
-                return attention(queries, keys, values, self.scale, mask)
-            return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0]
-            )
+            if isinstance(mask, Causal):
+                mask = mask.between(range(part.start, part.stop), range(part.begin, part.end))
+            elif isinstance(mask, mx.array):
+                rows = slice(part.start, part.stop) if mask.shape[-2] > 1 else slice(None)
+                mask = mask[..., rows, part.begin : part.end]
+            return self._at_once(queries, keys, values, mask, *sinks)
 
         return attend
 
+    def _at_once(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any, *sinks: mx.array) -> mx.array:
+        if not sinks:
+            return attention(queries, keys, values, self.scale, mask)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask, sinks=sinks[0])
 
-def _add(sums: list[mx.array], parts: list[mx.array]) -> list[mx.array]:
-    """The sums with those of fewer keys added to their beginnings."""
-    result = []
-    for total, part in zip(sums, parts, strict=True):
-        if total.shape == part.shape:
-            result.append(total + part)
-        else:
-            seen = part.shape[-2]
-            result.append(mx.concatenate([total[..., :seen, :] + part, total[..., seen:, :]], axis=-2))
-    return result
+
+def _add(total: mx.array, ahead: int, part: mx.array) -> mx.array:
+    """The sum over keys (…, K, D) and over those that begin ``ahead`` of them; over arrays without keys as they are."""
+    if total.ndim == 1 or (total.shape == part.shape and not ahead):
+        return total + part
+    shared = part.shape[-2] - ahead
+    pieces = [part[..., :ahead, :], total[..., :shared, :] + part[..., ahead:, :], total[..., shared:, :]]
+    return mx.concatenate([piece for piece in pieces if piece.size], axis=-2)
 
 
 def _calling(kind: type[nn.Module]) -> dict[str, FunctionType]:
@@ -221,8 +234,8 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
         inner = rebound(method, _CALLED, blocked_attention)
 
         def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            paired = any(isinstance(arg, PromptCache) for arg in (*args, *kwargs.values()))
-            return (inner if self.training or paired else method)(self, *args, **kwargs)
+            said = any(isinstance(arg, (Causal, PromptCache)) for arg in (*args, *kwargs.values()))
+            return (inner if self.training or said else method)(self, *args, **kwargs)
 
         return call
 

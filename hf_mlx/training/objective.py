@@ -16,8 +16,9 @@ from ..device import on_cpu
 from ..models.architectures import can_pack, check_packs
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
-from ..models.masks import masked_cache, packed_cache
+from ..models.masks import masked_cache, packed_cache, row_cache
 from ..settings.plan import AnyLossPlan, LossPlan
+from .blocked_attention import written_windows
 from .inputs import Inputs
 from .linear_cross_entropy import block_rows, linear_token_sums
 from .loss import TokenSums, token_sums
@@ -142,6 +143,7 @@ class TokenObjective:
         self.whole = routers is not None
         self.slots = Slots(loaded.model, names)
         self._split = split_head(loaded)
+        self._written = written_windows(loaded)
         self.head = self._split[1] if self._split is not None else None
         self._blocks = HeadBlocks(loaded.model, self.head, self.slots) if self.head is not None else None
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
@@ -237,9 +239,9 @@ class TokenObjective:
         if "shown_keys" in arrays and can_pack(self.model_type):
             return masked_cache(self.model, arrays["shown_keys"])
         if "segments" not in arrays:
-            return None
+            return row_cache(self.model, self._written) if arrays["input_ids"].shape[1] > self._written else None
         check_packs(self.model_type, "a batch whose rows hold several documents", "one document a row: no seq_lengths")
-        return packed_cache(self.model, arrays["segments"])
+        return packed_cache(self.model, arrays["segments"], self._written)
 
 
 class HeadBlocks:

@@ -14,8 +14,10 @@ from ..data.batch import Batch
 from ..errors import AdapterError, SettingError
 from ..models.heads import Head, split_head
 from ..models.load import LoadedModel
+from ..models.masks import row_cache
 from ..models.sums import blocked_sum
 from ..settings.plan import PairLossPlan
+from .blocked_attention import written_windows
 from .inputs import Inputs
 from .linear_logps import TokenLogps, linear_logp, linear_token_logps, token_logps
 from .objective import HeadBlocks, Slots
@@ -72,6 +74,7 @@ class Scorer:
 
     def __init__(self, loaded: LoadedModel, slots: Slots) -> None:
         self.model = loaded.model
+        self._written = written_windows(loaded)
         self.shares_prompts = shares_prompts(loaded)
         if self.shares_prompts:
             multiply_together(loaded.model)
@@ -104,6 +107,8 @@ class Scorer:
             # Two answers share a row: each token is a row of its own, with its position.
             ids = ids.reshape(-1, 1)
             cache = prompt_cache(self.model, *(arrays[name] for name in ("offsets", "slots", "rejected")))
+        elif ids.shape[1] > self._written:
+            cache = row_cache(self.model, self._written)
         found = self.model(ids, cache=cache) if self._split is None else self._split[0](self.model, ids, cache)
         return scored(found, arrays)
 

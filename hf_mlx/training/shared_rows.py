@@ -11,16 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE, SuScaledRoPE
 
 from ..device import on_cuda
-from ..models.architectures import can_pack
-from ..models.heads import layers
 from ..models.load import LoadedModel
-from ..models.masks import SegmentCache
+from ..models.masks import Causal, RowCache
 from ..models.overrides.rope import LongRope
 from .take_rows import take_rows
+from .windows import is_reached
 
 _SCALED = (LongRope, SuScaledRoPE, DynamicNTKScalingRoPE)
 #: Features that a rotary embedding turns at least, for rows of one token on CUDA.
@@ -30,18 +28,7 @@ NARROWEST = 32
 Attend = Callable[[mx.array, mx.array, mx.array, Any], mx.array]
 
 
-class Causal(str):
-    """mlx-lm's mask ``"causal"`` with the window of a layer; no model's code looks into it."""
-
-    __slots__ = ("window",)
-
-    def __new__(cls, window: int | None) -> Causal:
-        mask = super().__new__(cls, "causal")
-        mask.window = window
-        return mask
-
-
-class PromptCache(SegmentCache):
+class PromptCache(RowCache):
     """A cache that holds nothing: it knows where each token of a pair's row stands in the pair's two sequences.
 
     Being without state, it goes through gradient checkpointing as any other argument does.
@@ -90,7 +77,7 @@ class PromptCache(SegmentCache):
         """
         window = mask.window
         short = window is None or window >= self._length
-        seen = "causal" if short else create_causal_mask(self._length, window_size=window)
+        seen = "causal" if short else Causal(window)
         once = self._to_sequences(queries, twice=False)
         found = attend(once, self._to_sequences(keys), self._to_sequences(values), seen)
         _, heads, _, size = found.shape
@@ -144,5 +131,4 @@ def shares_prompts(loaded: LoadedModel) -> bool:
     # mx.fast.rope turns rows of one token in CUDA blocks of up to 1,024 numbers, of which no more than 64 may be rows
     # (mlx 0.32.4: "cudaGraphAddKernelNode failed: invalid argument").
     narrow = on_cuda() and any(getattr(module, "dims", NARROWEST) < NARROWEST for module in turning)
-    reached = all(any(getattr(part, "in_blocks", False) for part in layer.modules()) for layer in layers(loaded.model))
-    return can_pack(loaded.model_type) and reached and not scaled and not narrow
+    return is_reached(loaded) and not scaled and not narrow
