@@ -23,8 +23,8 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import on_cpu, on_cuda
 from ..models.load import LoadedModel
 from ..models.masks import Causal, RowCache
+from ..models.rebinding import calls, rebound
 from .cpu_attention import attention
-from .rebinding import calls, rebound
 from .shared_rows import PromptCache
 from .windows import Part, attend_in_windows, divide_window, is_reached
 

@@ -13,14 +13,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.activations import swiglu
 
 from ..adapters.dropout import KeyedDropout
 from ..adapters.layers import LoRALinear, layer_dims
 from ..device import on_cpu
+from ..models.activation_rounding import silu_product
 from ..models.products import in_rows, in_shape_of
+from ..models.rebinding import calls, rebound
 from .exponential import sigmoid
-from .rebinding import calls, rebound
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear, LoRALinear)
 
@@ -90,12 +90,12 @@ class _Observed:
 
 
 def _silu_product(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * sigmoid(gate) * x if gate.dtype == mx.float32 else swiglu(gate, x)
+    return gate * sigmoid(gate) * x if gate.dtype == mx.float32 else silu_product(gate, x)
 
 
 def _recomputing(base: type[nn.Module]) -> type[nn.Module]:
     compute: Any = base.__call__
-    if on_cpu() and calls(compute, "swiglu", swiglu):
+    if on_cpu() and calls(compute, "swiglu", silu_product):
         compute = rebound(compute, "swiglu", _silu_product)
 
     def run_with(self: nn.Module, x: mx.array, layers: Mapping[str, Callable[[mx.array], mx.array]]) -> mx.array:

@@ -10,18 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
+from ..activation_rounding import gelu, gelu_new, gelu_tanh, silu
+
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
 
 # transformers 5.23 activations.ACT2FN: name → the same function in MLX.
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": nn.gelu,
-    "gelu_new": nn.gelu_approx,
-    "gelu_fast": nn.gelu_approx,
-    "gelu_pytorch_tanh": nn.gelu_approx,
+    "gelu": gelu,
+    "gelu_new": gelu_new,
+    "gelu_fast": gelu_new,
+    "gelu_pytorch_tanh": gelu_tanh,
     "quick_gelu": nn.gelu_fast_approx,
-    "silu": nn.silu,
-    "swish": nn.silu,
+    "silu": silu,
+    "swish": silu,
     "relu": nn.relu,
     "relu2": lambda x: mx.square(nn.relu(x)),
     "tanh": mx.tanh,
