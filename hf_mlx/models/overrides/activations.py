@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import llama
 
-from ..activation_rounding import gelu, gelu_new, gelu_tanh, silu
+from ..activation_rounding import gelu, gelu_new, gelu_tanh, round_as_torch, silu
 
 Config = dict[str, Any]
 Activation = Callable[[mx.array], mx.array]
@@ -47,6 +47,11 @@ def use_configured(model: Any, config: Config) -> None:
     for block in model.layers:
         block.mlp.__class__ = _activated(type(block.mlp))
         block.mlp.activation = name
+
+
+def round_as_configured(model: Any, config: Config) -> None:
+    """Rounds every activation where torch does, Gaussian ones as the one of the config."""
+    round_as_torch(model, configured(config.get("text_config") or config))
 
 
 @cache

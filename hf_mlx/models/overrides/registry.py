@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..activation_rounding import round_as_torch
 from ..cpu_norms import add_exactly
 from . import norms, rope, windows
-from .activations import configured
 
 Config = dict[str, Any]
 
@@ -88,7 +86,7 @@ def adapt(model: Any, config: Config, converted: bool) -> None:
     if converted and config["model_type"] in _ZERO_CENTRED:
         norms.centre_at_zero(model)
     rope.tabulate_frequencies(model)
-    round_as_torch(model, configured(config.get("text_config") or config))
+    _resolve("activations:round_as_configured")(model, config)
     add_exactly(model)
 
 
