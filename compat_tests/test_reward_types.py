@@ -36,3 +36,16 @@ def test_training_is_trls(model_type, tmp_path):
     settings = {**SETTINGS, "optim": "sgd", "learning_rate": 1e-2}
     theirs, ours = run_both(folder, settings, rows, "name, full", LORA)
     assert compared + assert_same_log(theirs, ours, relative=1e-4, loss=1e-5) >= 60
+
+
+def test_long_rows_under_a_window_are_trls(tmp_path):
+    folder = tmp_path / "model"
+    ids = {"vocab_size": len(tokenizer()), "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    make_model("mistral", **ids, sliding_window=100, max_position_embeddings=2048).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    rows = [{key: value * 50 for key, value in row.items()} for row in reward_rows("text", 4)]
+    lengths = [len(tokenizer()(row[key])["input_ids"]) for row in rows for key in ("chosen", "rejected")]
+    assert max(lengths) > 600
+    settings = {**SETTINGS, "max_steps": 2, "max_length": None}
+    theirs, ours = run_both(folder, settings, rows, "name", LORA)
+    assert assert_same_log(theirs, ours, relative=1e-4, loss=1e-5) >= 15

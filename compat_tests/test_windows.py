@@ -28,6 +28,7 @@ def test_losses_and_gradients_are_those_of_a_written_mask(model_type, tmp_path):
     attend_in_blocks(layers(model))
     written = written_windows(loaded)
     assert written == CPU_LEAST - 1
+    assert row_cache(model, CPU_LEAST - 1, written) is None
     model.unfreeze()
     model.train()
     ids = mx.array(np.random.default_rng(0).integers(3, 64, (2, TOKENS)))
@@ -45,7 +46,7 @@ def test_losses_and_gradients_are_those_of_a_written_mask(model_type, tmp_path):
 
     compared = 0
     for said, masked in (
-        (row_cache(model, written), None),
+        (row_cache(model, TOKENS, written), None),
         (packed_cache(model, documents, written), packed_cache(model, documents)),
     ):
         found, expected = gradients(said), gradients(masked)

@@ -143,11 +143,12 @@ def packed_cache(model: Any, segments: mx.array, written: float = math.inf) -> l
     return [SegmentCache(segments, written)] * len(model.layers)
 
 
-def row_cache(model: Any, written: float) -> list[RowCache]:
-    """A cache for ``model(input_ids, cache=…)`` with one document a row, as without a cache.
+def row_cache(model: Any, tokens: int, written: float) -> list[RowCache] | None:
+    """A cache for ``model(input_ids, cache=…)`` with one document a row; None where none is needed.
 
     Args:
         model: As for :func:`packed_cache`.
+        tokens: Of a row.
         written: Of :class:`RowCache`.
     """
-    return [RowCache(written)] * len(model.layers)
+    return [RowCache(written)] * len(model.layers) if tokens > written else None

@@ -139,14 +139,15 @@ def scored_class(base: type[Any]) -> type[Any]:
     return Scored
 
 
-def score_rows(model: Any, input_ids: mx.array, last: mx.array) -> mx.array:
+def score_rows(model: Any, input_ids: mx.array, last: mx.array, cache: Any = None) -> mx.array:
     """The score of each row, (R,) float32.
 
     Args:
         model: Of a :func:`scored_class`, adapters included.
         input_ids: (R, W) int32, padded on the right.
         last: (R,) int32, the position that is read.
+        cache: Of :func:`~hf_mlx.models.masks.row_cache`.
     """
-    hidden = model.model(input_ids, cache=None)
+    hidden = model.model(input_ids, cache=cache)
     read = mx.take_along_axis(hidden, last[:, None, None], axis=1)
     return model.score(read)[:, 0, 0].astype(mx.float32)

@@ -239,7 +239,7 @@ class TokenObjective:
         if "shown_keys" in arrays and can_pack(self.model_type):
             return masked_cache(self.model, arrays["shown_keys"])
         if "segments" not in arrays:
-            return row_cache(self.model, self._written) if arrays["input_ids"].shape[1] > self._written else None
+            return row_cache(self.model, arrays["input_ids"].shape[1], self._written)
         check_packs(self.model_type, "a batch whose rows hold several documents", "one document a row: no seq_lengths")
         return packed_cache(self.model, arrays["segments"], self._written)
 

@@ -102,13 +102,14 @@ class Scorer:
 
     def _read(self, arrays: Arrays) -> mx.array:
         """Hidden states (N, H) of the scored tokens; their logits where the model's code does not divide there."""
-        ids, cache = arrays["input_ids"], None
+        ids: mx.array = arrays["input_ids"]
+        cache: Any
         if "splits" in arrays:
             # Two answers share a row: each token is a row of its own, with its position.
             ids = ids.reshape(-1, 1)
             cache = prompt_cache(self.model, *(arrays[name] for name in ("offsets", "slots", "rejected")))
-        elif ids.shape[1] > self._written:
-            cache = row_cache(self.model, self._written)
+        else:
+            cache = row_cache(self.model, ids.shape[1], self._written)
         found = self.model(ids, cache=cache) if self._split is None else self._split[0](self.model, ids, cache)
         return scored(found, arrays)
 

@@ -13,8 +13,10 @@ from ..adapters.dropout import KeyedDropout
 from ..data.batch import Batch
 from ..models.heads import Head
 from ..models.load import LoadedModel
+from ..models.masks import row_cache
 from ..models.scoring import score_rows
 from ..settings.plan import ScoreLossPlan
+from .blocked_attention import written_windows
 from .inputs import Inputs
 from .objective import Slots
 from .optimizers.contract import Arrays
@@ -49,6 +51,7 @@ class ScoreObjective:
         self.model = loaded.model
         self.plan = plan
         self.slots = Slots(loaded.model, names)
+        self._written = written_windows(loaded)
         self._dropouts = [module for module in loaded.model.modules() if isinstance(module, KeyedDropout)]
 
     def __call__(self, params: Arrays, arrays: Arrays) -> tuple[mx.array, Arrays]:
@@ -62,7 +65,7 @@ class ScoreObjective:
         self.slots.bind(params)
         if self.model.training:
             self._bind_keys(arrays)
-        rewards = score_rows(self.model, arrays["input_ids"], arrays["last"])
+        rewards = self._score(arrays)
         chosen, rejected = rewards.reshape(2, -1)
         ahead = chosen - rejected
         loss = -nn.log_sigmoid(ahead - arrays["margins"] if "margins" in arrays else ahead).mean()
@@ -79,7 +82,7 @@ class ScoreObjective:
 
     def logits(self, arrays: Arrays) -> mx.array:
         """The rewards (2P, 1), which are what upstream's model has for logits."""
-        return score_rows(self.model, arrays["input_ids"], arrays["last"])[:, None]
+        return self._score(arrays)[:, None]
 
     def rows_together(self, arrays: Arrays) -> int:
         """All: a micro-batch is not cut."""
@@ -92,6 +95,10 @@ class ScoreObjective:
     def predictions(self, logits: np.ndarray, batch: Batch) -> tuple[np.ndarray, tuple[()]]:
         """The rewards, and the empty tuple that upstream has for the labels."""
         return logits, ()
+
+    def _score(self, arrays: Arrays) -> mx.array:
+        ids = arrays["input_ids"]
+        return score_rows(self.model, ids, arrays["last"], row_cache(self.model, ids.shape[1], self._written))
 
     def _bind_keys(self, arrays: Arrays) -> None:
         if not self._dropouts:
