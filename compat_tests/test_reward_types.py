@@ -38,6 +38,7 @@ def test_training_is_trls(model_type, tmp_path):
     assert compared + assert_same_log(theirs, ours, relative=1e-4, loss=1e-5) >= 60
 
 
+@pytest.mark.wide
 def test_long_rows_under_a_window_are_trls(tmp_path):
     folder = tmp_path / "model"
     ids = {"vocab_size": len(tokenizer()), "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}

@@ -116,7 +116,7 @@ class HostLossStep(Step):
 
     def _accumulate_host(self, arrays: Arrays, micro: HostMicro) -> tuple[Arrays, Arrays]:
         width = micro.batch.shape[1]
-        self._begin_exchange()
+        self._begin_left()
 
         def forward(number: int) -> mx.array:
             try:

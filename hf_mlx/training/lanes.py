@@ -72,7 +72,7 @@ class LanedStep(Step):
 
     def _run(self, arrays: Arrays, weights: Weights, count: int) -> list[Any]:
         """What each of ``count`` lanes makes of its rows of a piece, evaluated."""
-        self._begin_exchange()
+        self._begin_left()
         # The lanes wait for nothing that is still under way on this thread.
         mx.eval(self._params)
         carries, under_way, first_row, pace = [], [], 0, Barrier(count)

@@ -133,7 +133,7 @@ class Step(Trained):
             return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
         self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
-        self._begin_exchange()
+        self._begin_left()
         # As for one that is accumulated: the forward pass first.
         mx.async_eval({name: value for name, value in sums.items() if name != "grad_norm"})
         mx.async_eval(self._params, self._state, sums)
@@ -170,8 +170,7 @@ class Step(Trained):
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
             self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
-            self.begin_update()
-            self._begin_exchange()
+            self._begin_left()
             # Starts the device on this piece without waiting for it: on the forward pass first, whose smaller graph is
             # ordered sooner, while the device has nothing else to do.
             mx.async_eval(sums)

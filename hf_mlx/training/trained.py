@@ -211,8 +211,9 @@ class Trained:
         if self._bound[0] is not self._params or self._bound[1] != self.traces:
             self._bind()
 
-    def _begin_exchange(self) -> None:
-        # Before any exchange of the step itself, on every process.
+    def _begin_left(self) -> None:
+        # The last update; and what processes exchange before the step itself, on every one.
+        self.begin_update()
         if self.exchange is not None:
             self.exchange.begin()
 
