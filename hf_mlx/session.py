@@ -19,7 +19,7 @@ from .adapters.score_head import draw_head
 from .adapters.tensor_parallel import Split, split_model
 from .checkpoints.fingerprint import choose_samples, read_samples
 from .errors import ModelError, SettingError
-from .models.architectures import can_pack, check_packs
+from .models.architectures import can_pack, check_packs, note_packs
 from .models.frozen_products import turn_frozen_weights
 from .models.heads import layers
 from .models.load import LoadedModel
@@ -263,6 +263,9 @@ def _check_packing(loaded: LoadedModel, plan: DataPlan) -> None:
         check_packs(loaded.model_type, "padding_free=True", "SFTConfig(padding_free=False)")
     elif apart and plan.packing:
         check_packs(loaded.model_type, f"packing=True ({plan.packing_strategy})", "SFTConfig(packing=False)")
+    else:
+        return
+    loaded.notes.extend(note_packs(loaded.model_type))
 
 
 def _check_routers(routers: Any, plan: TrainPlan) -> None:

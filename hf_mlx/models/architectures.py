@@ -134,6 +134,20 @@ def check_packs(model_type: str, received: str, remedy: str) -> None:
         )
 
 
+#: Types whose masks transformers 5.23 makes without ``position_ids``, from which others learn where documents begin.
+_MIXED_UPSTREAM = frozenset({"afmoe", "gpt_oss"})
+
+
+def note_packs(model_type: str) -> list[str]:
+    """What is to be said of documents that share a row, where upstream keeps them apart with flash attention alone."""
+    if model_type not in _MIXED_UPSTREAM:
+        return []
+    return [
+        f"documents that share a row do not see each other; with {model_type!r} that is so in transformers under flash "
+        "attention alone: a run with its other attention has another curve, which packing=False gives on both sides"
+    ]
+
+
 def accepts_loss_kwargs(config: Config) -> bool:
     """``Trainer.model_accepts_loss_kwargs`` of the class that trl builds (``config.architectures[0]``)."""
     architectures = config.get("architectures") or [""]
