@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .rebinding import calls, rebound
+from .rebinding import calls, methods, rebound
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -88,12 +88,8 @@ class _Layers:
 
 @cache
 def _rounding(kind: type[Any], approximate: Callable[[mx.array], mx.array]) -> type[Any] | None:
-    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
-    replacing = {
-        name: method
-        for name, member in members.items()
-        if isinstance(member, FunctionType) and (method := _replaced(member, approximate)) is not member
-    }
+    replaced = {name: (method, _replaced(method, approximate)) for name, method in methods(kind).items()}
+    replacing = {name: ours for name, (method, ours) in replaced.items() if ours is not method}
     # What error messages call it.
     return type(kind.__name__, (kind,), replacing) if replacing else None
 

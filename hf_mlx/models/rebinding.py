@@ -6,6 +6,12 @@ from types import FunctionType
 from typing import Any
 
 
+def methods(kind: type[Any]) -> dict[str, FunctionType]:
+    """What a class has of methods by name, inherited ones too."""
+    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
+    return {name: member for name, member in members.items() if isinstance(member, FunctionType)}
+
+
 def calls(method: Any, name: str, value: Any) -> bool:
     """Whether ``method`` reads ``value`` from the global ``name``."""
     return (

@@ -23,7 +23,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..device import on_cpu, on_cuda
 from ..models.load import LoadedModel
 from ..models.masks import Causal, RowCache
-from ..models.rebinding import calls, rebound
+from ..models.rebinding import calls, methods, rebound
 from .cpu_attention import attention
 from .shared_rows import PromptCache
 from .windows import Part, attend_in_windows, divide_window, is_reached
@@ -225,11 +225,11 @@ def _add(total: mx.array, ahead: int, part: mx.array) -> mx.array:
 
 def _calling(kind: type[nn.Module]) -> dict[str, FunctionType]:
     """The methods of a class that call mlx-lm's attention."""
-    members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
-    return {name: method for name, method in members.items() if calls(method, _CALLED, scaled_dot_product_attention)}
+    found = methods(kind).items()
+    return {name: method for name, method in found if calls(method, _CALLED, scaled_dot_product_attention)}
 
 
-def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn.Module]:
+def _blocked(kind: type[nn.Module], calling: dict[str, FunctionType]) -> type[nn.Module]:
     def replaced(method: FunctionType) -> Any:
         inner = rebound(method, _CALLED, blocked_attention)
 
@@ -239,5 +239,5 @@ def _blocked(kind: type[nn.Module], methods: dict[str, FunctionType]) -> type[nn
 
         return call
 
-    replacing = {name: replaced(method) for name, method in methods.items()}
+    replacing = {name: replaced(method) for name, method in calling.items()}
     return type(f"Blocked{kind.__name__}", (kind,), {**replacing, "in_blocks": True})
