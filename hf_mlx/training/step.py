@@ -160,12 +160,16 @@ class Step(Trained):
             (mx.async_eval if self.cut is keep_whole else mx.eval)(grads, factor, sums)
             del grads
             self._replace(*moved)
-            if self.cut is not keep_whole:
-                self.begin_update()
             return sums
         self._params, self._state, sums = self._apply(self._params, self._state, self._carry, hyper)
         mx.async_eval(self._params, self._state, sums)
         return sums
+
+    def _replace(self, params: Arrays, state: Any) -> None:
+        super()._replace(params, state)
+        if self.cut is not keep_whole:
+            # Where memory is short, it runs out within the step that asks for it.
+            self.begin_update()
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
