@@ -11,8 +11,10 @@ from hf_mlx.settings.plan import PairLossPlan, ScoreLossPlan
 from hf_mlx.training.command_buffers import limit_pending_work, wait_for_memory
 
 
-def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024, loss=None):
+def plan(*, checkpointing=False, use_cpu=False, rows=8, tokens=1024, loss=None, lora="an adapter", dtype="float32"):
     return SimpleNamespace(
+        lora=lora,
+        model=SimpleNamespace(precision=SimpleNamespace(dtype=dtype)),
         use_cpu=use_cpu,
         checkpointing=SimpleNamespace(enabled=checkpointing),
         batch=SimpleNamespace(train_batch_size=rows),
@@ -43,6 +45,13 @@ def test_smaller_micro_batches_get_smaller_buffers(cuda):
 
     assert given == sorted(given, reverse=True)
     assert given[0] == given[1] == given[2] > given[3] > given[4] >= given[5] > 0
+
+
+def test_all_weights_in_float32_get_smaller_buffers(cuda):
+    wide, narrow = (limit_pending_work(plan(lora=None, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+
+    assert narrow == limit_pending_work(plan())
+    assert int(wide["MLX_MAX_MB_PER_BUFFER"]) == int(narrow["MLX_MAX_MB_PER_BUFFER"]) // 2
 
 
 @pytest.mark.parametrize("loss", [PairLossPlan(), ScoreLossPlan()])

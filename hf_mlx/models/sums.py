@@ -1,4 +1,4 @@
-"""Sums of many float32 terms that stay accurate on every backend."""
+"""Sums of many terms that stay accurate on every backend."""
 
 from __future__ import annotations
 
@@ -42,6 +42,23 @@ def add_rows(x: mx.array) -> mx.array:
         (N,) float32.
     """
     return _add_blocks(x.reshape(-1, x.shape[-1]), 0)
+
+
+def sum_rows(x: mx.array) -> mx.array:
+    """Sum over all axes but the last, added up in float32; not differentiable on purpose: it is a gradient's.
+
+    MLX's CUDA kernels add half precision up in half precision (mlx 0.32.4, ``col_reduce_looped``), its products do not.
+
+    Args:
+        x: (..., N), any float dtype.
+
+    Returns:
+        (N,), in the dtype of ``x``.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if on_cpu() or x.dtype == mx.float32:
+        return rows.sum(axis=0)
+    return (mx.ones((1, rows.shape[0]), x.dtype) @ rows)[0]
 
 
 def _add_blocks(x: mx.array, axis: int) -> mx.array:

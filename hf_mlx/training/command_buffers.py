@@ -41,7 +41,9 @@ def _choose_megabytes(plan: TrainPlan) -> int:
         return MEGABYTES
     texts = plan.batch.train_batch_size * (2 if isinstance(plan.loss, PairLossPlan | ScoreLossPlan) else 1)
     tokens = texts * plan.data.max_length
-    return min(max(MEGABYTES * tokens // TOKENS, LEAST_MEGABYTES), MEGABYTES)
+    megabytes = min(max(MEGABYTES * tokens // TOKENS, LEAST_MEGABYTES), MEGABYTES)
+    # MLX counts numbers, and an update of float32 is of numbers twice as large.
+    return megabytes // 2 if plan.lora is None and plan.model.precision.dtype == "float32" else megabytes
 
 
 @contextmanager

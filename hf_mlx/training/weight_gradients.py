@@ -6,7 +6,6 @@ reader, the norm and the update, goes through memory across its rows. Here the p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import mlx.nn as nn
 
 from ..models.precision import CastEmbedding, CastLinear
 from ..models.products import addmm, in_rows, in_shape_of, matmul
+from ..models.sums import sum_rows
 from .take_rows import take_rows
 
 _LINEAR = (nn.Linear, CastLinear)
@@ -40,8 +40,9 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, orde
     """``x @ weight.T + bias``, whose gradient by ``weight`` is contiguous.
 
     Args:
-        x: (..., in).
-        weight: (out, in), in the dtype of ``x``.
+        x: (..., in), in the dtype of the product.
+        weight: (out, in). One in another dtype is cast for the product, and once more on the way back: kept in between,
+            what autocast makes of all weights would be half as large again as they are.
         bias: (out,), in the dtype of ``x``.
         ordered: The gradient of ``x`` is begun after the others, see :mod:`~hf_mlx.training.backward_order`.
 
@@ -50,15 +51,19 @@ def project(x: mx.array, weight: mx.array, bias: mx.array | None = None, *, orde
     """
 
     def forward(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
+        weight = weight.astype(x.dtype)
         return addmm(bias[0], x, weight.T) if bias else matmul(x, weight.T)
 
     def backward(primals: Any, by_out: mx.array, _: Any) -> tuple[mx.array, ...]:
         x, weight, *bias = primals
-        by_params = [matmul(by_out.T, x), *(by_out.sum(axis=0) for _ in bias)]
+        by_params = [matmul(by_out.T, x).astype(weight.dtype), *(sum_rows(by_out) for _ in bias)]
         if ordered:
             # What is multiplied there is read no more, and its memory free, when the gradient of `x` comes.
             (by_out,) = mx.depends([by_out], by_params)
-        return (matmul(by_out, weight), *by_params)
+        if weight.dtype != x.dtype:
+            # Not the cast of the forward pass, which the compiler would keep for both.
+            (weight,) = mx.depends([weight], [by_out])
+        return (matmul(by_out, weight.astype(x.dtype)), *by_params)
 
     product: Any = mx.custom_function(forward)
     product.vjp(backward)
@@ -69,8 +74,8 @@ def _linear(base: Any) -> Any:
     def call(self: Any, x: mx.array) -> mx.array:
         if not self.training:
             return base.__call__(self, x)
-        arrays = _cast(self, (x, self.weight, *([self.bias] if "bias" in self else [])))
-        return project(*arrays, ordered=self.orders_backward)
+        x, *bias = _cast(self, x, *([self.bias] if "bias" in self else []))
+        return project(x, self.weight, *bias, ordered=self.orders_backward)
 
     return type(f"Laid{base.__name__}", (base,), {"__call__": call, "orders_backward": False})
 
@@ -87,13 +92,12 @@ def _embedding(base: Any) -> Any:
         return look_up(self.weight, x) if self.training else base.__call__(self, x)
 
     def as_linear(self: Any, x: mx.array) -> mx.array:
-        return project(*_cast(self, (x, self.weight))) if self.training else base.as_linear(self, x)
+        return project(_cast(self, x)[0], self.weight) if self.training else base.as_linear(self, x)
 
     return type(f"Laid{base.__name__}", (base,), {"__call__": call, "as_linear": as_linear})
 
 
-def _cast(layer: Any, arrays: Iterable[mx.array]) -> list[mx.array]:
+def _cast(layer: Any, *arrays: mx.array) -> list[mx.array]:
     """``arrays`` in the dtype that ``layer`` multiplies in."""
-    arrays = list(arrays)
-    dtype = getattr(layer, "compute_dtype", None) or mx.result_type(*arrays)
+    dtype = getattr(layer, "compute_dtype", None) or mx.result_type(*arrays, layer.weight)
     return [array.astype(dtype) for array in arrays]

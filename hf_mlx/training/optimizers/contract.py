@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -132,9 +133,10 @@ def _together(param: mx.array, states: Iterable[mx.array]) -> mx.array:
     """``param``, as the last result of a kernel that gives ``states`` too.
 
     They share almost all of an update. The compiler fuses what one result is made of, and makes other results of the
-    function outputs of that kernel; alone, what they share would be written in float32 and read again.
+    function outputs of that kernel; alone, what they share would be written in float32 and read again. One choice for
+    all states: the compiler leaves a condition that two choices share outside, as an array that no result can replace.
     """
-    for state in states:
-        if state.shape == param.shape:
-            param = mx.where(mx.array(True), param, state).astype(param.dtype)
-    return param
+    alike = [state for state in states if state.shape == param.shape]
+    if not alike:
+        return param
+    return mx.where(mx.array(True), param, reduce(mx.maximum, alike)).astype(param.dtype)
