@@ -144,6 +144,12 @@ MEASURES = (
         "models.cpu_norms.add_exactly",
     ),
     Measure(
+        "all",
+        "on a GPU a norm's weight gets a gradient only where it trains, in half precision added up in float32",
+        "MLX computes it with the input's, and adds half precision up in half precision",
+        "training.norm_gradients.improve_norms",
+    ),
+    Measure(
         "cpu",
         "decompositions of weights (PiSSA, OLoRA, CorDA) in numpy, on every backend",
         "MLX has them on the CPU alone, and fp64 too: Metal has neither",

@@ -39,6 +39,7 @@ from .training.host_loss import HostEvaluator, HostLoss, HostLossStep, measuring
 from .training.lanes import make_step
 from .training.means import Progress
 from .training.native_loss import NativeLoss
+from .training.norm_gradients import improve_norms
 from .training.objective import TokenObjective
 from .training.optim import Optimizer, decay_names, make_optimizer
 from .training.padding_row import hold_padding_row
@@ -95,6 +96,7 @@ class Session:
         # A held padding row makes the embedding another class.
         lay_out_gradients(loaded.model)
         turn_frozen_weights(loaded.model)
+        improve_norms(loaded.model)
         hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         _check_routers(self.routers, plan)
