@@ -34,6 +34,8 @@ from sft_step_peer import SEVEN, Clock, MLXMemory, TorchMemory, losses, make_mod
 
 PEERS = ("hf_mlx", "trl", "torch")
 APART = "apart"
+#: Variable with the number of a process that runs apart.
+ALONE = "APART"
 #: Where float32 matrix products of other shapes are other kernels, they are this close.
 CLOSE = 1e-4
 CHECKED = ("loss", "grad_norm", "entropy")
@@ -152,7 +154,7 @@ class Bench:
             if status:
                 said.seek(0)
                 self.say(f"  stopped, exit status {status}:")
-                print("".join(said.readlines()[-25:]), flush=True)
+                print("".join(said.readlines()[-60:]), flush=True)
 
     def launcher(self, peer: str, processes: int) -> list[str]:
         """The words before the command of each process."""
@@ -256,7 +258,7 @@ def start_apart(processes: int, command: list[str]) -> int:
     cards = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
     cards = cards or [str(number) for number in range(processes)]
     started = [
-        subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": cards[number], "APART": str(number)})
+        subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": cards[number], ALONE: str(number)})
         for number in range(processes)
     ]
     return max(abs(process.wait()) for process in started)
@@ -306,7 +308,10 @@ def end(started: subprocess.Popen[bytes]) -> None:
 
 def work(job: dict[str, Any], out: Path) -> None:
     """One process: each part of the job, written as soon as it is there."""
-    rank = int(os.environ.get("MLX_RANK", os.environ.get("RANK", os.environ.get("APART", "0"))))
+    rank = int(os.environ.get("MLX_RANK", os.environ.get("RANK", os.environ.get(ALONE, "0"))))
+    if ALONE in os.environ:
+        # Runs that know nothing of each other keep out of each other's folder.
+        job["output_dir"] = f"{job['folder']}/out-{rank}"
     for part in job["parts"]:
         result = {"make-model": build}.get(job["peer"], train_bare if job["peer"] == "torch" else train)(job, part)
         written = out.with_name(f"{out.name}.{rank}.{part}")

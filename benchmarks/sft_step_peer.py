@@ -177,7 +177,7 @@ def process_peak() -> int:
 def settings(job: dict[str, Any], rows: int, clock: Clock) -> dict[str, Any]:
     """What every script writes into its arguments."""
     return {
-        "output_dir": f"{job['folder']}/out",
+        "output_dir": job.get("output_dir", f"{job['folder']}/out"),
         "max_steps": clock.last,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": job["accumulate"],
