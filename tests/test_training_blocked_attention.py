@@ -14,6 +14,7 @@ from hf_mlx.training import blocked_attention as blocks
 from hf_mlx.training.blocked_attention import (
     BLOCK,
     CPU_LEAST,
+    CUDA_BLOCK,
     LEAST,
     attend_in_blocks,
     attends_in_blocks,
@@ -25,6 +26,8 @@ TOLERANCE = 2e-6
 
 ODD = LEAST + BLOCK // 2 + 3
 SHORT = 37
+# Of more than one block on CUDA.
+LONG = 2 * CUDA_BLOCK + 52
 
 
 def segments(length):
@@ -51,6 +54,10 @@ CASES = {
     "that is said, documents in a row": (ODD, 2, 1, 8, 8, None, SegmentCache(segments(ODD), LEAST - 1), False, 200),
     "documents in a row": (ODD, 2, 1, 8, 8, None, SegmentCache(segments(ODD)), False),
     "hidden keys": (ODD, 2, 1, 8, 8, None, KeyCache(visible(ODD)), False),
+    "long": (LONG, 4, 2, 8, 8, "causal", None, False),
+    "long, windows with keys before the row": (LONG, 4, 2, 8, 8, None, RowCache(LEAST - 1), False, 200),
+    "those, documents in a row": (LONG, 2, 1, 8, 4, None, SegmentCache(segments(LONG), LEAST - 1), False, 512),
+    "long, windows wider than a block": (LONG, 2, 1, 8, 8, None, RowCache(LEAST - 1), False, 700),
     "no mask": (LEAST, 2, 2, 8, 8, None, None, False),
     # On the CPU shorter rows are computed at once, and by code of our own where there are no sinks.
     "short": (SHORT, 4, 2, 8, 4, "causal", None, False),
@@ -63,7 +70,9 @@ CASES = {
     "short, queries that see nothing": (SHORT, 2, 1, 8, 8, mx.arange(SHORT)[:, None] > mx.arange(SHORT), None, False),
     "short, no mask": (SHORT, 2, 2, 8, 8, None, None, False),
 }  # fmt: skip
-ON_CUDA = ("window and sinks", "a window that is said", "that is said, documents in a row")
+ON_CUDA = ("window and sinks", "a window that is said", "that is said, documents in a row", "long",
+    "long, windows with keys before the row", "those, documents in a row", "long, windows wider than a block",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case, cuda", [*((case, False) for case in CASES), *((case, True) for case in ON_CUDA)])

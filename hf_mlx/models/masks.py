@@ -8,9 +8,11 @@ model code changes.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 
 class Causal(str):
@@ -110,9 +112,15 @@ class KeyCache(RowCache):
 
 def _before(queries: range, keys: range, window: int | None) -> mx.array:
     """(Q, K) bool: keys at a query's position and before it, within ``window`` of them if given."""
-    behind = mx.arange(queries.start, queries.stop)[:, None] - mx.arange(keys.start, keys.stop)
+    behind = _positions(queries)[:, None] - _positions(keys)
     mask = behind >= 0
     return mask if window is None else mask & (behind < window)
+
+
+@lru_cache(maxsize=1024)
+def _positions(part: range) -> mx.array:
+    # The same array each time: from it the compiler sees which masks of a step are one, and makes that once.
+    return mx.array(np.arange(part.start, part.stop, dtype=np.int32))
 
 
 def masked_cache(model: Any, keys: mx.array) -> list[KeyCache]:

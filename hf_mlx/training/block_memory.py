@@ -65,7 +65,8 @@ class BlockMemory:
         copies, back = self._copies()
         if self._writes_scores(block):
             return (back - copies) * self._scores() * self.tokens
-        return back * self._scores() * block_queries() if self._has_scores(block) else 0
+        queries = block_queries(self.heads * self.positions)
+        return back * self._scores() * queries if self._has_scores(block) else 0
 
     def going_back(self, block: nn.Module) -> int:
         """What a block that is computed once more takes in all."""

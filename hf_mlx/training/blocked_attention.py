@@ -28,8 +28,10 @@ from .cpu_attention import attention
 from .shared_rows import PromptCache
 from .windows import Part, attend_in_windows, divide_window, is_reached
 
-# Queries of a block; more on CUDA, where starting the kernels of small ones would take longer than they do.
-BLOCK, CUDA_BLOCK = 128, 512
+# Queries of a block. More on CUDA, where starting the kernels of small ones would take longer than they do: as many as
+# have no more scores than that, and those of a window at least.
+BLOCK, CUDA_BLOCK, CUDA_WINDOW_BLOCK = 128, 1024, 512
+CUDA_SCORES = 2**27
 # What cuDNN's attention takes (mlx 0.32.4, backend/cuda/scaled_dot_product_attention.cpp).
 FUSED_WIDTH, FUSED_STEP = 128, 8
 # Shorter rows are computed at once: what a block costs beside its products would not be won back.
@@ -143,9 +145,15 @@ def least_tokens() -> int:
     return CPU_LEAST if on_cpu() else LEAST
 
 
-def block_queries() -> int:
-    """Queries of a block on the device that MLX uses."""
-    return CUDA_BLOCK if on_cuda() else BLOCK
+def block_queries(scores: int) -> int:
+    """Queries of a block on the device that MLX uses.
+
+    Args:
+        scores: Of one query in each row: keys and heads of all rows.
+    """
+    if not on_cuda():
+        return BLOCK
+    return CUDA_BLOCK if CUDA_BLOCK * scores <= CUDA_SCORES else CUDA_WINDOW_BLOCK
 
 
 class _Attention:
@@ -187,18 +195,23 @@ class _Attention:
 
     def _parts(self, primals: Sequence[mx.array]) -> list[Part]:
         """What is computed together, from the first query to the last; each sees no key before those of the next."""
-        length, keys, block = primals[0].shape[-2], primals[1].shape[-2], block_queries()
+        rows, heads, length, _ = primals[0].shape
+        keys = primals[1].shape[-2]
+        block = block_queries(rows * heads * keys)
         if isinstance(self.mask, Causal) and self.mask.window is not None:
-            return divide_window(length, self.mask.window, block)
+            return divide_window(length, self.mask.window, min(block, CUDA_WINDOW_BLOCK), block)
         starts = range(0, length, block)
         ends = [min(start + block + self.offset, keys) if self.causal else keys for start in starts]
         return [Part(start, min(start + block, length), 0, end) for start, end in zip(starts, ends, strict=True)]
 
     def _attend(self, part: Part) -> Callable[..., mx.array]:
         def attend(queries: mx.array, keys: mx.array, values: mx.array, *sinks: mx.array) -> mx.array:
-            if isinstance(self.mask, Causal) and part.blocks > 1:
+            if isinstance(self.mask, Causal) and part.width:
                 return attend_in_windows(self._at_once, part, self.mask, queries, keys, values, *sinks)
             mask = self.mask
+            if type(mask) is str and not on_cpu():
+                # One array for all layers, where MLX would write it out for each.
+                mask = Causal(None)
             if isinstance(mask, Causal):
                 mask = mask.between(range(part.start, part.stop), range(part.begin, part.end))
             elif isinstance(mask, mx.array):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..models.architectures import can_pack
 from ..models.heads import layers
@@ -28,6 +30,7 @@ class Part:
         start, stop: Of the queries.
         begin, end: Of the keys.
         blocks: Into how many blocks the queries fall that see keys of their own, each as many.
+        width: How many that is; the first of them may be missing, before the row. 0 where all see all.
     """
 
     start: int
@@ -35,6 +38,7 @@ class Part:
     begin: int
     end: int
     blocks: int = 1
+    width: int = 0
 
     def take(self, primals: Sequence[mx.array]) -> list[mx.array]:
         """Queries, keys and values (B, heads, T, D) of this part; what follows as it is."""
@@ -59,23 +63,30 @@ def is_reached(loaded: LoadedModel) -> bool:
     return can_pack(loaded.model_type) and all(replaced)
 
 
-def divide_window(length: int, window: int, block: int) -> list[Part]:
+def divide_window(length: int, window: int, block: int, together: int) -> list[Part]:
     """The parts of a row under a causal window, from the first query to the last.
 
     Args:
         length: Tokens of the row.
         window: Tokens that a query sees, itself included.
         block: Queries of a block.
+        together: Queries with all keys of the row, which have as many scores as one part may.
     """
+    if length <= together:
+        return [Part(0, length, 0, length)]
     before = -(-(window - 1) // block) * block
-    together = max(length // (before + block), 1)
+    width = before + block
     whole = length // block * block
-    # Keys that do not all exist would be told apart by a mask for each block.
-    parts = [Part(start, start + block, 0, start + block) for start in range(0, min(before, whole), block)]
-    for start in range(before, whole, together * block):
-        count = min(together, (whole - start) // block)
-        stop = start + count * block
-        parts.append(Part(start, stop, start - before, stop, count))
+    if whole * width <= together * length:
+        parts = [Part(0, whole, 0, whole, whole // block, width)]
+    else:
+        # Keys that do not all exist cost more here than blocks of their own.
+        parts = [Part(start, start + block, 0, start + block) for start in range(0, min(before, whole), block)]
+        most = max(together * length // (width * block), 1)
+        for start in range(before, whole, most * block):
+            count = min(most, (whole - start) // block)
+            stop = start + count * block
+            parts.append(Part(start, stop, start - before, stop, count, width))
     if whole < length:
         parts.append(Part(whole, length, max(whole - before, 0), length))
     return parts
@@ -94,7 +105,7 @@ def attend_in_windows(
 
     Args:
         attend: Takes queries, keys, values, mask and ``sinks``.
-        part: Of more than one block.
+        part: Of blocks with a width.
         mask: Of the whole row, with a window.
         queries: (B, heads, Q, D).
         keys: (B, key heads, K, D).
@@ -105,15 +116,18 @@ def attend_in_windows(
         (B, heads, Q, Dv).
     """
     batch, heads, length, _ = queries.shape
-    block = length // part.blocks
-    width = part.start - part.begin + block
+    block, width = length // part.blocks, part.width
+    missing = width - block - (part.start - part.begin)
     # The same for each of them.
     seen = Causal(mask.window).between(range(width - block, width), range(width))
     if mask.segments is not None:
         ids = mx.broadcast_to(mask.segments, (batch, mask.segments.shape[1]))[:, None, :, None]
-        own, theirs = _blocks(part.of_queries(ids), block), _windows(part.of_keys(ids), block, width)
+        own, theirs = _blocks(part.of_queries(ids), block), _windows(part.of_keys(ids), block, width, missing)
         seen = (own == theirs.swapaxes(-1, -2)) & seen
-    out = attend(_blocks(queries, block), _windows(keys, block, width), _windows(values, block, width), seen, *sinks)
+    if missing:
+        seen = _existing(batch, part.blocks, block, width, missing) & seen
+    windows = [_windows(x, block, width, missing) for x in (keys, values)]
+    out = attend(_blocks(queries, block), *windows, seen, *sinks)
     return out.reshape(batch, part.blocks, heads, block, -1).swapaxes(1, 2).reshape(batch, heads, length, -1)
 
 
@@ -123,8 +137,21 @@ def _blocks(x: mx.array, block: int) -> mx.array:
     return x.reshape(batch, heads, -1, block, size).swapaxes(1, 2).reshape(-1, heads, block, size)
 
 
-def _windows(x: mx.array, block: int, width: int) -> mx.array:
-    """(B, heads, K, D) to (B * n, heads, width, D): ``width`` keys for each block, a block on from the last."""
+@lru_cache(maxsize=64)
+def _existing(batch: int, blocks: int, block: int, width: int, missing: int) -> mx.array:
+    """(B * n, 1, 1, width) bool: which keys of each block are not before the row; the same array for all layers."""
+    behind = np.arange(blocks)[:, None] * block + np.arange(width) >= missing
+    return mx.array(np.tile(behind, (batch, 1))[:, None, None])
+
+
+def _windows(x: mx.array, block: int, width: int, missing: int) -> mx.array:
+    """(B, heads, K, D) to (B * n, heads, width, D): ``width`` keys for each block, a block on from the last.
+
+    Args:
+        missing: Keys before the first that the first blocks would see; they are 0.
+    """
+    if missing:
+        x = mx.pad(x, [(0, 0), (0, 0), (missing, 0), (0, 0)])
     batch, heads, length, size = x.shape
     apart = x.reshape(batch, heads, -1, block, size)
     count = (length - width) // block + 1
