@@ -29,6 +29,7 @@ from .recipes.recipe import Recipe
 from .settings.clipping import GradClip
 from .settings.plan import DataPlan, PrecisionPlan, TrainPlan
 from .training.backward_order import order_backward
+from .training.block_memory import BlockMemory
 from .training.blocked_attention import attend_in_blocks
 from .training.cast_weights import cast_weights
 from .training.checkpointing import checkpoint_layers
@@ -100,7 +101,8 @@ class Session:
         hold_padding_row(loaded)
         self.routers = recipe.make_routers(loaded, plan.loss)
         _check_routers(self.routers, plan)
-        checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log)
+        memory = BlockMemory.of(loaded.model, plan)
+        checkpoint_layers(loaded.model, plan.checkpointing, self.routers and self.routers.log, memory)
         route_experts(layers(loaded.model))
         attend_in_blocks(layers(loaded.model))
         recompute_activations(layers(loaded.model))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
 from ..device import on_cpu
 from ..models.overrides.recurrent import kept_bytes, working_bytes
+from ..settings.plan import TrainPlan
 from .blocked_attention import attends_in_blocks, block_queries, is_fused
 from .feed_forward import recomputed_inputs
 from .kept_attention import keeps_attention, kept_features
@@ -18,6 +22,11 @@ from .routed_experts import copied_bytes
 
 # A recomputed block holds its activations, and while it goes back about as much in gradients and products.
 RECOMPUTED = 2
+# For each number of a trained head, beside its gradient, while the loss goes back: sums in float32, logits and theirs.
+# Counted on a CPU.
+HEAD_BYTES = 12
+# What a block holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
+GOING_BACK = 11 / 16
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
 # Where it is `cpu_attention`: exponentials, and on the way back what they are made of and its gradients.
@@ -43,6 +52,12 @@ class BlockMemory:
     heads: int
     fused: bool
 
+    @classmethod
+    def of(cls, model: nn.Module, plan: TrainPlan, *, heads: int = 0, rows: int = 0, tokens: int = 0) -> BlockMemory:
+        """For a model under ``plan``."""
+        size = 2 if plan.model.precision.autocast else stored_bytes(model)
+        return cls(rows, tokens, size, mx.bfloat16 if size == 2 else mx.float32, heads, fused=not plan.use_cpu)
+
     @property
     def positions(self) -> int:
         """Tokens of the micro-batch."""
@@ -51,7 +66,7 @@ class BlockMemory:
     def held(self, block: nn.Module) -> int:
         """What the forward pass keeps: of projections, and recurrent states or scores."""
         copies, _ = self._copies()
-        scores = copies * self._scores() * self.tokens if self._writes_scores(block) else 0
+        scores = copies * self._scores() * self.tokens if self.writes_scores(block) else 0
         return self.positions * self.size * sum(self.features(block)) + self._states(block) + scores
 
     def working(self, block: nn.Module) -> int:
@@ -63,7 +78,7 @@ class BlockMemory:
     def scores_going_back(self, block: nn.Module) -> int:
         """Scores of attention on the way back beyond those that were kept."""
         copies, back = self._copies()
-        if self._writes_scores(block):
+        if self.writes_scores(block):
             return (back - copies) * self._scores() * self.tokens
         queries = block_queries(self.heads * self.positions)
         return back * self._scores() * queries if self._has_scores(block) else 0
@@ -72,7 +87,7 @@ class BlockMemory:
         """What a block that is computed once more takes in all."""
         copies, back = self._copies()
         going = RECOMPUTED * self.held(block) + self.working(block)
-        if self._writes_scores(block):
+        if self.writes_scores(block):
             # In all as many as there were without, or twice what was kept.
             return going + max(back - RECOMPUTED * copies, 0) * self._scores() * self.tokens
         return going + self.scores_going_back(block)
@@ -113,8 +128,46 @@ class BlockMemory:
         # A block that has a recurrence has none.
         return not (self.fused and is_fused(self.dtype, _head_width(block))) and not self._states(block)
 
-    def _writes_scores(self, block: nn.Module) -> bool:
+    def writes_scores(self, block: nn.Module) -> bool:
+        """Whether attention keeps a matrix of all pairs of tokens."""
         return self._has_scores(block) and not attends_in_blocks(block, self.tokens)
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Of a number of the largest array."""
+    arrays: Any = tree_flatten(model.parameters())
+    return max((array for _, array in arrays), key=lambda array: array.nbytes).dtype.size
+
+
+def whole_blocks(model: nn.Module, blocks: Sequence[nn.Module], memory: BlockMemory, inputs: int) -> int:
+    """How many of the last blocks need not be computed once more: what they keep is gone when all gradients are there.
+
+    Args:
+        model: Whose blocks they are.
+        blocks: Those with checkpointing, in their order.
+        memory: Of a micro-batch; blocks that keep scores are not counted, and all are computed once more.
+        inputs: Bytes of a block's input, of which each keeps one.
+    """
+    if any(memory.writes_scores(block) for block in blocks):
+        return 0
+    inner = {id(array) for block in blocks for array in _trained(block)}
+    every = _trained(model)
+    outer = [array for array in every if id(array) not in inner]
+    gradients, saved = sum(array.nbytes for array in every), len(blocks) * inputs
+    if not outer or gradients <= saved:
+        return 0
+    # The gradients of head and embedding are there first.
+    begin = saved + sum(array.nbytes for array in outer) + HEAD_BYTES * max(array.size for array in outer)
+    end = gradients + int(GOING_BACK * max(map(memory.going_back, blocks)))
+    # Beside what linear layers keep, what its two norms read and attention behind the rotary embeddings.
+    attention = memory.positions * memory.size * max(map(kept_features, blocks))
+    held = max(map(memory.held, blocks)) + 2 * inputs + attention
+    return min(max((end - begin) // held, 0), len(blocks))
+
+
+def _trained(module: nn.Module) -> list[mx.array]:
+    arrays: Any = tree_flatten(module.trainable_parameters())
+    return [array for _, array in arrays]
 
 
 def _choices(block: nn.Module) -> int:

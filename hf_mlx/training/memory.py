@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
 from ..settings.plan import TrainPlan
-from .block_memory import BlockMemory
+from .block_memory import GOING_BACK, BlockMemory, stored_bytes, whole_blocks
 from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
@@ -29,8 +29,6 @@ LOGIT_COPIES = 3
 GPU_LOGIT_COPIES = 2
 # Large arrays whose new values are written while the old ones wait for that.
 MOVED = 2
-# What it holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
-GOING_BACK = 11 / 16
 # Of adapters alone, whose pending work goes up to a quarter of a GiB over.
 GOING_BACK_ADAPTED = 7 / 8
 
@@ -49,6 +47,7 @@ class MemoryEstimate:
         reference: Arrays that a reference holds beside the policy's.
         reference_pass: What its forward pass holds at once, while the policy's activations are kept.
         update: What an update writes while what it replaces is still there.
+        kept_whole: Of the activations, those of blocks that checkpointing leaves whole; gone at the end.
     """
 
     weights: int
@@ -60,12 +59,14 @@ class MemoryEstimate:
     reference: int = 0
     reference_pass: int = 0
     update: int = 0
+    kept_whole: int = 0
 
     @property
     def temporary(self) -> int:
         """What a step takes and gives back: the backward pass, or the update."""
-        backward = self.activations + max(self.logits, self.recomputed + self.gradients, self.reference_pass)
-        return max(backward, self.gradients + self.update)
+        begin = self.activations + max(self.logits, self.reference_pass)
+        end = self.activations - self.kept_whole + self.recomputed + self.gradients
+        return max(begin, end, self.gradients + self.update)
 
     @property
     def total(self) -> int:
@@ -117,21 +118,21 @@ def estimate(
         reference: Bytes that a reference holds, whose forward pass is part of the step; None where there is none.
     """
     positions = rows * tokens
-    weights = _arrays(model)
-    stored = max(weights, key=lambda array: array.nbytes).dtype.size
-    size = 2 if plan.model.precision.autocast else stored
-    dtype = mx.bfloat16 if size == 2 else mx.float32
-    every = layers(model)
-    memory = BlockMemory(rows, tokens, size, dtype, attention_heads, fused=not plan.use_cpu)
-    logits = _logit_bytes(model, head, positions, size, params)
+    weights, every, whole = _arrays(model), layers(model), []
+    memory = BlockMemory.of(model, plan, heads=attention_heads, rows=rows, tokens=tokens)
+    logits = _logit_bytes(model, head, positions, memory.size, params)
     kept, working = sum(map(memory.held, every)), max(map(memory.working, every))
     recomputed = max(map(memory.scores_going_back, every))
     if plan.checkpointing.enabled:
         again = every[:: plan.checkpointing.every_n_layers]
         hidden = Counter(memory.features(every[0])).most_common(1)[0][0]
-        kept += len(again) * positions * hidden * stored - sum(map(memory.held, again))
-        kept += sum(memory.attention(block, place, len(again)) for place, block in enumerate(again))
-        recomputed = max(recomputed + working, *map(memory.going_back, again))
+        inputs = positions * hidden * stored_bytes(model)
+        if plan.checkpointing.every_n_layers == 1:
+            whole = again[len(again) - whole_blocks(model, again, memory, inputs) :]
+        computed_again = again[: len(again) - len(whole)]
+        kept += len(computed_again) * inputs - sum(map(memory.held, computed_again))
+        kept += sum(memory.attention(block, place, len(again)) for place, block in enumerate(computed_again))
+        recomputed = max([recomputed + working, *map(memory.going_back, computed_again)])
     else:
         kept += working
     gradients = _bytes(params.values())
@@ -142,6 +143,7 @@ def estimate(
         optimizer=state,
         update=_update_bytes(optimizer, params.values()) if replaces(optimizer, params.values()) else gradients + state,
         activations=kept,
+        kept_whole=sum(map(memory.held, whole)),
         recomputed=recomputed,
         logits=logits,
         reference=reference or 0,

@@ -75,9 +75,10 @@ def _linear(base: Any) -> Any:
         if not self.training:
             return base.__call__(self, x)
         x, *bias = _cast(self, x, *([self.bias] if "bias" in self else []))
-        return project(x, self.weight, *bias, ordered=self.orders_backward)
+        weight = self.weight if self.casts_again else self.weight.astype(x.dtype)
+        return project(x, weight, *bias, ordered=self.orders_backward)
 
-    return type(f"Laid{base.__name__}", (base,), {"__call__": call, "orders_backward": False})
+    return type(f"Laid{base.__name__}", (base,), {"__call__": call, "orders_backward": False, "casts_again": True})
 
 
 def look_up(weight: mx.array, tokens: mx.array) -> mx.array:

@@ -140,7 +140,7 @@ def _blocks(x: mx.array, block: int) -> mx.array:
 @lru_cache(maxsize=64)
 def _existing(batch: int, blocks: int, block: int, width: int, missing: int) -> mx.array:
     """(B * n, 1, 1, width) bool: which keys of each block are not before the row; the same array for all layers."""
-    behind = np.arange(blocks)[:, None] * block + np.arange(width) >= missing
+    behind: Any = np.arange(blocks)[:, None] * block + np.arange(width) >= missing
     return mx.array(np.tile(behind, (batch, 1))[:, None, None])
 
 
