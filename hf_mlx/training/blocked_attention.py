@@ -209,7 +209,7 @@ class _Attention:
             if isinstance(self.mask, Causal) and part.width:
                 return attend_in_windows(self._at_once, part, self.mask, queries, keys, values, *sinks)
             mask = self.mask
-            if type(mask) is str and not on_cpu():
+            if type(mask) is str and on_cuda():
                 # One array for all layers, where MLX would write it out for each.
                 mask = Causal(None)
             if isinstance(mask, Causal):
