@@ -150,6 +150,12 @@ MEASURES = (
         "training.norm_gradients.improve_norms",
     ),
     Measure(
+        "all",
+        "on a GPU the places of a token are added up in float32 for a trained embedding in half precision",
+        "MLX adds them up in half precision, where a sum of 256 equal terms stands still",
+        "training.weight_gradients.look_up",
+    ),
+    Measure(
         "cpu",
         "decompositions of weights (PiSSA, OLoRA, CorDA) in numpy, on every backend",
         "MLX has them on the CPU alone, and fp64 too: Metal has neither",

@@ -7,7 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from hf_mlx.models.precision import CastEmbedding, CastLinear
-from hf_mlx.training.weight_gradients import lay_out_gradients
+from hf_mlx.training import weight_gradients
+from hf_mlx.training.weight_gradients import lay_out_gradients, look_up
 
 LAYERS = {
     "plain": lambda: nn.Linear(12, 20, bias=False),
@@ -68,3 +69,25 @@ def test_frozen_layers_are_left_alone():
     layer.freeze()
     lay_out_gradients(_Model(layer))
     assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("dtype, most", [(mx.bfloat16, 2**-8), (mx.float16, 2**-11), (mx.float32, 1e-5)])
+def test_a_token_that_comes_often_learns_from_each_place_on_a_gpu(dtype, most, monkeypatch):
+    monkeypatch.setattr(weight_gradients, "on_cpu", lambda: False)
+    random = np.random.default_rng(0)
+    tokens = np.where(random.random((2, 3000)) < 0.7, 5, random.integers(0, 40, (2, 3000)))
+    rows = mx.array(random.normal(size=(2, 3000, 8)) + 1).astype(dtype)
+    weight = mx.zeros((40, 8), dtype)
+
+    @mx.compile
+    def gradient(weight, rows, tokens):
+        return mx.vjp(lambda weight: look_up(weight, tokens), [weight], [rows])[1][0]
+
+    found = gradient(weight, rows, mx.array(tokens))
+    exact = np.zeros((40, 8))
+    np.add.at(exact, tokens.reshape(-1), np.array(rows.astype(mx.float32), np.float64).reshape(-1, 8))
+    assert found.dtype == dtype
+    assert exact.max() > 4000 and (np.bincount(tokens.reshape(-1), minlength=40) > 0).all()
+    assert np.abs(np.array(found.astype(mx.float32)) - exact).max() <= most * np.abs(exact).max()
+    apart = gradient(weight, rows[:, :3], mx.array([[7, 0, 7], [9, 7, 39]]))
+    assert np.nonzero(np.array(apart.astype(mx.float32)).any(axis=-1))[0].tolist() == [0, 7, 9, 39]

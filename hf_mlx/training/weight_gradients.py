@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..device import on_cpu
 from ..models.precision import CastEmbedding, CastLinear
 from ..models.products import addmm, in_rows, in_shape_of, matmul
 from ..models.sums import sum_rows
@@ -83,9 +84,29 @@ def _linear(base: Any) -> Any:
 
 def look_up(weight: mx.array, tokens: mx.array) -> mx.array:
     """``weight[tokens]`` of an embedding (vocabulary, dim), whose gradient adds the tokens' up."""
+
+    def backward(weight: mx.array, by_rows: mx.array, _: mx.array) -> mx.array:
+        rows, at = by_rows.reshape(-1, by_rows.shape[-1]), tokens.reshape(-1)
+        if weight.dtype != mx.float32 and not on_cpu():
+            rows, at = _add_alike(rows, at)
+        return mx.zeros_like(weight).at[at].add(rows)
+
     found: Any = mx.custom_function(lambda weight: take_rows(weight, tokens))
-    found.vjp(lambda weight, by_rows, _: mx.zeros_like(weight).at[tokens].add(by_rows))
+    found.vjp(backward)
     return found(weight)
+
+
+def _add_alike(rows: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    """Rows (N, dim) that belong to one token, added up in float32: as many rows, zeros in place of what was added.
+
+    A token that comes often would stop to learn: in bfloat16 256 + 1 is 256. torch adds up in float32 on CUDA (torch
+    2.13, aten/src/ATen/native/cuda/Embedding.cu), and in the dtype of the weight on the CPU, as MLX does.
+    """
+    order = mx.argsort(tokens)
+    alike = tokens[order]
+    slots = mx.cumsum(mx.concatenate([mx.zeros(1, mx.int32), (alike[1:] != alike[:-1]).astype(mx.int32)]))
+    sums = mx.zeros(rows.shape, mx.float32).at[slots].add(take_rows(rows, order).astype(mx.float32))
+    return sums.astype(rows.dtype), mx.zeros_like(alike).at[slots].maximum(alike)
 
 
 def _embedding(base: Any) -> Any:
