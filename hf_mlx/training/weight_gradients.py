@@ -104,9 +104,10 @@ def _add_alike(rows: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
     """
     order = mx.argsort(tokens)
     alike = tokens[order]
-    slots = mx.cumsum(mx.concatenate([mx.zeros(1, mx.int32), (alike[1:] != alike[:-1]).astype(mx.int32)]))
+    begins = mx.concatenate([mx.array([True]), alike[1:] != alike[:-1]])
+    slots = mx.cumsum(begins.astype(mx.int32)) - 1
     sums = mx.zeros(rows.shape, mx.float32).at[slots].add(take_rows(rows, order).astype(mx.float32))
-    return sums.astype(rows.dtype), mx.zeros_like(alike).at[slots].maximum(alike)
+    return sums.astype(rows.dtype), mx.zeros_like(alike).at[slots].add(mx.where(begins, alike, 0))
 
 
 def _embedding(base: Any) -> Any:
