@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .rebinding import calls, methods, rebound
+from .rebinding import Changed, calls, methods, rebound
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -76,16 +76,6 @@ def round_as_torch(model: nn.Module, name: str) -> None:
             module.__class__ = kind
 
 
-class _Layers:
-    """``mlx.nn`` with other activations."""
-
-    def __init__(self, approximate: Callable[[mx.array], mx.array]) -> None:
-        self.silu, self.gelu, self.gelu_approx = silu, gelu, approximate
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(nn, name)
-
-
 @cache
 def _rounding(kind: type[Any], approximate: Callable[[mx.array], mx.array]) -> type[Any] | None:
     replaced = {name: (method, _replaced(method, approximate)) for name, method in methods(kind).items()}
@@ -95,8 +85,8 @@ def _rounding(kind: type[Any], approximate: Callable[[mx.array], mx.array]) -> t
 
 
 def _replaced(method: FunctionType, approximate: Callable[[mx.array], mx.array]) -> Any:
-    layers = _Layers(approximate)
-    if any(calls(method, "nn", nn) and name in method.__code__.co_names for name in vars(layers)):
+    layers = Changed(nn, silu=silu, gelu=gelu, gelu_approx=approximate)
+    if calls(method, "nn", nn) and layers.is_named_in(method):
         return rebound(method, "nn", layers)
     if calls(method, "swiglu", swiglu):
         return rebound(method, "swiglu", silu_product)

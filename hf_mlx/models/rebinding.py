@@ -25,3 +25,23 @@ def rebound(method: FunctionType, name: str, value: Any) -> Any:
     inner = FunctionType(method.__code__, known, method.__name__, method.__defaults__, method.__closure__)
     inner.__kwdefaults__ = method.__kwdefaults__
     return inner
+
+
+class Changed:
+    """A module with other functions in the place of its own.
+
+    Args:
+        module: Whose attributes it has otherwise.
+        functions: By name.
+    """
+
+    def __init__(self, module: Any, **functions: Any) -> None:
+        self.__dict__.update(functions)
+        self._module, self._names = module, tuple(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def is_named_in(self, method: FunctionType) -> bool:
+        """Whether ``method`` names one of those functions."""
+        return any(name in method.__code__.co_names for name in self._names)

@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from ..device import on_cpu, on_cuda
 from ..models import cpu_norms
-from ..models.rebinding import calls, methods, rebound
+from ..models.rebinding import Changed, calls, methods, rebound
 from ..models.sums import sum_rows
 
 
@@ -106,17 +106,6 @@ def _adds_up_itself(x: mx.array) -> bool:
     return on_cuda() and any(width % step == 0 and width <= 8 * step for step in (chunk, 2 * chunk))
 
 
-class _Other:
-    """A module with other functions in it."""
-
-    def __init__(self, module: Any, **functions: Any) -> None:
-        self.__dict__.update(functions)
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 @cache
 def _improved(kind: type[Any], trains: bool) -> type[Any] | None:
     ours = {"rms_norm": partial(rms_norm, trains=trains), "layer_norm": partial(layer_norm, trains=trains)}
@@ -130,9 +119,9 @@ def _improved(kind: type[Any], trains: bool) -> type[Any] | None:
 
 
 def _replaced(method: FunctionType, ours: dict[str, Any]) -> Any:
-    names = method.__code__.co_names
-    if calls(method, "mx", mx) and any(name in names for name in ours):
-        return rebound(method, "mx", _Other(mx, fast=_Other(mx.fast, **ours)))
+    fast = Changed(mx.fast, **ours)
+    if calls(method, "mx", mx) and fast.is_named_in(method):
+        return rebound(method, "mx", Changed(mx, fast=fast))
     for name, function in ours.items():
         if calls(method, name, getattr(cpu_norms, name)):
             method = rebound(method, name, function)
