@@ -9,10 +9,13 @@ import pytest
 import training_checks
 from architecture_table import DOCS, MEASURED, record
 from pairs import rows_of
+from sampling import sampled
 from training_checks import EXCLUDED, SETTINGS, Training, compare_training, make_base, train_mlx
 
+from hf_mlx import session
 from hf_mlx.errors import AdapterError, ModelError
 from hf_mlx.models.architectures import KNOWN_WRONG, VERIFIED, can_pack
+from hf_mlx.training import norm_gradients
 
 pytestmark = pytest.mark.usefixtures("uncompiled")
 
@@ -22,6 +25,10 @@ TOLERANCE = 1e-4
 # Dense, windows, fused and Conv1D layers, sinks, experts, latent attention, state-space, gated delta with a vision
 # tower beside it: what `make test` looks at.
 SAMPLE = ("llama", "gemma3_text", "phi3", "gpt2", "gpt_oss", "qwen3_moe", "deepseek_v3", "mamba", "qwen3_5")
+
+
+# Their norms have no weight.
+WITHOUT_NORMS = ("nanochat", "olmo")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,25 @@ def test_all_linear_trains_with_trls_curve_and_the_adapter_is_pefts(model_type, 
     # An adapter that stands still would agree with anything; Adam moves each value by about the learning rate.
     assert result.moved > 1e-4
     rows[model_type] = result
+
+
+@pytest.mark.parametrize("model_type", sampled(sorted(VERIFIED), "gemma3_text", "gpt2", "qwen3_5"))
+def test_norms_as_a_gpu_computes_them_train_with_trls_curve(model_type, tmp_path, monkeypatch):
+    """RMS and layer norms, plain, around 1 and gated, whose weights are frozen."""
+    replaced = []
+
+    def improve(model):
+        before = [type(module) for module in model.modules()]
+        norm_gradients.improve_norms(model)
+        replaced.extend(kind for kind, module in zip(before, model.modules(), strict=True) if type(module) is not kind)
+
+    monkeypatch.setattr(norm_gradients, "on_cpu", lambda: False)
+    monkeypatch.setattr(session, "improve_norms", improve)
+    result = compare_training(model_type, tmp_path)
+
+    assert max(result.loss, result.grad_norm, result.evaluation) < TOLERANCE
+    assert result.moved > 1e-4
+    assert bool(replaced) == (model_type not in WITHOUT_NORMS)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5_text", pytest.param("kimi_linear", marks=pytest.mark.wide)])
