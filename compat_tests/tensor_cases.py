@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rank_cases import token_rows
+from rank_cases import STEADY, token_rows
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 BASE = {
@@ -72,6 +72,8 @@ def drawn_case(seed: int) -> dict[str, Any]:
         "max_grad_norm": draw.choice([1.0, 0.05, 0.0]), "weight_decay": draw.choice([0.0, 0.1]),
         "seed": draw.choice([42, 7]), "optim": draw.choice(["adamw_torch", "sgd"]),
         "gradient_checkpointing": draw.random() < 0.3,
+        # As runs of several ranks are drawn: AdamW's own lets the rounding of a gradient of 1e-9 decide an update.
+        "adam_epsilon": STEADY["adam_epsilon"],
     }  # fmt: skip
     if draw.random() < 0.3:
         settings |= {"neftune_noise_alpha": 5.0}

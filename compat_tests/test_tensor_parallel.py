@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from compiling import compiles_all, tell_uncompiled, uncompiled_if
-from rank_cases import make_model
+from rank_cases import STEADY, make_model
 from rank_runs import HERE, finish, said, start
 from safetensors.numpy import load_file
 from tensor_cases import BASE, DRAWN, NAMED, case, play, play_upstream
@@ -290,7 +290,7 @@ def test_other_kinds_of_runs_log_what_one_process_logs(models: Path, tmp_path: P
 
 @pytest.mark.wide
 def test_a_sum_of_rounded_parts_is_one_rounding_away(models: Path, tmp_path: Path) -> None:
-    cases = {"rounded": case(max_steps=5, bf16=True)}
+    cases = {"rounded": case(max_steps=5, bf16=True, adam_epsilon=STEADY["adam_epsilon"])}
     two = told(tmp_path, finish(launch(models, tmp_path, cases), 300))
     one = play(cases["rounded"], models, str(tmp_path / "one"))["log"]
     assert two[0]["rounded"]["log"] == two[1]["rounded"]["log"]
