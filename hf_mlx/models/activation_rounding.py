@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 
-from .rebinding import Changed, calls, methods, rebound
+from .rebinding import Changed, calls, rebound, with_methods
 
 _SLOPE, _CUBIC = math.sqrt(2 / math.pi), 0.044715
 
@@ -78,10 +78,7 @@ def round_as_torch(model: nn.Module, name: str) -> None:
 
 @cache
 def _rounding(kind: type[Any], approximate: Callable[[mx.array], mx.array]) -> type[Any] | None:
-    replaced = {name: (method, _replaced(method, approximate)) for name, method in methods(kind).items()}
-    replacing = {name: ours for name, (method, ours) in replaced.items() if ours is not method}
-    # What error messages call it.
-    return type(kind.__name__, (kind,), replacing) if replacing else None
+    return with_methods(kind, lambda method: _replaced(method, approximate))
 
 
 def _replaced(method: FunctionType, approximate: Callable[[mx.array], mx.array]) -> Any:

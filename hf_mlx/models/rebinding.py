@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -10,6 +11,14 @@ def methods(kind: type[Any]) -> dict[str, FunctionType]:
     """What a class has of methods by name, inherited ones too."""
     members = {name: member for base in reversed(kind.__mro__) for name, member in vars(base).items()}
     return {name: member for name, member in members.items() if isinstance(member, FunctionType)}
+
+
+def with_methods(kind: type[Any], replaced: Callable[[FunctionType], Any]) -> type[Any] | None:
+    """A subclass of ``kind`` with other methods; None where ``replaced`` gives back all as they are."""
+    made = {name: (method, replaced(method)) for name, method in methods(kind).items()}
+    replacing = {name: ours for name, (method, ours) in made.items() if ours is not method}
+    # What error messages call it.
+    return type(kind.__name__, (kind,), replacing) if replacing else None
 
 
 def calls(method: Any, name: str, value: Any) -> bool:

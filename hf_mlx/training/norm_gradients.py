@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from ..device import on_cpu, on_cuda
 from ..models import cpu_norms
-from ..models.rebinding import Changed, calls, methods, rebound
+from ..models.rebinding import Changed, calls, rebound, with_methods
 from ..models.sums import sum_rows
 
 
@@ -109,13 +109,7 @@ def _adds_up_itself(x: mx.array) -> bool:
 @cache
 def _improved(kind: type[Any], trains: bool) -> type[Any] | None:
     ours = {"rms_norm": partial(rms_norm, trains=trains), "layer_norm": partial(layer_norm, trains=trains)}
-    replacing = {}
-    for name, method in methods(kind).items():
-        replaced = _replaced(method, ours)
-        if replaced is not method:
-            replacing[name] = replaced
-    # What error messages call it.
-    return type(kind.__name__, (kind,), replacing) if replacing else None
+    return with_methods(kind, lambda method: _replaced(method, ours))
 
 
 def _replaced(method: FunctionType, ours: dict[str, Any]) -> Any:
