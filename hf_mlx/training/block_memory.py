@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
 from ..device import on_cpu
+from ..models.heads import layers
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .blocked_attention import attends_in_blocks, block_queries, is_fused
@@ -39,6 +40,7 @@ class BlockMemory:
 
     Attributes:
         rows, tokens: The micro-batch's.
+        stored: Bytes of a number of the largest array.
         size: Bytes of a number that is computed.
         dtype: Of those numbers, as attention sees it.
         heads: Query heads of a block.
@@ -47,6 +49,7 @@ class BlockMemory:
 
     rows: int
     tokens: int
+    stored: int
     size: int
     dtype: mx.Dtype
     heads: int
@@ -55,8 +58,10 @@ class BlockMemory:
     @classmethod
     def of(cls, model: nn.Module, plan: TrainPlan, *, heads: int = 0, rows: int = 0, tokens: int = 0) -> BlockMemory:
         """For a model under ``plan``."""
-        size = 2 if plan.model.precision.autocast else stored_bytes(model)
-        return cls(rows, tokens, size, mx.bfloat16 if size == 2 else mx.float32, heads, fused=not plan.use_cpu)
+        arrays: Any = tree_flatten(model.parameters())
+        stored = max((array for _, array in arrays), key=lambda array: array.nbytes).dtype.size
+        size = 2 if plan.model.precision.autocast else stored
+        return cls(rows, tokens, stored, size, mx.bfloat16 if size == 2 else mx.float32, heads, not plan.use_cpu)
 
     @property
     def positions(self) -> int:
@@ -133,22 +138,16 @@ class BlockMemory:
         return self._has_scores(block) and not attends_in_blocks(block, self.tokens)
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Of a number of the largest array."""
-    arrays: Any = tree_flatten(model.parameters())
-    return max((array for _, array in arrays), key=lambda array: array.nbytes).dtype.size
-
-
 def whole_blocks(model: nn.Module, blocks: Sequence[nn.Module], memory: BlockMemory, inputs: int) -> int:
     """How many of the last blocks need not be computed once more: what they keep is gone when all gradients are there.
 
     Args:
         model: Whose blocks they are.
-        blocks: Those with checkpointing, in their order.
+        blocks: Those with checkpointing, in their order; where others lie between them all are computed once more.
         memory: Of a micro-batch; blocks that keep scores are not counted, and all are computed once more.
         inputs: Bytes of a block's input, of which each keeps one.
     """
-    if any(memory.writes_scores(block) for block in blocks):
+    if len(blocks) < len(layers(model)) or any(memory.writes_scores(block) for block in blocks):
         return 0
     inner = {id(array) for block in blocks for array in _trained(block)}
     every = _trained(model)

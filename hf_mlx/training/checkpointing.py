@@ -37,7 +37,7 @@ def checkpoint_layers(
     if not plan.enabled:
         return
     checkpointed = layers(model)[:: plan.every_n_layers]
-    every = _Checkpointing(model, checkpointed, log or RouterLog(), memory if plan.every_n_layers == 1 else None)
+    every = _Checkpointing(model, checkpointed, log or RouterLog(), memory)
     for place, layer in enumerate(checkpointed):
         layer.__class__ = _checkpointed(type(layer), every, place)
 
@@ -47,13 +47,18 @@ class _Checkpointing:
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], log: RouterLog, memory: BlockMemory | None) -> None:
         self.model, self.blocks, self.log, self.memory = model, blocks, log, memory
+        self._whole: dict[tuple[int, ...], int] = {}
 
     def stays_whole(self, place: int, x: Any) -> bool:
         """Whether the block at ``place`` keeps its activations for the input ``x``, (B, T, D)."""
         if self.memory is None or not isinstance(x, mx.array) or x.ndim != 3:
             return False
-        memory = replace(self.memory, rows=x.shape[0], tokens=x.shape[1])
-        return place >= len(self.blocks) - whole_blocks(self.model, self.blocks, memory, x.nbytes)
+        # Every block asks, and to look at all of them takes as long as a part of the trace.
+        kind = *x.shape, x.dtype.size
+        if kind not in self._whole:
+            memory = replace(self.memory, rows=x.shape[0], tokens=x.shape[1])
+            self._whole[kind] = whole_blocks(self.model, self.blocks, memory, x.nbytes)
+        return place >= len(self.blocks) - self._whole[kind]
 
 
 def _checkpointed(base: type[nn.Module], every: _Checkpointing, place: int) -> type[nn.Module]:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from ..device import on_cpu, on_cuda
 from ..models.heads import Head, layers
 from ..settings.plan import TrainPlan
-from .block_memory import GOING_BACK, BlockMemory, stored_bytes, whole_blocks
+from .block_memory import GOING_BACK, BlockMemory, whole_blocks
 from .linear_cross_entropy import block_rows, trained_rows
 from .optim import Optimizer
 from .step import Step
@@ -126,9 +126,8 @@ def estimate(
     if plan.checkpointing.enabled:
         again = every[:: plan.checkpointing.every_n_layers]
         hidden = Counter(memory.features(every[0])).most_common(1)[0][0]
-        inputs = positions * hidden * stored_bytes(model)
-        if plan.checkpointing.every_n_layers == 1:
-            whole = again[len(again) - whole_blocks(model, again, memory, inputs) :]
+        inputs = positions * hidden * memory.stored
+        whole = again[len(again) - whole_blocks(model, again, memory, inputs) :]
         computed_again = again[: len(again) - len(whole)]
         kept += len(computed_again) * inputs - sum(map(memory.held, computed_again))
         kept += sum(memory.attention(block, place, len(again)) for place, block in enumerate(computed_again))
