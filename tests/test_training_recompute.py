@@ -1,12 +1,14 @@
 """Feed-forward networks that recompute, and ordered backward passes: less memory, the same gradients."""
 
 import re
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
+from peaks import peak_of
 
 from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.training.backward_order import order_backward
@@ -159,13 +161,7 @@ def test_a_backward_pass_holds_less():
         if change:
             recompute_activations(blocks.layers)
             order_backward(blocks.layers)
-        mx.eval(gradients(blocks, x, compiled=True))
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(gradients(blocks, x, compiled=True))
-        mx.synchronize()
-        peaks.append(mx.get_peak_memory() - before)
+        peaks.append(peak_of(lambda blocks=blocks: gradients(blocks, x, compiled=True)))
 
     assert peaks[1] < 0.75 * peaks[0]
 
@@ -191,14 +187,8 @@ def test_what_is_recomputed_gives_the_same_and_forgets(compiled):
 
         function = mx.value_and_grad(loss, argnums=(0, 1, 2))
         function = mx.compile(function) if compiled else function
-        mx.eval(function(params, x, part))
-        mx.synchronize()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+        peaks.append(peak_of(partial(function, params, x, part)))
         value, (by_params, by_x, by_part) = function(params, x, part)
-        mx.eval(value, by_params, by_x, by_part)
-        mx.synchronize()
-        peaks.append(mx.get_peak_memory() - before)
         found.append([value, by_params["wide"], by_params["back"], by_x, by_part])
 
     for expected in found[:2]:

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from peaks import peak_of
 
 from hf_mlx.settings.plan import LossPlan, OptimPlan
 from hf_mlx.training import loss
@@ -66,13 +67,7 @@ def test_the_loss_of_a_gpu_is_that_of_the_cpu(plan, monkeypatch):
 
 def held_beside(function: Callable[..., Any], *given: Any) -> float:
     """Bytes a number that the compiled ``function`` takes at its peak beside what it is given."""
-    compiled = mx.compile(function)
-    mx.eval(compiled(*given))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(compiled(*given))
-    return (mx.get_peak_memory() - before) / NUMBERS
+    return peak_of(partial(mx.compile(function), *given)) / NUMBERS
 
 
 def test_a_sum_of_squares_holds_a_sixteenth():
