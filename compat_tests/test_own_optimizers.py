@@ -173,7 +173,8 @@ class Changes(TrainerCallback):
 
 
 def test_groups_of_torchs_own_optimizer_may_change_at_any_time():
-    asked = Case(True, False, mixin=Torchs).asking(max_steps=5, eval_strategy="no")
+    # Beside 1e-8 the rounding of a gradient of 2e-7 changes its element's first step by some parts of 1e4.
+    asked = Case(True, False, mixin=Torchs).asking(max_steps=5, eval_strategy="no", adam_epsilon=1e-4)
     a, b = (run(house, asked, callbacks=[Changes()]) for house in (SFTTrainer, MLXSFTTrainer))
     assert same_log(a.log, b.log) >= 4 * 5
     assert relative_norm(a, b) <= CLOSE_WEIGHTS
