@@ -145,13 +145,14 @@ MEASURES = (
     ),
     Measure(
         "all",
-        "on a GPU a norm's weight gets a gradient only where it trains, in half precision added up in float32",
+        "on a GPU a norm's weight gets a gradient only where it trains; norms' and biases' are added up in float32",
         "MLX computes it with the input's, and adds half precision up in half precision",
         "training.norm_gradients.improve_norms",
     ),
     Measure(
         "all",
-        "on a GPU the places of a token are added up in float32 for a trained embedding in half precision",
+        "on a GPU a token's places are added up in float32 for a trained embedding in half precision, and an expert's "
+        "rows for its bias",
         "MLX adds them up in half precision, where a sum of 256 equal terms stands still",
         "training.weight_gradients.look_up",
     ),

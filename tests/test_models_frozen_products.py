@@ -2,12 +2,14 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 from hf_mlx.adapters.layers import LoRALinear
 from hf_mlx.adapters.low_rank import add_low_rank
-from hf_mlx.models.frozen_products import turn_frozen_weights
+from hf_mlx.models import sums
+from hf_mlx.models.frozen_products import FrozenLinear, turn_frozen_weights
 from hf_mlx.models.precision import CastLinear
 
 
@@ -47,6 +49,35 @@ def test_values_and_gradients_are_those_of_the_plain_layer(dtype, shape, bias):
         name for name, _ in tree_flatten(plain.parameters())
     ]
     assert isinstance(turned.layer, CastLinear)
+
+
+@pytest.mark.parametrize(
+    "dtype, on_cpu, most", [(mx.float32, True, 5e-7), (mx.bfloat16, True, 2**-8), (mx.bfloat16, False, 2**-8)]
+)
+def test_a_bias_that_trains_alone_gets_all_that_it_is_added_to(dtype, on_cpu, most, monkeypatch):
+    monkeypatch.setattr(sums, "on_cpu", lambda: on_cpu)
+    model = Model(True, dtype)
+    model.layer.unfreeze(keys="bias", recurse=False)
+    x, by_out = (mx.random.normal((2, 700, width)).astype(dtype) + 1 for width in (24, 40))
+
+    def derive():
+        def out(bias, x):
+            model.layer.bias = bias
+            return model.layer(x)
+
+        (value,), (by_bias, by_x) = mx.compile(lambda bias, x: mx.vjp(out, [bias, x], [by_out]))(bias, x)
+        model.layer.bias = bias
+        return by_bias, value, by_x
+
+    bias = mx.random.normal((40,))
+    _, *expected = derive()
+    turn_frozen_weights(model)
+    by_bias, *found = derive()
+
+    assert isinstance(model.layer, FrozenLinear) and model.layer.bias.dtype == by_bias.dtype == mx.float32
+    assert all(mx.array_equal(*pair) for pair in zip(found, expected, strict=True)) and len(found) == 2
+    exact = np.array(by_out.astype(mx.float32), np.float64).sum(axis=(0, 1))
+    assert np.abs(np.array(by_bias) - exact).max() <= most * np.abs(exact).max()
 
 
 def test_another_weight_is_the_one_that_multiplies():

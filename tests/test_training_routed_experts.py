@@ -4,12 +4,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 from hf_mlx.adapters.parts import LoRAPart, LoRASwitchLinear, Rows
-from hf_mlx.training import routed_experts
+from hf_mlx.models.precision import CastSwitchLinear
+from hf_mlx.training import routed_experts, weight_gradients
 from hf_mlx.training.routed_experts import route_experts, tile_size
 
 EXPERTS, CHOICES = 6, 3
@@ -53,6 +55,14 @@ def _shared(mixture: Any) -> nn.Module:
     return mixture
 
 
+def _cast(layer: SwitchLinear) -> nn.Module:
+    return CastSwitchLinear(layer, mx.bfloat16)
+
+
+def _packed(layer: SwitchLinear) -> nn.Module:
+    return layer.to_quantized(32, 4)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [SwitchGLU, SwitchMLP])
 @pytest.mark.parametrize("change", [_frozen, _quantised, _adapted, _shared, lambda mixture: mixture])
@@ -92,6 +102,45 @@ def test_tiles_are_for_many_rows_of_frozen_experts_in_half_precision_on_cuda(mon
     assert [chosen(other, 4096) for other in (single, trained, _quantised(_frozen(SwitchGLU(32, 64, EXPERTS))))] == [
         1
     ] * 3
+
+
+@pytest.mark.parametrize("change", [_cast, _packed])
+@pytest.mark.parametrize("sort", [True, False], ids=["sorted", "as they come"])
+def test_an_expert_s_bias_learns_from_each_of_its_rows_on_a_gpu(change, sort, monkeypatch):
+    """In bfloat16 256 + 1 is 256."""
+    monkeypatch.setattr(weight_gradients, "on_cpu", lambda: False)
+    model = nn.Module()
+    layer = SwitchLinear(32, 40, EXPERTS)
+    layer.set_dtype(mx.bfloat16)
+    model.layer = change(layer)
+    model.layer.freeze()
+    model.layer.unfreeze(keys="bias", recurse=False)
+    model.train()
+    random = np.random.default_rng(0)
+    chosen = np.where(random.random(4000) < 0.8, 4, random.integers(0, EXPERTS - 1, 4000))
+    chosen = np.sort(chosen) if sort else chosen
+    x, by_out = (mx.array(random.normal(size=(4000, 1, width)) + 1).astype(mx.bfloat16) for width in (32, 40))
+    bias = mx.random.normal((EXPERTS, 40)).astype(mx.bfloat16)
+
+    def derive():
+        def out(bias, x):
+            model.layer.bias = bias
+            return model.layer(x, mx.array(chosen), sorted_indices=sort)
+
+        (value,), (by_bias, by_x) = mx.compile(lambda bias, x: mx.vjp(out, [bias, x], [by_out]))(bias, x)
+        model.layer.bias = bias
+        return value, by_x, by_bias
+
+    *expected, stood_still = derive()
+    route_experts([model])
+    *found, by_bias = derive()
+
+    assert all(mx.array_equal(*pair) for pair in zip(found, expected, strict=True)) and len(found) == 2
+    exact = np.zeros((EXPERTS, 40))
+    np.add.at(exact, chosen, np.array(by_out[:, 0].astype(mx.float32), np.float64))
+    errors = [np.abs(np.array(array.astype(mx.float32)) - exact).max() for array in (by_bias, stood_still)]
+    assert by_bias.dtype == mx.bfloat16 and errors[0] <= 2**-8 * np.abs(exact).max() < errors[1] / 100
+    assert np.bincount(chosen, minlength=EXPERTS)[-1] == 0 < np.bincount(chosen, minlength=EXPERTS)[0]
 
 
 def assert_same_gradients(mixture: nn.Module) -> None:

@@ -16,6 +16,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from ..models.blockwise import BlockLinear
 from ..models.padding_row import without_gradient
 from ..models.products import matmul
+from ..models.sums import add_bias
 from .dropout import KeyedDropout
 from .low_rank import add_low_rank, scaled
 
@@ -101,7 +102,7 @@ class LoRALinear(nn.Module):
     def _low_rank(self, x: mx.array) -> mx.array:
         dtype = self.compute_dtype
         out = matmul(matmul(x.astype(dtype), self.lora_A.astype(dtype).T), self.lora_B.astype(dtype).T)
-        return out + self.lora_B_bias.astype(dtype) if "lora_B_bias" in self else out
+        return add_bias(out, self.lora_B_bias.astype(dtype)) if "lora_B_bias" in self else out
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._fuses():

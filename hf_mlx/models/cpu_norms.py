@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..device import on_cpu
-from .sums import add_rows, blocked_sum
+from .sums import add_bias, blocked_sum, sum_rows
 
 #: Features from which MLX's sums are much further from exact than torch's; at 64 they are 1.4 times as far.
 LEAST = 256
@@ -52,7 +52,7 @@ def layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps:
     if not _is_ours(x, weight, bias):
         return mx.fast.layer_norm(x, weight, bias, eps)
     normed = _norm(x, weight, eps, centred=True)
-    return normed if bias is None else _add_bias(normed, bias)
+    return normed if bias is None else add_bias(normed, bias)
 
 
 def _is_ours(x: mx.array, *others: mx.array | None) -> bool:
@@ -78,7 +78,7 @@ def _norm(x: mx.array, weight: mx.array | None, eps: float, *, centred: bool) ->
         if centred:
             by_x = by_x - _mean(by_unit)
         by_x = by_x * scale
-        return (by_x, add_rows(by_output * unit)) if weight else by_x
+        return (by_x, sum_rows(by_output * unit)) if weight else by_x
 
     normed: Any = mx.custom_function(forward)
     normed.vjp(backward)
@@ -87,9 +87,3 @@ def _norm(x: mx.array, weight: mx.array | None, eps: float, *, centred: bool) ->
 
 def _mean(x: mx.array) -> mx.array:
     return blocked_sum(x)[..., None] / x.shape[-1]
-
-
-def _add_bias(x: mx.array, bias: mx.array) -> mx.array:
-    add: Any = mx.custom_function(lambda x, bias: x + bias)
-    add.vjp(lambda _, cotangent, __: (cotangent, add_rows(cotangent)))
-    return add(x, bias)

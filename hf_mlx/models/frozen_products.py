@@ -14,10 +14,11 @@ import mlx.nn as nn
 
 from .precision import CastLinear
 from .products import addmm, matmul
+from .sums import sum_rows
 
 
 def turn_frozen_weights(model: nn.Module) -> None:
-    """Make the frozen linear layers of ``model`` multiply with a view of their weight that is turned already.
+    """Make the linear layers of ``model`` multiply with a view of their weight that is turned already.
 
     No number changes. The classes are left alone: the instances get a subclass. To be called where nothing is traced
     yet, and again once weights are others; a weight that was exchanged since is turned in the trace, as it always was.
@@ -26,7 +27,7 @@ def turn_frozen_weights(model: nn.Module) -> None:
         model: With its trainable parameters chosen and its weights read.
     """
     for module in model.modules():
-        if type(module) in (nn.Linear, CastLinear) and not module.trainable_parameters():
+        if type(module) in (nn.Linear, CastLinear) and "weight" not in module.trainable_parameters():
             module.__class__ = _turned(type(module))
         if isinstance(module, FrozenLinear):
             module.turn()
@@ -40,9 +41,16 @@ class FrozenLinear(nn.Linear):
         self._view = _View(self.weight)
 
     def multiply(self, x: mx.array) -> mx.array:
-        """``x @ weight.T + bias``, for an ``x`` in the dtype of both."""
+        """``x @ weight.T + bias``, for an ``x`` in the dtype of the weight."""
         turned = self._view.turned if self._view.weight is self.weight else self.weight.T
-        return addmm(self.bias, x, turned) if "bias" in self else matmul(x, turned)
+        if "bias" not in self:
+            return matmul(x, turned)
+        bias = self.bias.astype(x.dtype)
+        if "bias" not in self.trainable_parameters():
+            return addmm(bias, x, turned)
+        product: Any = mx.custom_function(lambda x, bias: addmm(bias, x, turned))
+        product.vjp(lambda _, by_out, __: (self.multiply_back(by_out), sum_rows(by_out)))
+        return product(x, bias)
 
     def multiply_back(self, by_out: mx.array) -> mx.array:
         """The gradient of ``x``, for one of :meth:`multiply`'s result."""
@@ -60,8 +68,9 @@ class _View:
 @cache
 def _turned(base: type[Any]) -> type[Any]:
     def call(self: Any, x: mx.array) -> mx.array:
-        x = x.astype(getattr(self, "compute_dtype", x.dtype))
-        alike = all(array.dtype == x.dtype for array in self.parameters().values())
-        return self.multiply(x) if alike else base.__call__(self, x)
+        casts = getattr(self, "compute_dtype", None)
+        x = x.astype(casts or x.dtype)
+        alike = [self.weight, *([self.bias] if "bias" in self and casts is None else [])]
+        return self.multiply(x) if all(array.dtype == x.dtype for array in alike) else base.__call__(self, x)
 
     return type(f"Turned{base.__name__}", (FrozenLinear, base), {"__call__": call})

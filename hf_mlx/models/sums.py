@@ -32,22 +32,11 @@ def blocked_sum(x: mx.array) -> mx.array:
     return blocks(x)
 
 
-def add_rows(x: mx.array) -> mx.array:
-    """Sum over all axes but the last, block by block; not differentiable on purpose: it is a gradient's.
-
-    Args:
-        x: (..., N) float32.
-
-    Returns:
-        (N,) float32.
-    """
-    return _add_blocks(x.reshape(-1, x.shape[-1]), 0)
-
-
 def sum_rows(x: mx.array) -> mx.array:
     """Sum over all axes but the last, added up in float32; not differentiable on purpose: it is a gradient's.
 
-    MLX's CUDA kernels add half precision up in half precision (mlx 0.32.4, ``col_reduce_looped``), its products do not.
+    In float32 on the CPU block by block, as :func:`blocked_sum`. MLX's CUDA kernels add half precision up in half
+    precision (mlx 0.32.4, ``col_reduce_looped``), its products do not; on the CPU sums do not either.
 
     Args:
         x: (..., N), any float dtype.
@@ -56,9 +45,21 @@ def sum_rows(x: mx.array) -> mx.array:
         (N,), in the dtype of ``x``.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if on_cpu() or x.dtype == mx.float32:
-        return rows.sum(axis=0)
-    return (mx.ones((1, rows.shape[0]), x.dtype) @ rows)[0]
+    if x.dtype == mx.float32:
+        return _add_blocks(rows, 0) if on_cpu() else rows.sum(axis=0)
+    return rows.sum(axis=0) if on_cpu() else (mx.ones((1, rows.shape[0]), x.dtype) @ rows)[0]
+
+
+def add_bias(x: mx.array, bias: mx.array) -> mx.array:
+    """``x + bias``, whose gradient by ``bias`` is :func:`sum_rows`.
+
+    Args:
+        x: (..., N).
+        bias: (N,), in the dtype of ``x``.
+    """
+    add: Any = mx.custom_function(lambda x, bias: x + bias)
+    add.vjp(lambda _, by_out, __: (by_out, sum_rows(by_out)))
+    return add(x, bias)
 
 
 def _add_blocks(x: mx.array, axis: int) -> mx.array:

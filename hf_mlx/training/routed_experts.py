@@ -20,7 +20,7 @@ from ..device import on_cuda
 from ..models.precision import CastSwitchLinear
 from ..models.products import HALF, gather_mm, matmul, pick
 from .expert_rows import ExpertRows, most_tiles
-from .weight_gradients import project
+from .weight_gradients import look_up, project
 
 #: Fewer choices are not sorted (mlx-lm 0.32 ``SwitchGLU``).
 LEAST = 64
@@ -129,7 +129,11 @@ def _is_narrow(owner: LoRASwitchLinear, times: int) -> bool:
 
 def _product(base: Any) -> Any:
     def call(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        if not (self.training and sorted_indices) or self.trainable_parameters():
+        trained = self.trainable_parameters() if self.training else {}
+        if "bias" in trained and x.dtype in HALF:
+            out = _gathered(self, x, indices, sorted_indices=sorted_indices)
+            return out + look_up(self.bias, indices)[..., None, :]
+        if trained or not (self.training and sorted_indices):
             return base.__call__(self, x, indices, sorted_indices=sorted_indices)
 
         def forward(x: mx.array) -> mx.array:
@@ -144,24 +148,25 @@ def _product(base: Any) -> Any:
         def backward(x: mx.array, by_out: mx.array, _: Any) -> mx.array:
             # Weights that were picked for the way there would be kept for the way back.
             picked = mx.depends([indices], [by_out])[0] if x.shape[-2] > 1 else indices
-            return _turned(self, by_out, picked).astype(x.dtype)
+            return _gathered(self, by_out, picked, sorted_indices=True, back=True).astype(x.dtype)
 
         return product(x)
 
     return type(f"Routed{base.__name__}", (base,), {"__call__": call})
 
 
-def _turned(layer: Any, by_out: mx.array, indices: mx.array) -> mx.array:
-    """The gradient by the input: each row times its expert's weight, (N, 1, in)."""
-    options: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": True}
+def _gathered(layer: Any, x: mx.array, indices: mx.array, *, sorted_indices: bool, back: bool = False) -> mx.array:
+    """Each row times its expert's weight, (N, 1, out), or the way ``back``, (N, 1, in); without bias."""
+    options: dict[str, Any] = {"rhs_indices": indices, "sorted_indices": sorted_indices}
     if "scales" not in layer:
-        return gather_mm(by_out.astype(layer.weight.dtype), layer.weight, **options)
+        weight = layer.weight if back else layer.weight.swapaxes(-1, -2)
+        return gather_mm(x.astype(weight.dtype), weight, **options)
     return mx.gather_qmm(
-        by_out,
+        x,
         layer.weight,
         layer.scales,
         layer.get("biases"),
-        transpose=False,
+        transpose=not back,
         group_size=layer.group_size,
         bits=layer.bits,
         mode=layer.mode,

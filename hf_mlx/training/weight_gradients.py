@@ -83,7 +83,7 @@ def _linear(base: Any) -> Any:
 
 
 def look_up(weight: mx.array, tokens: mx.array) -> mx.array:
-    """``weight[tokens]`` of an embedding (vocabulary, dim), whose gradient adds the tokens' up."""
+    """``weight[tokens]`` of a table (rows, dim), tokens' or experts', whose gradient adds up what each row gets."""
 
     def backward(weight: mx.array, by_rows: mx.array, _: mx.array) -> mx.array:
         rows, at = by_rows.reshape(-1, by_rows.shape[-1]), tokens.reshape(-1)
