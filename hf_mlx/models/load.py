@@ -31,6 +31,7 @@ from .guards import check_config, check_layers
 from .names import NameMap
 from .overrides import adapt, model_classes, own_head
 from .padding_row import named_padding_row
+from .precision import cast_for_experts
 from .quantize import quantize_base
 from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
@@ -169,6 +170,7 @@ def _assemble(
     model = _build(folder, full, steps if converts else None, weights, scores=plan.scores)
     coded = find_packed(model, packed)
     adapt(model, full, converts)
+    cast_for_experts(model)
     if converts:
         _check_dtypes(model, folder)
     _cast(model, plan.precision.dtype)

@@ -86,6 +86,16 @@ class CastSwitchLinear(SwitchLinear):
         return x + self.bias[indices][..., None, :] if "bias" in self else x
 
 
+def cast_for_experts(model: nn.Module) -> None:
+    """Make the experts of ``model`` multiply in the dtype of their weights, in place.
+
+    MLX's own know float32 alone on the CPU (mlx 0.32.4, ``GatherMM::eval_cpu``).
+    """
+    for module in model.modules():
+        if type(module) is SwitchLinear:
+            module.__class__ = CastSwitchLinear
+
+
 def _recast(base: BlockLinear, compute_dtype: mx.Dtype) -> BlockLinear:
     base.compute_dtype = compute_dtype
     return base
