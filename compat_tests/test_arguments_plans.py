@@ -120,6 +120,7 @@ def draw_arguments(rng, folder):
         "activation_checkpointing": rng.random() < 0.5,
         "eval_strategy": rng.choice(["no", "steps", "epoch"]),
         "save_strategy": rng.choice(["no", "steps", "epoch", "best"]),
+        "metric_for_best_model": "loss",
         "logging_steps": rng.choice([1, 10, 0.1]),
         "report_to": rng.choice(["none", ["none"]]),
     }

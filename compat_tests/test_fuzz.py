@@ -50,6 +50,7 @@ REFUSALS: dict[str, str] = {
     r"LoraConfig\.\w+ turns on": "a variant of LoRA that is not implemented, also where its other half is missing",
     r"LoraConfig\.init_lora_weights derives": "a start that is not implemented",
     r"LoraConfig\.task_type is not": "an adapter for another task",
+    r"modules_to_save is a string": "PEFT reads it letter by letter",
     r"target_parameters=.* match no parameter": "PEFT warns, and trains what target_modules match",
     r"SFTConfig\.optim_target_modules belongs": "no effect under trl with this optimizer: nothing is dropped silently",
     r"SFTConfig\.(fp16_full_eval|fp16) ": "fp16 is not implemented",
@@ -75,22 +76,29 @@ REFUSALS: dict[str, str] = {
     r"row [1-9]\d* of the train dataset, column '(tools|messages)': .*\n  required: a list of": (
         "a row of a stream that trl would stop at later than these two steps"
     ),
+    r"stream .*row [1-9]\d* of the train dataset, column 'text'": "the same",
     r"column 'labels': \d+ values for \d+ input_ids": "labels that are not one for each token",
     r"roles out of order: message 0 \(assistant\)": "an answer to nothing",
     r"no messages \(an empty list\)": "a turn without messages",
     r"dataloader_drop_last=True\n  required: at least one batch": "trl trains nothing and says so nowhere",
+    r"no row has a token to train on": "trl trains an epoch of zeros, or nothing",
 }
 # Words of trl's error where this library trains, and why it does.
 ACCEPTED: dict[str, str] = {
-    r"persistent_workers option needs|prefetch_factor option": "of torch's DataLoader, which is not used",
+    r"(persistent_workers|prefetch_factor|num_workers) option": "of torch's DataLoader, which is not used",
     r"should be a boolean value, but got drop_last=None": "None is False for every switch",
     r"liger-kernel .* is not available": "CUDA kernels, which are not used",
     r"must be a `Dataset` or `IterableDataset`, got `(list|tuple)`": "rows in a list are rows",
     r"A formatting function was provided while": "the formatted text is trained, and said so",
     r"numpy format.* (KeyError: 'text'|AttributeError: 'numpy.ndarray')": "rows are read as Python values, always",
+    r"numpy format.* (KeyError: 'body'|.*is not conversational)": "the same",
     r"The chat template is not training-compatible": "the assistant's turns are found by ChatML's delimiters",
     r"'activation_offloading': True.*'NoneType' object has no attribute 'type'": "needs an accelerator under trl",
     r"attention_mask, attention_mask='None'.* torch format": "a column that is not read here",
+    r"assistant_masks, .*the dataset is not conversational": "the masks are there",
+    r"optim.*need to install `bitsandbytes`": "its formula is computed here",
+    r"'max_grad_norm': None.*'>' not supported between": "None is no clipping",
+    r"'r': 2\.0.*found element of type float": "2.0 is 2",
     r"'init_lora_weights': 1.*'int' object has no attribute 'lower'": "1 is True",
     r"_pattern': None.*'NoneType' object has no attribute 'keys'": "None is no pattern",
 }

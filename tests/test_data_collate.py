@@ -44,6 +44,11 @@ def test_packed_rows_keep_their_documents_apart():
     [
         ({"text": "raw"}, "input_ids"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels"),
+        ({"input_ids": [1.5, 2]}, "input_ids"),
+        ({"input_ids": np.array([1.0, 2.0])}, "input_ids"),
+        ({"input_ids": [1, None]}, "input_ids"),
+        ({"input_ids": [1, 2**40]}, "input_ids"),
+        ({"input_ids": [1, 2], "labels": ["1", "2"]}, "labels"),
         ({"input_ids": [1, 2], "completion_mask": [0, 1]}, "completion_mask"),
         ({"input_ids": [1, 2], "seq_lengths": [3]}, "seq_lengths"),
     ],

@@ -146,6 +146,11 @@ def test_a_skipped_preparation_hands_the_rows_on():
     assert run(rows, skip_prepare_dataset=True).dataset[0] == rows[0]
 
 
+def test_images_are_refused_where_preparation_is_skipped_too():
+    with pytest.raises(DataError, match="column 'image'"):
+        run([{"input_ids": [5, 6], "image": None}], skip_prepare_dataset=True)
+
+
 def test_a_transform_may_make_rows_nobody_prepares():
     made = datasets.Dataset.from_list([{"number": 5}]).with_transform(lambda batch: {"input_ids": [[5, 6]]})
     assert run(made, skip_prepare_dataset=True).dataset[0] == {"input_ids": [5, 6]}

@@ -178,6 +178,7 @@ BAD_INPUT = [
     (({"logging_steps": 2.5},), "logging_steps=2.5", "logging_steps=3"),
     (({"eval_strategy": "steps", "eval_steps": nan},), "eval_steps=nan", "eval_steps="),
     (({"load_best_model_at_end": True},), "load_best_model_at_end=True", "eval_strategy='steps'"),
+    (({"save_strategy": "best"},), "save_strategy='best'", "metric_for_best_model='loss'"),
     (({"torch_empty_cache_steps": 0},), "torch_empty_cache_steps=0", "torch_empty_cache_steps=10"),
     (({"dataset_num_proc": 0},), "dataset_num_proc=0", "dataset_num_proc="),
     (({"lr_scheduler_type": "cosin"},), "lr_scheduler_type='cosin'", 'lr_scheduler_type="linear"'),

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError
+
 IGNORE = -100
 
 
@@ -66,3 +68,25 @@ class Batch:
         """(B, T)."""
         rows, columns = self.input_ids.shape
         return rows, columns
+
+
+def read_numbers(row: Mapping[str, Any], number: int, column: str) -> np.ndarray:
+    """The ids or labels in a column of a row of a batch, (T,) int32.
+
+    Raises:
+        DataError: They are no whole numbers.
+    """
+    values = np.asarray(row[column])
+    # An empty list is one of floats to numpy.
+    if values.size and (values.dtype.kind not in "iub" or (values.astype(np.int32) != values).any()):
+        raise bad_row(number, column, f"{values.ravel()[:3].tolist()} …", "whole numbers: token ids, or -100 in labels")
+    return np.array(values, np.int32)
+
+
+def bad_row(number: int, column: str, received: str, required: str) -> DataError:
+    """What a row of a batch is refused with."""
+    return DataError(
+        f"row {number} of a batch, column {column!r}: {received}",
+        required,
+        "let the trainer prepare the dataset (no skip_prepare_dataset), or repair the column",
+    )

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
-from .batch import IGNORE, Batch
+from .batch import IGNORE, Batch, bad_row, read_numbers
 from .custom import convert_batch
 
 __all__ = ["Batch", "collate", "convert_batch"]
@@ -31,7 +30,7 @@ def collate(
         pad_to_multiple_of: Rounds T up.
 
     Raises:
-        DataError: A row whose columns disagree, or masks without labels.
+        DataError: A row whose columns disagree or hold other than whole numbers, or masks without labels.
     """
     ids, labels, documents = [], [], []
     packed = any(row.get("seq_lengths") is not None for row in rows)
@@ -72,31 +71,23 @@ def _read_sizes(row: Row, tokens: int, number: int) -> np.ndarray:
     sizes = np.array([tokens] if row.get("seq_lengths") is None else row["seq_lengths"], np.int64)
     if sizes.sum() != tokens or not (sizes > 0).all():
         received = f"{sizes.tolist()}, a sum of {sizes.sum()}"
-        raise _bad_row(number, "seq_lengths", received, f"lengths above 0 whose sum is {tokens}, the input_ids")
+        raise bad_row(number, "seq_lengths", received, f"lengths above 0 whose sum is {tokens}, the input_ids")
     return sizes
 
 
 def _read_row(row: Row, number: int) -> tuple[np.ndarray, np.ndarray]:
     if row.get("input_ids") is None:
-        raise _bad_row(number, "input_ids", f"missing; the row has {sorted(row)}", "token ids, or a data_collator")
-    tokens = np.array(row["input_ids"], np.int32)
+        raise bad_row(number, "input_ids", f"missing; the row has {sorted(row)}", "token ids, or a data_collator")
+    tokens = read_numbers(row, number, "input_ids")
     if row.get("labels") is not None:
-        targets = np.array(row["labels"], np.int32)
+        targets = read_numbers(row, number, "labels")
         if targets.shape != tokens.shape:
-            raise _bad_row(number, "labels", f"{targets.size} labels", f"{tokens.size}, one for each input id")
+            raise bad_row(number, "labels", f"{targets.size} labels", f"{tokens.size}, one for each input id")
         return tokens, targets
     masks = [name for name in ("completion_mask", "assistant_masks") if name in row]
     if masks:
-        raise _bad_row(number, masks[0], "a mask but no labels", "labels, since masks are applied in preparation")
+        raise bad_row(number, masks[0], "a mask but no labels", "labels, since masks are applied in preparation")
     return tokens, tokens.copy()
-
-
-def _bad_row(number: int, column: str, received: str, required: str) -> DataError:
-    return DataError(
-        f"row {number} of a batch, column {column!r}: {received}",
-        required,
-        "let the trainer prepare the dataset (no skip_prepare_dataset), or repair the column",
-    )
 
 
 def _fill(rows: Sequence[np.ndarray], width: int, value: int) -> np.ndarray:

@@ -51,7 +51,7 @@ def read_format(columns: Sequence[str], first: Mapping[str, Any], plan: DataPlan
         DataError: No trainable column, two formats at once, labels of other tokens, images, preference data.
         SettingError: A mask setting that this format cannot honour.
     """
-    _refuse_images(columns, name)
+    refuse_images(columns, name)
     if "input_ids" in columns:
         found = RowFormat("tokenized", tuple(c for c in _TOKENIZED if c in columns))
     elif formatted:
@@ -108,7 +108,12 @@ def _missing_column(columns: Sequence[str], pair: list[str], plan: DataPlan, nam
     )
 
 
-def _refuse_images(columns: Sequence[str], name: str) -> None:
+def refuse_images(columns: Sequence[str], name: str) -> None:
+    """Refuse a set with a column of images, which would be left out.
+
+    Raises:
+        DataError: Names the column.
+    """
     media = [c for c in ("image", "images", "pixel_values") if c in columns]
     if media:
         raise DataError(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .batch import IGNORE, Batch
+from .batch import IGNORE, Batch, read_numbers
 from .custom import convert_batch
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -63,12 +63,12 @@ def collate_pairs(
     if max_length is not None and truncation_mode == "keep_end":
         kept = slice(-max_length, None)
     ids, labels = [], []
-    for row in rows:
+    for number, row in enumerate(rows):
+        prompt = read_numbers(row, number, "prompt_ids")
         for column in ("chosen_ids", "rejected_ids"):
-            tokens = [*row["prompt_ids"], *row[column]]
-            target = [IGNORE] * len(row["prompt_ids"]) + list(row[column])
-            ids.append(np.array(tokens[kept], np.int32))
-            labels.append(np.array(target[kept], np.int32))
+            answer = read_numbers(row, number, column)
+            ids.append(np.concatenate([prompt, answer])[kept])
+            labels.append(np.concatenate([np.full_like(prompt, IGNORE), answer])[kept])
     lengths = np.array([len(row) for row in ids], np.int32)
     width = int(lengths.max(initial=0))
     if pad_to_multiple_of:

@@ -10,7 +10,7 @@ from ..errors import DataError, SettingError
 from ..settings.plan import DataPlan
 from .encode import RowEncoder
 from .encoding import encode_set, stream_set
-from .formats import RowFormat, check_completion_only, check_mask_choice, check_turns, read_format
+from .formats import RowFormat, check_completion_only, check_mask_choice, check_turns, read_format, refuse_images
 from .masks import resolve_assistant_mask
 from .notes import collect_notes
 from .order import count_tokens
@@ -76,6 +76,7 @@ def prepare(
     dataset = read_source(dataset, name, as_is=plan.skip_prepare_dataset)
     first, columns = read_first(dataset, name)
     if plan.skip_prepare_dataset:
+        refuse_images(columns, name)
         return Prepared(dataset, _skip(dataset, columns, plan, name), padding_free, bool(plan.completion_only_loss))
     tokenizer = prepare_tokenizer(tokenizer, plan)
     tables = tables or Tables(len(tokenizer))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .batch import IGNORE, Batch
+from .batch import IGNORE, Batch, read_numbers
 from .custom import convert_batch
 
 ANSWERS = ("chosen", "rejected")
@@ -45,7 +45,7 @@ def collate_scored(
         pad_token_id: Fills ``input_ids``.
         pad_to_multiple_of: Rounds the width up.
     """
-    ids = [np.array(row[column], np.int32) for column in ID_COLUMNS for row in rows]
+    ids = [read_numbers(row, number, column) for column in ID_COLUMNS for number, row in enumerate(rows)]
     lengths = np.array([len(row) for row in ids], np.int32)
     width = int(lengths.max(initial=0))
     if pad_to_multiple_of:

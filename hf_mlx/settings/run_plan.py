@@ -184,6 +184,12 @@ def check_logistics(values: Mapping[str, Any]) -> None:
             "the best model can only be loaded when every evaluation has a checkpoint",
             f"write eval_strategy={values['save_strategy']!r}",
         )
+    if values["save_strategy"] == "best" and not (values["metric_for_best_model"] or values["load_best_model_at_end"]):
+        raise SettingError(
+            "save_strategy='best', metric_for_best_model=None",
+            "the metric that says which checkpoint is the best",
+            "write metric_for_best_model='loss'",
+        )
 
 
 def _number(values: Mapping[str, Any], name: str, remedy: str, **bounds: float) -> float:
