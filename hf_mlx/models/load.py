@@ -31,7 +31,6 @@ from .guards import check_config, check_layers
 from .names import NameMap
 from .overrides import adapt, model_classes, own_head
 from .padding_row import named_padding_row
-from .precision import cast_for_experts
 from .quantize import quantize_base
 from .scoring import WEIGHT, check_head, check_scored, scored_class, scored_config
 from .source import resolve_folder
@@ -153,6 +152,9 @@ def assemble(
 def _assemble(
     folder: Path, config: Config, read: Callable[[], tuple[Checkpoint, dict[str, mx.array] | None]], plan: ModelPlan
 ) -> LoadedModel:
+    # mlx-lm's layers bring transformers and torch, which the checks of a script do without.
+    from .precision import cast_for_experts
+
     model_type = config["model_type"]
     architecture = look_up(config, folder)
     full = interpret(config)
