@@ -152,24 +152,28 @@ def judge(what: str, theirs: Any, ours: Any) -> str:
             )
             assert isinstance(ours, HFMLXError) or type(ours) is type(theirs), f"raw: {ours!r} (trl: {theirs!r})"
             return "both raise"
-        assert _listed(ACCEPTED, what, theirs), f"trains what trl refuses: {theirs!r}"
+        assert _listed(ACCEPTED, _said(what, theirs)), f"trains what trl refuses: {theirs!r}"
         return "accepted"
     if isinstance(ours, Exception):
         assert isinstance(ours, HFMLXError), f"raw, and trl trains: {ours!r}"
-        assert _listed(REFUSALS, what, ours), f"needless refusal: {ours}"
+        assert _listed(REFUSALS, _said(what, ours)), f"needless refusal: {ours}"
         return "refused"
     assert len(theirs) == len(ours), f"trl {theirs}, here {ours}"
     for a, b in zip(theirs, ours, strict=True):
         assert list(a) == list(b), f"keys or their order: {a} {b}"
         for key, value in a.items():
             if not any(part in key for part in TIMED) and key != "total_flos" and not _close(value, b[key]):
-                assert any(re.search(pattern, what) for pattern in OTHERWISE), f"{key}: trl {a}, here {b}"
+                assert _listed(OTHERWISE, what), f"{key}: trl {a}, here {b}"
                 return "otherwise"
     return "equal"
 
 
-def _listed(table: dict[str, str], what: str, error: Exception) -> bool:
-    return any(re.search(pattern, f"{what} {type(error).__name__}: {error}") for pattern in table)
+def _said(what: str, error: Exception) -> str:
+    return f"{what} {type(error).__name__}: {error}"
+
+
+def _listed(table: dict[str, str], text: str) -> bool:
+    return any(re.search(pattern, text) for pattern in table)
 
 
 def _close(a: Any, b: Any) -> bool:

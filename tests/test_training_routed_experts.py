@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
 
 from hf_mlx.adapters.parts import LoRAPart, LoRASwitchLinear, Rows
-from hf_mlx.models.precision import CastSwitchLinear
+from hf_mlx.models.precision import cast_for_experts
 from hf_mlx.training import routed_experts, weight_gradients
 from hf_mlx.training.routed_experts import route_experts, tile_size
 
@@ -56,7 +56,8 @@ def _shared(mixture: Any) -> nn.Module:
 
 
 def _cast(layer: SwitchLinear) -> nn.Module:
-    return CastSwitchLinear(layer, mx.bfloat16)
+    cast_for_experts(layer)
+    return layer
 
 
 def _packed(layer: SwitchLinear) -> nn.Module:

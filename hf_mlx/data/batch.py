@@ -78,9 +78,10 @@ def read_numbers(row: Mapping[str, Any], number: int, column: str) -> np.ndarray
     """
     values = np.asarray(row[column])
     # An empty list is one of floats to numpy.
-    if values.size and (values.dtype.kind not in "iub" or (values.astype(np.int32) != values).any()):
+    numbers = values.astype(np.int32) if values.dtype.kind in "iub" or not values.size else None
+    if numbers is None or (numbers != values).any():
         raise bad_row(number, column, f"{values.ravel()[:3].tolist()} …", "whole numbers: token ids, or -100 in labels")
-    return np.array(values, np.int32)
+    return numbers
 
 
 def bad_row(number: int, column: str, received: str, required: str) -> DataError:

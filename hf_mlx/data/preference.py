@@ -15,6 +15,7 @@ from ..errors import DataError
 from ..settings.plan import DataPlan
 from .encoding import describe_tokenizer
 from .faults import RowFault, drop_row, name_row, show
+from .formats import refuse_images
 from .messages import check_messages
 from .prepare import Prepared
 from .processes import naming_processes
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _ANSWERS = ("chosen", "rejected")
-_MEDIA = ("image", "images", "pixel_values")
 #: Raise it when the same rows would encode differently, so that no cache of an older version is reused.
 _VERSION = 1
 
@@ -192,13 +192,7 @@ def check_pair_columns(columns: Sequence[str], name: str) -> None:
     Raises:
         DataError: Names the column.
     """
-    media = [column for column in _MEDIA if column in columns]
-    if media:
-        raise DataError(
-            f"the {name} dataset: row 0 has the column {media[0]!r}",
-            "text only: images are not trained on here, and training without them would change the task",
-            f"dataset = dataset.remove_columns({media!r}), if the text alone is what you want to train on",
-        )
+    refuse_images(columns, name)
     missing = [column for column in _ANSWERS if column not in columns]
     if missing:
         raise DataError(

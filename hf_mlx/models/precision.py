@@ -72,12 +72,6 @@ class CastSwitchLinear(SwitchLinear):
     default, casts the input to the weights' dtype and multiplies there.
     """
 
-    def __init__(self, base: SwitchLinear, _: mx.Dtype) -> None:
-        nn.Module.__init__(self)
-        self.weight = base.weight
-        if "bias" in base:
-            self.bias = base.bias
-
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         weight = self.weight
         x = gather_mm(
@@ -87,7 +81,7 @@ class CastSwitchLinear(SwitchLinear):
 
 
 def cast_for_experts(model: nn.Module) -> None:
-    """Make the experts of ``model`` multiply in the dtype of their weights, in place.
+    """Make the experts of ``model`` multiply in the dtype of their weights, in place: :class:`CastSwitchLinear`.
 
     MLX's own know float32 alone on the CPU (mlx 0.32.4, ``GatherMM::eval_cpu``).
     """
@@ -106,7 +100,6 @@ _CAST = {
     nn.Linear: CastLinear,
     nn.QuantizedLinear: CastQuantizedLinear,
     nn.Embedding: CastEmbedding,
-    SwitchLinear: CastSwitchLinear,
 }
 
 
@@ -150,6 +143,7 @@ def apply_autocast(model: nn.Module, compute_dtype: mx.Dtype) -> None:
         replacement = _CAST.get(type(module))
         return module if replacement is None else replacement(module, compute_dtype)
 
+    cast_for_experts(model)
     model.update_modules(tree_map_with_path(cast, model.leaf_modules(), is_leaf=nn.Module.is_module))
     for module in model.modules():
         if isinstance(module, _ROTARY):

@@ -9,7 +9,7 @@ import numpy as np
 from mlx_lm.models.switch_layers import SwitchGLU
 
 from ..adapters.parts import LoRASwitchLinear, Rows
-from ..models.precision import CastSwitchLinear
+from ..models.precision import cast_for_experts
 from ..training.routed_experts import route_experts
 
 EXPERTS, CHOICES, TOKENS, HIDDEN, MLP, RANK = 4, 2, 1024, 64, 32, 4
@@ -26,9 +26,8 @@ def ours(arrays: dict[str, np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
     given = {name: mx.array(array) for name, array in arrays.items()}
     glu: Any = SwitchGLU(HIDDEN, MLP, EXPERTS)
     for name in ("gate", "up", "down"):
-        base = glu[f"{name}_proj"]
-        base.weight = given[name].astype(mx.bfloat16)
-        glu[f"{name}_proj"] = CastSwitchLinear(base, mx.bfloat16)
+        glu[f"{name}_proj"].weight = given[name].astype(mx.bfloat16)
+    cast_for_experts(glu)
     options: Any = {"experts": EXPERTS, "dims": (MLP, HIDDEN), "rows": Rows(), "compute_dtype": mx.bfloat16}
     adapted: Any = LoRASwitchLinear(glu.down_proj, RANK, 1.0, **options)
     glu.down_proj = adapted

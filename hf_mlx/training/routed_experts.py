@@ -130,7 +130,7 @@ def _is_narrow(owner: LoRASwitchLinear, times: int) -> bool:
 def _product(base: Any) -> Any:
     def call(self: Any, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         trained = self.trainable_parameters() if self.training else {}
-        if "bias" in trained and x.dtype in HALF:
+        if "bias" in trained:
             out = _gathered(self, x, indices, sorted_indices=sorted_indices)
             return out + look_up(self.bias, indices)[..., None, :]
         if trained or not (self.training and sorted_indices):
