@@ -35,7 +35,7 @@ class Quadratic:
     """An objective whose gradients differ from element to element: the sum of (p - target)² over all arrays."""
 
     def __init__(self, params):
-        self.model, self.aux_coefficient = SimpleNamespace(parameters=dict), 0.0
+        self.model, self.aux_coefficient = SimpleNamespace(parameters=dict, layers=[]), 0.0
         self.metrics, self.captured = TOKEN_METRICS, None
         self.seen = {}
         self.bound = params

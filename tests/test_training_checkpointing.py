@@ -58,7 +58,7 @@ def products(found, folder):
     return file.read_text(encoding="utf-8").count('label ="Matmul"')
 
 
-@pytest.mark.parametrize("tokens, fewest, most", [(8, BLOCKS, BLOCKS), (192, 1, BLOCKS - 1), (1024, 1, 1)])
+@pytest.mark.parametrize("tokens, fewest, most", [(8, BLOCKS, BLOCKS), (192, 1, BLOCKS - 1), (512, 1, 1), (1024, 0, 0)])
 def test_large_batches_compute_more_blocks_again_and_no_number_changes(tokens, fewest, most, tmp_path):
     counts, results = {}, {}
     for case in ({"enabled": False}, {"whole": False}, {}):

@@ -9,13 +9,16 @@ host as much as twenty other operations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+
+from ..models.heads import layers
 
 # Where arrays between two parts are noted at the moment.
 _NOTED: list[list[mx.array]] = []
@@ -39,12 +42,43 @@ def order_backward(blocks: Iterable[nn.Module]) -> None:
                 part.__class__ = _ordered(type(part))
 
 
+def gradient_stages(model: nn.Module, arrays: Mapping[str, mx.array], ends: Sequence[float]) -> list[list[str]]:
+    """Names of ``arrays`` in the stages in which their gradients come.
+
+    A stage ends with the largest arrays of a block: with as much work for a device as there is in a row.
+
+    Args:
+        model: An mlx-lm model that holds ``arrays``; those outside its blocks are in no stage.
+        arrays: By name.
+        ends: Shares of the blocks that are still to go back when a stage ends, from large to small.
+
+    Returns:
+        A list for each end, empty where that lies in the same block as the one before it. The last to come is named
+        first, since MLX begins with what it is asked for last.
+    """
+    names, blocks = {id(array): name for name, array in arrays.items()}, layers(model)
+    places = [int(share * len(blocks)) for share in ends]
+    coming: list[str] = []
+    counts = [0] * len(ends)
+    for place, block in reversed(list(enumerate(blocks))):
+        own = [names[id(array)] for _, array in _flatten(block) if id(array) in names]
+        largest = max((arrays[name].size for name in own), default=0)
+        coming += (name for name in own if arrays[name].size == largest)
+        counts = [len(coming) if place == last else count for last, count in zip(places, counts, strict=True)]
+        coming += (name for name in own if arrays[name].size < largest)
+    return [coming[begin:end][::-1] for begin, end in pairwise([0, *counts])]
+
+
+def _flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
+    trained: Any = tree_flatten(module.trainable_parameters())
+    return trained
+
+
 def _unordered(part: nn.Module) -> dict[str, mx.array]:
     """What trains in ``part``, by name, but for the layers that order their gradients themselves."""
     modules = part.named_modules()
     ordered = tuple(f"{path}." if path else "" for path, module in modules if getattr(module, "orders_backward", False))
-    trained: Any = tree_flatten(part.trainable_parameters())
-    return {name: value for name, value in trained if not name.startswith(ordered)}
+    return {name: value for name, value in _flatten(part) if not name.startswith(ordered)}
 
 
 @contextmanager

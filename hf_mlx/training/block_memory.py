@@ -26,8 +26,8 @@ RECOMPUTED = 2
 # For each number of a trained head, beside its gradient, while the loss goes back: sums in float32, logits and theirs.
 # Counted on a CPU.
 HEAD_BYTES = 12
-# What a block holds at once where parts of it are gone when others come, by those; the rest is for what waits on a GPU.
-GOING_BACK = 11 / 16
+# What a block holds at once where parts of it are gone when others come, by those. On a GPU what waits comes on top.
+GOING_BACK = 1 / 2
 # Scores and probabilities, where the backward pass of attention is not fused.
 ATTENTION_COPIES = 2
 # Where it is `cpu_attention`: exponentials, and on the way back what they are made of and its gradients.

@@ -102,6 +102,9 @@ class Bundles:
         computed_in: Names that the model only reads cast to a dtype, and that dtype.
         largest: Elements of the largest array that is bundled; 0 bundles none.
         kinds: What else tells names apart that no bundle mixes.
+
+    Attributes:
+        alone: Names of what is in no bundle.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class Bundles:
         self._bundles = {next(iter(shapes)): Bundle.of(shapes, key[2]) for key, shapes in alike.items()}
         bundled = {name for bundle in self._bundles.values() for name in bundle.names}
         # MLX begins with what it is asked for last, and the largest are updated once the other gradients are gone.
-        self._alone = sorted(
+        self.alone = sorted(
             (name for name in params if name not in bundled), key=lambda name: params[name].size, reverse=True
         )
 
@@ -136,7 +139,7 @@ class Bundles:
         Args:
             arrays: All that is trained by name, or something else of the same shapes: gradients, moments.
         """
-        alone = {name: arrays[name] for name in self._alone if name in arrays}
+        alone = {name: arrays[name] for name in self.alone if name in arrays}
         return {name: bundle.pack(arrays) for name, bundle in self._bundles.items() if name in arrays} | alone
 
     def unpack(self, packed: Mapping[str, mx.array], *, cast: bool = False) -> Arrays:
@@ -146,7 +149,7 @@ class Bundles:
             packed: Of :meth:`pack`.
             cast: Each bundle in the dtype that it is computed in.
         """
-        found = {name: packed[name] for name in self._alone if name in packed}
+        found = {name: packed[name] for name in self.alone if name in packed}
         for name, bundle in self._bundles.items():
             if name in packed:
                 flat = packed[name]

@@ -14,20 +14,14 @@ from .sums import sum_of
 CLIP_EPS = 1e-6
 
 
-def sum_squares(grads: Iterable[mx.array], start: mx.array | None = None) -> mx.array:
-    """Of all elements, float32, added to ``start``."""
-    squares = (sum_of(lambda g: mx.square(g.astype(mx.float32)), g.reshape(-1)) for g in grads)
-    return sum(squares, start=mx.array(0.0) if start is None else start)
+def square_sum(grad: mx.array) -> mx.array:
+    """The sum of the squares of all elements, float32."""
+    return sum_of(lambda g: mx.square(g.astype(mx.float32)), grad.reshape(-1))
 
 
-def global_norm(grads: Iterable[mx.array], squares: mx.array | None = None) -> mx.array:
-    """The L2 norm of all gradients together, float32.
-
-    Args:
-        grads: Any shapes and dtypes.
-        squares: The sum of the squares of others that count too.
-    """
-    return mx.sqrt(sum_squares(grads, squares))
+def norm_of(squares: Iterable[mx.array]) -> mx.array:
+    """The L2 norm of all gradients together, float32, from the :func:`square_sum` of each."""
+    return mx.sqrt(sum(squares, start=mx.array(0.0)))
 
 
 def clip_gradients(grads: Arrays, clip: GradClip, norm: mx.array) -> tuple[Arrays, mx.array | None]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..adapters.tensor_parallel import Split
 from ..processes.world import World
 from .bundles import LARGEST
-from .clip import global_norm
+from .clip import norm_of, square_sum
 from .optimizers.contract import Arrays
 from .scores import EXTREMES
 
@@ -99,7 +99,7 @@ class Exchange:
                 kept["loss"] = mx.where(whole[at + len(shared)] == self.size, kept["loss"], math.nan)
         summed |= {name: self._sum(grad, after) for name, grad in grads.items() if name not in summed}
         made = {name: summed[name] for name in grads}
-        return made, {name: kept[name] for name in (*metrics, OWN_LOSS)}, global_norm(made.values())
+        return made, {name: kept[name] for name in (*metrics, OWN_LOSS)}, norm_of(map(square_sum, made.values()))
 
     def extremes(self, metrics: Arrays) -> Arrays:
         """:data:`~hf_mlx.training.scores.EXTREMES` over all processes: one exchange, where there are any."""

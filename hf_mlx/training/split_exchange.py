@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..adapters.tensor_parallel import Split
-from .clip import global_norm, sum_squares
+from .clip import norm_of, square_sum
 from .optimizers.contract import Arrays
 
 
@@ -45,7 +45,8 @@ class SplitExchange:
             grads: By the names of the bundles.
             metrics: Left as they are.
         """
-        divided = sum_squares(grads[name] for name in grads if self.kinds.get(name) == "divided")
+        squares = (square_sum(grads[name]) for name in grads if self.kinds.get(name) == "divided")
+        divided = sum(squares, start=mx.array(0.0))
         lines: dict[mx.Dtype, list[str]] = {mx.float32: []}
         for name, grad in grads.items():
             if self.kinds.get(name) == "partial":
@@ -63,5 +64,5 @@ class SplitExchange:
                 at += grads[name].size
             if dtype == mx.float32:
                 divided = line[at]
-        rest = (made[name] for name in made if self.kinds.get(name) != "divided")
-        return made, metrics, global_norm(rest, divided)
+        rest = (square_sum(made[name]) for name in made if self.kinds.get(name) != "divided")
+        return made, metrics, norm_of([divided, *rest])

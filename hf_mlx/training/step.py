@@ -14,6 +14,7 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from ..settings.clipping import GradClip
+from .backward_order import gradient_stages
 from .clip import clip_gradients
 from .exchange import GradientExchange
 from .inputs import Inputs
@@ -23,6 +24,10 @@ from .optim import Optimizer
 from .optimizers.contract import Arrays
 from .trained import Trained
 from .weighting import ByTokens, Weighting, Weights
+
+# Shares of the blocks that are still to go back when a stage of gradients ends. The last is large, for what waits on a
+# device then needs memory, and under checkpointing gradients take more and more of that.
+STAGES = 3 / 4, 1 / 2, 3 / 8, 1 / 4
 
 # Divides the arrays of a micro-batch into pieces of rows, first to last.
 Cut = Callable[[Inputs], Sequence[Arrays]]
@@ -80,7 +85,7 @@ class Step(Trained):
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
-        self._holds = WeakSet()
+        self._holds, self._left = WeakSet(), []
         self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
@@ -121,6 +126,9 @@ class Step(Trained):
         self._update = self._wrap(self._update_micro)
         self._apply = self._wrap(self._update_carried)
         self._compile_update()
+        params = self.objective.slots.read()
+        alone = {name: params[name] for name in self._bundles.alone}
+        self._stages = gradient_stages(self.objective.model, alone, STAGES)
 
     def _wrap(self, function: Callable) -> Callable:
         # What moves beside the parameters is read when a compiled function is called.
@@ -128,15 +136,43 @@ class Step(Trained):
 
     def _train(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
         """Accumulate ``pieces``, the last of a window, and update; what it measured."""
-        if self.optimizer.on_host or self._replaces or not self._updates_with_last(pieces):
+        if self.optimizer.on_host or not self._updates_with_last(pieces):
+            self._accumulate_all(pieces)
+            return self._finish(hyper)
+        if self._replaces:
+            return self._train_large(pieces, hyper)
+        self._accumulate_all(pieces[:-1])
+        self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
+        # As for one that is accumulated: the forward pass first.
+        self._begin_left({name: value for name, value in sums.items() if name != "grad_norm"})
+        mx.async_eval(self._params, self._state, sums)
+        return sums
+
+    def _train_large(self, pieces: Sequence[tuple[Arrays, Weights]], hyper: Arrays) -> Arrays:
+        """:meth:`_train` where an update lets the old arrays go.
+
+        Gradients are begun in stages, so that the device has one to do while the host describes what follows from them,
+        while callbacks run, while the next step is described and while that is ordered.
+        """
+        if self.exchange is not None or self.cut is not keep_whole:
             self._accumulate_all(pieces)
             return self._finish(hyper)
         self._accumulate_all(pieces[:-1])
-        self._params, self._state, sums = self._update(self._params, self._state, self._carry, *pieces[-1], hyper)
-        self._begin_left()
-        # As for one that is accumulated: the forward pass first.
-        mx.async_eval({name: value for name, value in sums.items() if name != "grad_norm"})
-        mx.async_eval(self._params, self._state, sums)
+        traces = self.traces
+        carried = self._accumulate_piece(*pieces[-1])
+        first, second, *others = self._stages
+        mx.async_eval([carried[name] for name in first])
+        grads, factor, sums, squares = self._measure(self._carry)
+        moved = self._updated(self._params, grads, self._state, hyper, factor.get("scale"))
+        # Squares are little work, so they go between gradients. MLX begins with what it is asked for last.
+        half = len(second) // 2
+        second = [*second[:half], *first, *second[half:]]
+        self._take(*moved, left=[[(carried[name], squares[name]) for name in stage] for stage in others])
+        mx.async_eval([(carried[name], squares[name]) for name in second])
+        if self.traces > traces:
+            # Where memory does not suffice for a shape, that shows while the old arrays are there.
+            mx.async_eval(grads, sums)
+        self._let_go()
         return sums
 
     def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
@@ -153,7 +189,7 @@ class Step(Trained):
             grads, sums = self._clip(self._carry)
             return self._update_clipped(grads, sums, hyper)
         if self._replaces:
-            grads, factor, sums = self._measure(self._carry)
+            grads, factor, sums, _ = self._measure(self._carry)
             # Described while the device is still busy with the gradients.
             moved = self._updated(self._params, grads, self._state, hyper, factor.get("scale"))
             # What may fail for want of memory has been computed by the time that the old arrays go.
@@ -173,12 +209,18 @@ class Step(Trained):
 
     def _accumulate_all(self, pieces: Sequence[tuple[Arrays, Weights]]) -> None:
         for arrays, weights in pieces:
-            self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
-            self._begin_left()
-            # Starts the device on this piece without waiting for it: on the forward pass first, whose smaller graph is
-            # ordered sooner, while the device has nothing else to do.
-            mx.async_eval(sums)
-            mx.async_eval(grads)
+            mx.async_eval(self._accumulate_piece(arrays, weights))
+
+    def _accumulate_piece(self, arrays: Arrays, weights: Weights) -> Arrays:
+        """Describe the gradients with those of a piece, and begin its forward pass; the gradients.
+
+        The device is started without waiting for it: on the forward pass first, whose smaller graph is ordered sooner,
+        while the device has nothing else to do.
+        """
+        self._begin_stage()
+        self._carry = grads, sums = self._accumulate(self._params, self._carry, arrays, weights)
+        self._begin_left(sums)
+        return grads
 
     def _pieces(self, window: Sequence[Inputs], count: int) -> list[tuple[Arrays, Weights]]:
         """Arrays and weights of each piece of the first ``count`` micro-batches; all pieces weigh as the whole."""
@@ -224,7 +266,7 @@ class Step(Trained):
         return self._update_carried(params, state, carry, hyper)
 
     def _update_carried(self, params: Arrays, state: Any, carry: Any, hyper: Arrays) -> tuple[Arrays, Any, Arrays]:
-        grads, metrics, norm = self._gather(carry)
+        grads, metrics, norm, _ = self._gather(carry)
         grads, scale = clip_gradients(grads, self.clip, norm)
         params, state = self.optimizer.update(params, grads, state, hyper, scale)
         return params, state, {**metrics, "grad_norm": norm}

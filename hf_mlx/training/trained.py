@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..settings.clipping import GradClip
 from .bundles import LARGEST, Bundles
-from .clip import clip_gradients, clip_whole, global_norm
+from .clip import clip_gradients, clip_whole, norm_of, square_sum
 from .exchange import GradientExchange
 from .measured import Held, StepMetrics
 from .objective import Objective
@@ -49,6 +49,7 @@ class Trained:
     _whole: tuple[Arrays, State] | None = None
     _holds: WeakSet[Held]
     _is_due: bool = False
+    _left: list[Any]
 
     @property
     def params(self) -> Arrays:
@@ -162,11 +163,23 @@ class Trained:
         self._compile()
         self.load(params, state)
 
-    def begin_update(self) -> None:
-        """Begin the last update where it is only described; nothing else needs to ask for it before it reads arrays."""
-        if self._is_due:
-            self._is_due = False
-            mx.async_eval(self._params, self._state)
+    def begin_update(self, *then: Any) -> None:
+        """Begin the last update where it is only described; nothing else needs to ask for it before it reads arrays.
+
+        Args:
+            then: What comes after it, which the host orders together with it.
+        """
+        while self._left:
+            self._begin_stage()
+        due = (self._params, self._state) if self._is_due else ()
+        self._is_due = False
+        # MLX begins with what it is asked for last.
+        mx.async_eval(*then, *due)
+
+    def _begin_stage(self) -> None:
+        """Begin the next of the gradients that are left; an update writes over those that nobody else holds."""
+        if self._left:
+            mx.async_eval(self._left.pop(0))
 
     def hold(self) -> Held:
         """What :meth:`restore` goes back to, until an update lets large arrays go."""
@@ -179,6 +192,7 @@ class Trained:
         if held.taken:
             return
         self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
+        self._is_due, self._left = False, []
         self._bind()
 
     def _compile(self) -> None:
@@ -211,11 +225,12 @@ class Trained:
         if self._bound[0] is not self._params or self._bound[1] != self.traces:
             self._bind()
 
-    def _begin_left(self) -> None:
+    def _begin_left(self, *then: Any) -> None:
         # The last update; and what processes exchange before the step itself, on every one.
-        self.begin_update()
         if self.exchange is not None:
+            self.begin_update()
             self.exchange.begin()
+        self.begin_update(*then)
 
     def _update_clipped(self, grads: Arrays, sums: Arrays, hyper: Arrays) -> Arrays:
         """Update with gradients as they are kept, in the compiled function or by the script's own optimizer."""
@@ -235,16 +250,19 @@ class Trained:
         return sums
 
     def _replace(self, params: Arrays, state: State) -> None:
-        """Take what an update makes; old arrays go as new ones come, since only pending work and the carry hold them.
+        """Take what an update makes; old arrays go as new ones come: only pending work and the carry hold them."""
+        self._let_go()
+        self._take(params, state)
 
-        One kernel for each array, which reads and writes once. :meth:`begin_update` begins it: once the next step is
-        described, the device has the update to do while the host orders that.
-        """
-        # From here on there is no way back.
+    def _take(self, params: Arrays, state: State, left: Sequence[Any] = ()) -> None:
+        """Take what an update makes, which :meth:`begin_update` begins after the stages that are ``left`` before it."""
+        self._params, self._state, self._carry, self._is_due, self._left = params, state, None, True, list(left)
+        self._bind()
+
+    def _let_go(self) -> None:
+        """Let the arrays go that were held; from here on there is no way back."""
         for held in list(self._holds):
             held.give_up()
-        self._params, self._state, self._carry, self._is_due = params, state, None, True
-        self._bind()
 
     def _update_packed(self, *given: Any) -> tuple[Arrays, Any]:
         return self.optimizer.update(*given)
@@ -252,20 +270,21 @@ class Trained:
     def _hyper(self, step: int, lr: float) -> Arrays:
         return {key: mx.array(value, mx.float32) for key, value in self.optimizer.hyper(step, lr).items()}
 
-    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays, mx.array]:
-        """Gradients and metrics of a whole window, of all processes, and the norm of the gradients."""
+    def _gather(self, carry: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays, mx.array, Arrays]:
+        """Gradients and metrics of a whole window, of all processes; the norm of the gradients, and what each adds."""
         if self.exchange is not None:
-            return self.exchange(*carry)
-        return *carry, global_norm(carry[0].values())
+            return *self.exchange(*carry), {}
+        squares = {name: square_sum(grad) for name, grad in carry[0].items()}
+        return *carry, norm_of(squares.values()), squares
 
-    def _measure_carried(self, carry: Any) -> tuple[Arrays, dict[str, mx.array], Arrays]:
-        """The gradients, the factor that clips them if there is one, and what the window measured."""
-        grads, metrics, norm = self._gather(carry)
+    def _measure_carried(self, carry: Any) -> tuple[Arrays, Arrays, Arrays, Arrays]:
+        """The gradients, the factor that clips them if there is one, what the window measured, and their squares."""
+        grads, metrics, norm, squares = self._gather(carry)
         grads, scale = clip_gradients(grads, self.clip, norm)
-        return grads, {} if scale is None else {"scale": scale}, {**metrics, "grad_norm": norm}
+        return grads, {} if scale is None else {"scale": scale}, {**metrics, "grad_norm": norm}, squares
 
     def _clip_carried(self, carry: Any) -> tuple[Arrays, Arrays]:
-        grads, metrics, norm = self._gather(carry)
+        grads, metrics, norm, _ = self._gather(carry)
         return clip_whole(grads, self.clip, norm), {**metrics, "grad_norm": norm}
 
 
