@@ -4,8 +4,9 @@
     python benchmarks/gpu_table.py --json table.json --write docs/performance.md    # what is measured is not run again
     python benchmarks/gpu_table.py --json tiny.json --tiny                          # on any machine
 
-A run that was cut off goes on where it stopped. The floor of a work is the time of its matrix products and causal
-attention alone at the speed that one large bf16 product reaches on the same card, none computed twice.
+A run that was cut off goes on where it stopped. The page keeps its rows of works that were not measured, and says which
+those are. The floor of a work is the time of its matrix products and causal attention alone at the speed that one large
+bf16 product reaches on the same card, none computed twice.
 """
 
 from __future__ import annotations
@@ -79,10 +80,9 @@ def main() -> None:
         report.setdefault("speed", product_speed(64 if options.tiny else 8192))
     with tempfile.TemporaryDirectory() as folder:
         run(missing, report, kept, options, folder)
-    text = table(report, wanted)
-    print(text)
+    print(table(report, wanted))
     if options.write:
-        write(options.write, text)
+        write(options.write, report, wanted)
 
 
 def run(
@@ -161,15 +161,18 @@ def operations(work: Work) -> float:
     return (6 if work.trained == "all" else 4) * weights * tokens_a_step + attention
 
 
-def table(report: dict[str, Any], works: list[Work]) -> str:
-    """The figures as a page shows them."""
+def table(report: dict[str, Any], wanted: list[Work], older: str = "") -> str:
+    """The figures as a page shows them; of other works the rows of an ``older`` table."""
     lines = [
         "| work | rows x tokens | floor | " + " | ".join(PEERS.values()) + " | beside TRL |",
         "| --- | --- | ---: |" + " ---: |" * len(PEERS) + " ---: |",
     ]
-    for work in works:
-        found = report["works"].get(work.name, {})
+    kept = []
+    for work in WORKS:
+        found = report["works"].get(work.name, {}) if work in wanted else {}
         if not found:
+            rows = [line for line in older.splitlines() if line.startswith(f"| {work.name} |")]
+            lines, kept = lines + rows, kept + [work.name] * len(rows)
             continue
         cells = [
             f"{1e3 * found[peer]['seconds']:.0f} ms, {found[peer]['peak'] / 2**30:.1f} GiB" if peer in found else "-"
@@ -183,16 +186,21 @@ def table(report: dict[str, Any], works: list[Work]) -> str:
         floor = f"{1e3 * operations(work) / report['speed']:.0f} ms"
         lines.append(f"| {work.name} | {shape} | {floor} | {' | '.join(cells)} | {beside} |")
     used = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if name not in ("machine",))
-    return "\n".join(lines) + f"\n\nOne large product: {report['speed'] / 1e12:.0f} TFLOP/s. {used}.\n"
+    notes = [f"One large product: {report['speed'] / 1e12:.0f} TFLOP/s. {used}.\n"]
+    if kept:
+        notes.append(f"Of an earlier run: {'; '.join(kept)}.\n")
+    return "\n".join([*lines, "", *notes])
 
 
-def write(page: Path, text: str) -> None:
-    """Put ``text`` between the marks of ``page``."""
+def write(page: Path, report: dict[str, Any], wanted: list[Work]) -> None:
+    """Put the table between the marks of ``page``."""
     begin, end = MARKS
     whole = page.read_text(encoding="utf-8")
     if begin not in whole or end not in whole:
         sys.exit(f"{page} has no place for it: add the lines {begin!r} and {end!r}")
-    page.write_text(whole.split(begin)[0] + begin + text + end + whole.split(end)[1], encoding="utf-8")
+    before, rest = whole.split(begin)
+    older, after = rest.split(end)
+    page.write_text(before + begin + table(report, wanted, older) + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

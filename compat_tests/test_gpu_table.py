@@ -43,6 +43,13 @@ def test_a_measured_table_is_written_into_its_page(tmp_path):
     assert float(floor.split()[0]) == pytest.approx(
         1e3 * (4 * 1.073e9 * 8192 + 7 * 1024 * 8192 * 2048 * 16) / 8e14, rel=0.02
     )
+    assert "earlier run" not in page.read_text()
+
+    kept.write_text(json.dumps({"works": {"all weights": entries}, "speed": 8e14, "versions": {"mlx": "1"}}))
+    run("--json", kept, "--write", page, "--works", "all weights")
+    later = cells(page.read_text())
+    assert list(later) == ["LoRA", "all weights"] and later["LoRA"] == found["LoRA"]
+    assert "Of an earlier run: LoRA." in page.read_text()
 
 
 @pytest.mark.wide
