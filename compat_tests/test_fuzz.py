@@ -59,6 +59,7 @@ REFUSALS: dict[str, str] = {
     r"SFTConfig\.enable_jit_checkpoint ": "a cluster's signal",
     r"SFTConfig\.label_smoothing_factor is dropped": "trl drops it silently with dft",
     r"SFTConfig\.optim_args has": "trl drops an option that the optimizer does not read",
+    r"SFTConfig\.lr_scheduler_kwargs has": "trl drops an option that the schedule does not read",
     r"SFTConfig\.\w+ is none of": "no such choice, which trl takes for another or does not read in this run",
     r"SFTConfig\.train_sampling_strategy balances": "there is one process",
     r"max_steps=0\n": "trl trains all epochs instead of none",
@@ -73,7 +74,7 @@ REFUSALS: dict[str, str] = {
     r"column '\w*mask\w*'": "a mask that is not one 0 or 1 for each token",
     r"completion_only_loss=True with a": "no completion to train on; trl ignores it",
     r"ids from 0 to \d+: the model embeds": "a row that trl would stop at later than these two steps",
-    r"row [1-9]\d* of the train dataset, column '(tools|messages)': .*\n  required: a list of": (
+    r"row [1-9]\d* of the train dataset, column '(tools|messages)': .*\n  required: a (list of|dict with)": (
         "a row of a stream that trl would stop at later than these two steps"
     ),
     r"stream .*row [1-9]\d* of the train dataset, column 'text'": "the same",
@@ -92,9 +93,12 @@ ACCEPTED: dict[str, str] = {
     r"A formatting function was provided while": "the formatted text is trained, and said so",
     r"numpy format.* (KeyError: 'text'|AttributeError: 'numpy.ndarray')": "rows are read as Python values, always",
     r"numpy format.* (KeyError: 'body'|.*is not conversational)": "the same",
+    r"numpy format.* ArrowInvalid: arrays to be concatenated must be identically typed": "the same",
     r"The chat template is not training-compatible": "the assistant's turns are found by ChatML's delimiters",
     r"'activation_offloading': True.*'NoneType' object has no attribute 'type'": "needs an accelerator under trl",
     r"attention_mask, attention_mask='None'.* torch format": "a column that is not read here",
+    r"text, with tools='.*JSONDecodeError": "the same",
+    r"template options.*'NoneType' object is not a mapping": "None is what Arrow stores for a row without options",
     r"assistant_masks, .*the dataset is not conversational": "the masks are there",
     r"optim.*need to install `bitsandbytes`": "its formula is computed here",
     r"'max_grad_norm': None.*'>' not supported between": "None is no clipping",
