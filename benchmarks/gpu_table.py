@@ -172,7 +172,8 @@ def table(report: dict[str, Any], wanted: list[Work], older: str = "") -> str:
         found = report["works"].get(work.name, {}) if work in wanted else {}
         if not found:
             rows = [line for line in older.splitlines() if line.startswith(f"| {work.name} |")]
-            lines, kept = lines + rows, kept + [work.name] * len(rows)
+            lines += rows
+            kept += [work.name] if rows else []
             continue
         cells = [
             f"{1e3 * found[peer]['seconds']:.0f} ms, {found[peer]['peak'] / 2**30:.1f} GiB" if peer in found else "-"

@@ -40,7 +40,7 @@ class Linear:
 
     def __init__(self):
         self.params = {"a": mx.array(0.0), "b": mx.array(0.0)}
-        self.model = SimpleNamespace(parameters=dict, layers=[])
+        self.model = SimpleNamespace(parameters=dict)
         self.aux_coefficient, self.metrics, self.captured = 0.0, TOKEN_METRICS, None
         self.slots = SimpleNamespace(read=lambda: self.params, bind=lambda params: None)
 

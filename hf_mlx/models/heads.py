@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from .load import LoadedModel, module_at
 from .logits import finish_logits, read_extras
@@ -90,6 +91,12 @@ def split_head(loaded: LoadedModel) -> tuple[Backbone, Head] | None:
 def layers(model: Any) -> list[nn.Module]:
     """The transformer blocks of an mlx-lm model, first to last."""
     return model.layers
+
+
+def trained_arrays(module: nn.Module) -> dict[str, mx.array]:
+    """What trains in ``module``, by its path there."""
+    found: Any = tree_flatten(module.trainable_parameters())
+    return dict(found)
 
 
 def embedding_path(model: nn.Module) -> str:

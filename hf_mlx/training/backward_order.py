@@ -16,9 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from ..models.heads import layers
+from ..models.heads import layers, trained_arrays
 
 # Where arrays between two parts are noted at the moment.
 _NOTED: list[list[mx.array]] = []
@@ -38,7 +38,7 @@ def order_backward(blocks: Iterable[nn.Module]) -> None:
             if isinstance(module, nn.Linear) and hasattr(module, "orders_backward"):
                 module.orders_backward = True
         for part in block.children().values():
-            if isinstance(part, nn.Module) and tree_flatten(part.trainable_parameters()):
+            if isinstance(part, nn.Module) and trained_arrays(part):
                 part.__class__ = _ordered(type(part))
 
 
@@ -57,28 +57,24 @@ def gradient_stages(model: nn.Module, arrays: Mapping[str, mx.array], ends: Sequ
         first, since MLX begins with what it is asked for last.
     """
     names, blocks = {id(array): name for name, array in arrays.items()}, layers(model)
-    places = [int(share * len(blocks)) for share in ends]
     coming: list[str] = []
-    counts = [0] * len(ends)
+    # How many have come when a block has its largest.
+    counts: dict[int, int] = {}
     for place, block in reversed(list(enumerate(blocks))):
-        own = [names[id(array)] for _, array in _flatten(block) if id(array) in names]
+        own = [names[id(array)] for array in trained_arrays(block).values() if id(array) in names]
         largest = max((arrays[name].size for name in own), default=0)
         coming += (name for name in own if arrays[name].size == largest)
-        counts = [len(coming) if place == last else count for last, count in zip(places, counts, strict=True)]
+        counts[place] = len(coming)
         coming += (name for name in own if arrays[name].size < largest)
-    return [coming[begin:end][::-1] for begin, end in pairwise([0, *counts])]
-
-
-def _flatten(module: nn.Module) -> list[tuple[str, mx.array]]:
-    trained: Any = tree_flatten(module.trainable_parameters())
-    return trained
+    places = (int(share * len(blocks)) for share in ends)
+    return [coming[begin:end][::-1] for begin, end in pairwise([0, *(counts.get(place, 0) for place in places)])]
 
 
 def _unordered(part: nn.Module) -> dict[str, mx.array]:
     """What trains in ``part``, by name, but for the layers that order their gradients themselves."""
     modules = part.named_modules()
     ordered = tuple(f"{path}." if path else "" for path, module in modules if getattr(module, "orders_backward", False))
-    return {name: value for name, value in _flatten(part) if not name.startswith(ordered)}
+    return {name: value for name, value in trained_arrays(part).items() if not name.startswith(ordered)}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from ..adapters.layers import layer_dims
 from ..device import on_cpu
-from ..models.heads import layers
+from ..models.heads import layers, trained_arrays
 from ..models.overrides.recurrent import kept_bytes, working_bytes
 from ..settings.plan import TrainPlan
 from .blocked_attention import attends_in_blocks, block_queries, is_fused
@@ -149,8 +149,8 @@ def whole_blocks(model: nn.Module, blocks: Sequence[nn.Module], memory: BlockMem
     """
     if len(blocks) < len(layers(model)) or any(memory.writes_scores(block) for block in blocks):
         return 0
-    inner = {id(array) for block in blocks for array in _trained(block)}
-    every = _trained(model)
+    inner = {id(array) for block in blocks for array in trained_arrays(block).values()}
+    every = trained_arrays(model).values()
     outer = [array for array in every if id(array) not in inner]
     gradients, saved = sum(array.nbytes for array in every), len(blocks) * inputs
     if not outer or gradients <= saved:
@@ -162,11 +162,6 @@ def whole_blocks(model: nn.Module, blocks: Sequence[nn.Module], memory: BlockMem
     attention = memory.positions * memory.size * max(map(kept_features, blocks))
     held = max(map(memory.held, blocks)) + 2 * inputs + attention
     return min(max((end - begin) // held, 0), len(blocks))
-
-
-def _trained(module: nn.Module) -> list[mx.array]:
-    arrays: Any = tree_flatten(module.trainable_parameters())
-    return [array for _, array in arrays]
 
 
 def _choices(block: nn.Module) -> int:

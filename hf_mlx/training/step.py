@@ -8,6 +8,7 @@ a log needs comes back as a lazy scalar.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
@@ -85,7 +86,7 @@ class Step(Trained):
         self.cut: Cut = keep_whole
         self._computed_in = computed_in
         self._carry: tuple[Arrays, Arrays] | None = None
-        self._holds, self._left = WeakSet(), []
+        self._holds = WeakSet()
         self._compiled = compiled
         params = objective.slots.read()
         self._names = list(params)
@@ -126,9 +127,6 @@ class Step(Trained):
         self._update = self._wrap(self._update_micro)
         self._apply = self._wrap(self._update_carried)
         self._compile_update()
-        params = self.objective.slots.read()
-        alone = {name: params[name] for name in self._bundles.alone}
-        self._stages = gradient_stages(self.objective.model, alone, STAGES)
 
     def _wrap(self, function: Callable) -> Callable:
         # What moves beside the parameters is read when a compiled function is called.
@@ -157,10 +155,10 @@ class Step(Trained):
         if self.exchange is not None or self.cut is not keep_whole:
             self._accumulate_all(pieces)
             return self._finish(hyper)
+        first, second, *others = self._stages
         self._accumulate_all(pieces[:-1])
         traces = self.traces
         carried = self._accumulate_piece(*pieces[-1])
-        first, second, *others = self._stages
         mx.async_eval([carried[name] for name in first])
         grads, factor, sums, squares = self._measure(self._carry)
         moved = self._updated(self._params, grads, self._state, hyper, factor.get("scale"))
@@ -174,6 +172,12 @@ class Step(Trained):
             mx.async_eval(grads, sums)
         self._let_go()
         return sums
+
+    @cached_property
+    def _stages(self) -> list[list[str]]:
+        """Large arrays by when their gradients come; first asked for while the model holds no placeholders."""
+        alone = {name: self._params[name] for name in self._bundles.alone}
+        return gradient_stages(self.objective.model, alone, STAGES)
 
     def _updates_with_last(self, pieces: Sequence[tuple[Arrays, Weights]]) -> bool:
         """Whether the last piece and the update are one compiled function.

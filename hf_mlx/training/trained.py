@@ -48,7 +48,6 @@ class Trained:
     _bound: tuple[Arrays | None, int] = (None, 0)
     _whole: tuple[Arrays, State] | None = None
     _holds: WeakSet[Held]
-    _is_due: bool = False
     _left: list[Any]
 
     @property
@@ -152,6 +151,7 @@ class Trained:
             self._compile()
         self._params = self._bundles.pack(params)
         self._state = {slot: self._bundles.pack(arrays) for slot, arrays in state.items()}
+        self._left = []
         self.optimizer.forget_host()
         self._bind()
 
@@ -169,16 +169,15 @@ class Trained:
         Args:
             then: What comes after it, which the host orders together with it.
         """
-        while self._left:
+        while len(self._left) > 1:
             self._begin_stage()
-        due = (self._params, self._state) if self._is_due else ()
-        self._is_due = False
+        update, self._left = self._left, []
         # MLX begins with what it is asked for last.
-        mx.async_eval(*then, *due)
+        mx.async_eval(*then, update)
 
     def _begin_stage(self) -> None:
         """Begin the next of the gradients that are left; an update writes over those that nobody else holds."""
-        if self._left:
+        if len(self._left) > 1:
             mx.async_eval(self._left.pop(0))
 
     def hold(self) -> Held:
@@ -192,7 +191,7 @@ class Trained:
         if held.taken:
             return
         self._params, self._state, self._carry, self.draws = held.params, held.state, held.carry, held.draws
-        self._is_due, self._left = False, []
+        self._left = []
         self._bind()
 
     def _compile(self) -> None:
@@ -256,7 +255,7 @@ class Trained:
 
     def _take(self, params: Arrays, state: State, left: Sequence[Any] = ()) -> None:
         """Take what an update makes, which :meth:`begin_update` begins after the stages that are ``left`` before it."""
-        self._params, self._state, self._carry, self._is_due, self._left = params, state, None, True, list(left)
+        self._params, self._state, self._carry, self._left = params, state, None, [*left, (params, state)]
         self._bind()
 
     def _let_go(self) -> None:
